@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing files so that a crash, a full disk or a second reader never sees half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastproto.errors import OutputError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it replaces ``path`` in one step.
+
+    The temporary name keeps the file's suffixes (``.nii.gz``), because writers choose their format
+    by them. If the body raises, the temporary file is removed and an existing ``path`` is left as
+    it was. Missing parent folders are made.
+
+    Raises:
+        OutputError: The folder cannot be made or written, the disk is full, or ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(path, found="a folder", allowed="a file path to write to")
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=".partial-", suffix="".join(path.suffixes[-2:]), dir=path.parent
+        )
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise OutputError(
+            path,
+            found=f"that it cannot be written ({error.strerror or error})",
+            allowed="a writable folder with free space",
+            fix="Choose another output path or free some space; nothing was overwritten.",
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's umask, which ``mkstemp`` ignores (it always makes 0600 files)."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` atomically, as UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception family for input that fastproto cannot use.
+
+Every message names the file or argument, what was found, what is allowed and what to do about it.
+The command line prints the message without a traceback and exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something the caller handed in cannot be used.
+
+    Args:
+        subject: The file or argument at fault, e.g. ``"scan.nii.gz"`` or ``"temperature"``.
+        found: What was found, e.g. ``"-0.1"`` or ``"a NaN voxel at (3, 4, 5)"``.
+        allowed: What is allowed, e.g. ``"a number above 0"``.
+        fix: What to do about it, a full sentence; None where ``allowed`` says it all.
+    """
+
+    def __init__(self, subject: object, *, found: str, allowed: str, fix: str | None = None):
+        self.subject = str(subject)
+        self.found = found
+        self.allowed = allowed
+        self.fix = fix
+        message = f"{self.subject}: found {found}; allowed: {allowed}."
+        super().__init__(f"{message} {fix}" if fix else message)
+
+
+class ArgumentError(InputError):
+    """An argument of a function, an option of the command line or an environment variable."""
+
+
+class VolumeError(InputError):
+    """An image file or DICOM series that is damaged or not a 3-D scalar volume."""
+
+
+class GeometryError(InputError):
+    """Spacing, direction or origin that cannot be used, or two grids that should be one."""
+
+
+class LabelError(InputError):
+    """A label map with unusable values: empty, fractional, negative or unknown labels."""
+
+
+class DatasetError(InputError):
+    """A dataset folder whose layout or ``dataset.json`` cannot be used."""
+
+
+class CheckpointError(InputError):
+    """A weights, task or training-state file that is damaged, unsafe or of another model."""
+
+
+class OutputError(InputError):
+    """A result that cannot be written: no permission, no space, or a folder in the way."""
+
+
+class TrainingError(InputError):
+    """A training run that cannot go on, e.g. because the loss is no longer finite."""
