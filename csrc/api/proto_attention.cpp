@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+// proto_attention on the CPU: check, allocate, fill the parameter struct, share out the tasks.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+#include "checks.h"
+
+namespace fastproto {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& feat) {
+  switch (feat.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      FP_CHECK(false, "feat: found another dtype; allowed: float32, bfloat16, float16, float64.");
+  }
+}
+
+// channels_last when channels are contiguous and that says something, else NCHW; must agree with
+// _is_channels_last in fastproto/ops.py.
+bool is_channels_last(const Tensor& feat) {
+  return feat.stride(2) == 1 && feat.size(2) > 1 && feat.size(3) * feat.size(4) > 1;
+}
+
+// Height and width run as one dimension of `stride` (sizes of 1 have no say).
+bool pixels_are_one_dim(const Tensor& t, int64_t stride) {
+  const int64_t n = t.dim(), height = t.size(n - 2), width = t.size(n - 1);
+  return (width == 1 || t.stride(n - 1) == stride) &&
+         (height == 1 || t.stride(n - 2) == stride * width);
+}
+
+// [..., C, H, W] of the given layout: a new tensor.
+Tensor new_maps(const Tensor& like, std::vector<int64_t> sizes, bool channels_last,
+                std::optional<ScalarType> dtype = std::nullopt) {
+  if (!channels_last) return torch::stable::new_empty(like, sizes, dtype);
+  const int64_t n = int64_t(sizes.size());
+  std::rotate(sizes.end() - 3, sizes.end() - 2, sizes.end());  // C, H, W -> H, W, C
+  const Tensor rows = torch::stable::new_empty(like, sizes, dtype);
+  const Tensor swapped = torch::stable::transpose(rows, n - 3, n - 1);  // C, W, H
+  return torch::stable::transpose(swapped, n - 2, n - 1);
+}
+
+// The same values in memory the kernels can walk: dense, in the given layout.
+Tensor dense(const Tensor& t, bool channels_last) {
+  if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  const int64_t n = t.dim();
+  const Tensor rows = torch::stable::transpose(torch::stable::transpose(t, n - 2, n - 1), n - 3, n - 1);
+  if (rows.is_contiguous()) return t;
+  const Tensor packed = torch::stable::contiguous(rows);
+  return torch::stable::transpose(torch::stable::transpose(packed, n - 3, n - 1), n - 2, n - 1);
+}
+
+// A dense [..., C, H, W] tensor as a stack of maps.
+Maps maps_of(const Tensor& t, bool channels_last) {
+  const int64_t n = t.dim(), channels = t.size(n - 3), pixels = t.size(n - 2) * t.size(n - 1);
+  return {t.data_ptr(), channels_last ? 1 : pixels, channels_last ? channels : 1,
+          channels * pixels};
+}
+
+struct Checked {
+  ProtoAttnShape shape;
+  DType dtype;
+  bool channels_last;
+  Tensor feat;
+  Tensor protos;
+  Tensor offsets;
+
+  Features features() const {
+    const int64_t inner = channels_last ? feat.size(2) : 1;
+    const int64_t pixel = feat.size(4) > 1   ? feat.stride(4)
+                          : feat.size(3) > 1 ? feat.stride(3)
+                                             : inner;
+    return {feat.data_ptr(), feat.stride(0), feat.stride(1), channels_last ? 1 : feat.stride(2),
+            pixel};
+  }
+  Bags bags() const { return {protos.data_ptr(), static_cast<const int32_t*>(offsets.data_ptr())}; }
+};
+
+double temperature_of(const std::optional<Tensor>& tensor, double number) {
+  double t = number;
+  if (tensor.has_value()) {
+    FP_CHECK(tensor->numel() == 1, "temperature: found a tensor of ", tensor->numel(),
+             " elements; allowed: one.");
+    if (tensor->scalar_type() == ScalarType::Double)
+      t = *static_cast<const double*>(tensor->data_ptr());
+    else if (tensor->scalar_type() == ScalarType::Float)
+      t = double(*static_cast<const float*>(tensor->data_ptr()));
+    else
+      FP_CHECK(false, "temperature: found a tensor of another dtype; allowed: float32, float64.");
+  }
+  FP_CHECK(t > 0, "temperature: found ", t, "; allowed: a number above 0.");
+  return t;
+}
+
+Checked check(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
+              const std::optional<Tensor>& temperature_tensor, double temperature, double eps,
+              bool concat) {
+  check_rank(feat, "feat", 5, "[E, Q, D, H, W]");
+  check_rank(protos, "protos", 2, "[N_total, D]");
+  check_rank(offsets, "offsets", 1, "[E*K + 1]");
+  const int64_t episodes = feat.size(0), bags = offsets.size(0) - 1;
+  FP_CHECK(protos.scalar_type() == feat.scalar_type(),
+           "protos: found a dtype other than that of feat; allowed: the same.");
+  FP_CHECK(offsets.scalar_type() == ScalarType::Int,
+           "offsets: found another dtype; allowed: int32.");
+  FP_CHECK(protos.is_cpu() && offsets.is_cpu(),
+           "protos, offsets: found another device than that of feat; allowed: the same.");
+  FP_CHECK(feat.size(2) >= 1 && protos.size(1) == feat.size(2), "protos: found ", protos.size(1),
+           " channels; allowed: those of feat, ", feat.size(2), ", at least 1.");
+  FP_CHECK(bags >= 0 && (episodes == 0 ? bags == 0 : bags % episodes == 0), "offsets: found ",
+           bags + 1, " entries; allowed: E*K + 1 with E = ", episodes, ".");
+  FP_CHECK(eps > 0, "eps: found ", eps, "; allowed: a number above 0.");
+
+  Checked c;
+  c.dtype = dtype_of(feat);
+  c.channels_last = is_channels_last(feat);
+  const bool walkable = c.channels_last
+                            ? pixels_are_one_dim(feat, feat.size(4) > 1   ? feat.stride(4)
+                                                       : feat.size(3) > 1 ? feat.stride(3)
+                                                                          : 1)
+                            : pixels_are_one_dim(feat, 1);
+  c.feat = walkable ? feat : dense(feat, c.channels_last);
+  c.protos = dense(protos, false);
+  c.offsets = dense(offsets, false);
+  const int32_t* starts = static_cast<const int32_t*>(c.offsets.data_ptr());
+  FP_CHECK(starts[0] == 0, "offsets: found ", starts[0], " first; allowed: 0.");
+  for (int64_t i = 0; i < bags; ++i)
+    FP_CHECK(starts[i] <= starts[i + 1], "offsets: found ", starts[i], " before ", starts[i + 1],
+             " at position ", i, "; allowed: numbers that never fall.");
+  FP_CHECK(starts[bags] <= protos.size(0), "offsets: found ", starts[bags],
+           " last; allowed: at most the rows of protos, ", protos.size(0), ".");
+  c.shape = {episodes,
+             feat.size(1),
+             episodes > 0 ? bags / episodes : 0,
+             feat.size(2),
+             feat.size(3) * feat.size(4),
+             protos.size(0),
+             concat,
+             temperature_of(temperature_tensor, temperature),
+             eps};
+  return c;
+}
+
+// Scratch memory of one worker. Kept per thread: fresh pages cost more than a small problem.
+class WorkerMemory {
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
+      FP_CHECK(memory_ != nullptr, "found no memory for ", bytes, " bytes of scratch.");
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
+
+// Runs `worker(queue, scratch)` on as many threads as there are tasks for.
+template <class Worker>
+void run_tasks(int64_t tasks, int64_t grain, int64_t scratch_bytes, const Worker& worker) {
+  TaskQueue queue{0, tasks, grain};
+  const int64_t runs = (tasks + grain - 1) / grain;
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), runs);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    static thread_local WorkerMemory memory;
+    for (int64_t i = begin; i < end; ++i) worker(queue, memory.at_least(scratch_bytes));
+  });
+}
+
+ScalarType accumulate_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(
+    Tensor feat, Tensor protos, Tensor offsets, std::optional<Tensor> temperature_tensor,
+    double temperature, double eps, bool concat, bool save_for_backward) {
+  const Checked c = check(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
+  const ProtoAttnShape& s = c.shape;
+  const int64_t height = feat.size(3), width = feat.size(4);
+  Tensor out = new_maps(feat, {s.episodes, s.queries, s.ways, concat ? 2 * s.dim : s.dim, height, width},
+                        c.channels_last);
+  Tensor agg = save_for_backward
+                   ? new_maps(feat, {s.episodes, s.queries, s.ways, s.dim, height, width},
+                              c.channels_last, accumulate_type(c.dtype))
+                   : torch::stable::new_empty(feat, {0}, accumulate_type(c.dtype));
+  Tensor stats = torch::stable::new_empty(
+      feat,
+      save_for_backward ? std::vector<int64_t>{s.episodes, s.queries, s.ways, 2, s.pixels}
+                        : std::vector<int64_t>{0},
+      accumulate_type(c.dtype));
+
+  ProtoAttnFwdParams p{s, c.features(), c.bags(), maps_of(out, c.channels_last), {}, nullptr};
+  if (save_for_backward) {
+    p.agg = maps_of(agg, c.channels_last);
+    p.stats = stats.data_ptr();
+  }
+  const int64_t images = s.episodes * s.queries, tiles = cpu::pixel_tiles(s);
+  if (images * tiles * s.ways > 0) {
+    const auto& table = cpu::kernels(cpu::current_level());
+    // All classes of a tile in a row reuse its panels; shared out singly when tiles are few.
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t grain = images * tiles >= 2 * threads ? s.ways : 1;
+    run_tasks(images * tiles * s.ways, grain, cpu::scratch_bytes(c.dtype, s.dim, false),
+              [&](TaskQueue& queue, void* scratch) { table.forward(c.dtype, p, queue, scratch); });
+  }
+  return {out, agg, stats};
+}
+
+// Blocks of prototypes for the prototype pass, small enough to occupy all threads.
+std::vector<cpu::ProtoBlock> proto_blocks(const Checked& c) {
+  const int32_t* starts = static_cast<const int32_t*>(c.offsets.data_ptr());
+  const int64_t bags = c.shape.episodes * c.shape.ways;
+  const int64_t wanted = 2 * int64_t(torch::stable::get_num_threads());
+  const int64_t used = bags > 0 ? starts[bags] : 0;
+  constexpr int64_t kSmallest = 8;
+  int64_t rows = cpu::kBlockProtos;
+  while (rows > kSmallest && used / rows < wanted) rows /= 2;
+  std::vector<cpu::ProtoBlock> blocks;
+  for (int64_t bag = 0; bag < bags; ++bag)
+    for (int64_t n = starts[bag]; n < starts[bag + 1]; n += rows)
+      blocks.push_back({bag, n, std::min<int64_t>(n + rows, starts[bag + 1])});
+  return blocks;
+}
+
+std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(
+    Tensor grad_out, Tensor feat, Tensor protos, Tensor offsets,
+    std::optional<Tensor> temperature_tensor, Tensor agg, Tensor stats, double temperature,
+    double eps, bool concat, bool needs_protos, bool needs_temperature) {
+  const Checked c = check(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
+  const ProtoAttnShape& s = c.shape;
+  check_rank(grad_out, "grad_out", 6, "[E, Q, K, 2D or D, H, W]");
+  check_rank(agg, "agg", 6, "[E, Q, K, D, H, W]: the forward must be called with save_for_backward");
+  FP_CHECK(grad_out.scalar_type() == feat.scalar_type() &&
+               agg.scalar_type() == accumulate_type(c.dtype) &&
+               stats.scalar_type() == accumulate_type(c.dtype),
+           "grad_out, agg, stats: found another dtype; allowed: those of the forward.");
+  const int64_t maps = s.episodes * s.queries * s.ways;
+  FP_CHECK(grad_out.numel() == maps * s.pixels * s.dim * (concat ? 2 : 1) &&
+               agg.numel() == maps * s.pixels * s.dim && stats.numel() == 2 * maps * s.pixels,
+           "grad_out, agg, stats: found other sizes; allowed: those of the forward.");
+  const Tensor grad = dense(grad_out, c.channels_last);
+  const Tensor saved = dense(agg, c.channels_last);
+
+  Tensor grad_feat = new_maps(feat, {s.episodes, s.queries, s.dim, feat.size(3), feat.size(4)},
+                              c.channels_last);
+  Tensor grad_protos = torch::stable::new_empty(
+      protos, needs_protos ? std::vector<int64_t>{s.total, s.dim} : std::vector<int64_t>{0});
+  Tensor grad_temperature =
+      needs_temperature ? torch::stable::new_zeros(*temperature_tensor, {1})
+                        : torch::stable::new_empty(feat, {0}, accumulate_type(c.dtype));
+
+  const int64_t tasks = s.episodes * s.queries * cpu::pixel_tiles(s);
+  std::vector<double> parts(needs_temperature ? size_t(tasks) : 0);
+  const ProtoAttnBwdParams p{s,
+                             c.features(),
+                             c.bags(),
+                             maps_of(grad, c.channels_last),
+                             maps_of(saved, c.channels_last),
+                             stats.data_ptr(),
+                             maps_of(grad_feat, c.channels_last),
+                             needs_protos ? grad_protos.data_ptr() : nullptr,
+                             needs_temperature ? parts.data() : nullptr};
+  const auto& table = cpu::kernels(cpu::current_level());
+  const int64_t bytes = cpu::scratch_bytes(c.dtype, s.dim, true);
+  if (tasks > 0)
+    run_tasks(tasks, 1, bytes, [&](TaskQueue& queue, void* scratch) {
+      table.backward_feat(c.dtype, p, queue, scratch);
+    });
+  if (needs_protos) {
+    // Rows past the last bag are unused capacity.
+    const int64_t bags = s.episodes * s.ways;
+    const int64_t used = static_cast<const int32_t*>(c.offsets.data_ptr())[bags];
+    if (used < s.total) {
+      Tensor unused = torch::stable::narrow(grad_protos, 0, used, s.total - used);
+      torch::stable::zero_(unused);
+    }
+    const auto blocks = proto_blocks(c);
+    if (!blocks.empty())
+      run_tasks(int64_t(blocks.size()), 1, bytes, [&](TaskQueue& queue, void* scratch) {
+        table.backward_protos(c.dtype, p, blocks.data(), queue, scratch);
+      });
+  }
+  if (needs_temperature) {
+    double sum = 0;
+    for (double part : parts) sum += part;
+    torch::stable::fill_(grad_temperature, sum);
+  }
+  return {grad_feat, grad_protos, grad_temperature};
+}
+
+}  // namespace
+}  // namespace fastproto
+
+STABLE_TORCH_LIBRARY_IMPL(fastproto, CPU, m) {
+  m.impl("proto_attention_fwd", TORCH_BOX(&fastproto::proto_attention_fwd));
+  m.impl("proto_attention_bwd", TORCH_BOX(&fastproto::proto_attention_bwd));
+}

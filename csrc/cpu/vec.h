@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of one register, through the compiler's vector extension: the same source is compiled
+// once per instruction set. Everything is in an unnamed namespace: a function compiled for AVX-512
+// must never be the copy the linker keeps for a CPU without it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fastproto::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+constexpr int kTileVecs = 4;  // 6 x 4 accumulators + 4 + 1 of 32 registers
+#elif defined(__AVX__)
+constexpr int kVecBytes = 32;
+constexpr int kTileVecs = 2;  // 6 x 2 accumulators + 2 + 1 of 16 registers
+#else
+constexpr int kVecBytes = 16;
+constexpr int kTileVecs = 2;
+#endif
+
+template <class Acc>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  typedef float Vec __attribute__((vector_size(kVecBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVecBytes)));
+};
+template <>
+struct VecTypes<double> {
+  typedef double Vec __attribute__((vector_size(kVecBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVecBytes)));
+};
+template <class Acc>
+using Vec = typename VecTypes<Acc>::Vec;
+template <class Acc>
+constexpr int kLanes = kVecBytes / int(sizeof(Acc));
+
+template <class Acc>
+inline Vec<Acc> load(const Acc* p) {
+  Vec<Acc> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class Acc>
+inline void store(Acc* p, Vec<Acc> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+template <class Acc>
+inline Vec<Acc> splat(Acc x) {
+  return x - Vec<Acc>{};
+}
+
+// exp(x) for x <= 0, relative error below 2e-7; results under the smallest normal number are 0.
+// NaN stays NaN: the comparisons below are false for it.
+inline Vec<float> exp_nonpositive(Vec<float> x) {
+  using Int = VecTypes<float>::Int;
+  constexpr float kLog2E = 1.44269504088896341f;
+  constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  constexpr float kSmallest = -87.0f;
+  const Int tiny = x < kSmallest;
+  Vec<float> clamped = tiny ? splat(kSmallest) : x;
+  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+  constexpr float kRound = 12582912.0f;
+  const Vec<float> n = (clamped * kLog2E + kRound) - kRound;
+  const Vec<float> r = (clamped - n * kLn2Hi) - n * kLn2Lo;
+  Vec<float> y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const Int exponent = (__builtin_convertvector(n, Int) + 127) << 23;
+  Vec<float> scale;
+  std::memcpy(&scale, &exponent, sizeof(scale));
+  y = y * scale;
+  return tiny ? Vec<float>{} : y;
+}
+// float64 exists for gradcheck and for measuring the other types: accuracy only.
+inline Vec<double> exp_nonpositive(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
+  return x;
+}
+
+// Storage types. Arithmetic is in Acc: float, or double for float64.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Storage {
+  using Acc = T;
+};
+template <>
+struct Storage<BFloat16> {
+  using Acc = float;
+};
+template <>
+struct Storage<Float16> {
+  using Acc = float;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  return bits;
+}
+
+inline float to_acc(float x) { return x; }
+inline double to_acc(double x) { return x; }
+inline float to_acc(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+inline float to_acc(Float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // Multiplying by 2^112 moves the exponent's bias; it makes subnormals right too.
+  const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);
+  const uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u
+                                             : float_to_bits(scaled);
+  return bits_to_float(sign | bits);
+#endif
+}
+
+// Rounding to nearest even, as PyTorch does.
+inline void from_acc(float x, float* out) { *out = x; }
+inline void from_acc(double x, double* out) { *out = x; }
+inline void from_acc(float x, BFloat16* out) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+inline void from_acc(float x, Float16* out) {
+#if defined(__F16C__)
+  out->bits = uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal in float16: let the adder round it
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  out->bits = uint16_t(sign | half);
+#endif
+}
+
+}  // namespace
+}  // namespace fastproto::cpu

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the native libraries of the installed package and explains why one is not there."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("fastproto")
+
+_FOLDER = Path(__file__).parent / "lib"
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+
+
+@functools.cache
+def why_not_cpu() -> str | None:
+    """Loads the CPU library; why it cannot be used, in a sentence, or None when it can."""
+    return _load("fastproto_cpu")
+
+
+@functools.cache
+def why_not_cuda() -> str | None:
+    """Loads the CUDA library; why it cannot be used, in a sentence, or None when it can.
+
+    A CPU-only torch never loads it: its symbols are those of libtorch_cuda.
+    """
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return why_not_cpu() or _load("fastproto_cuda")
+
+
+def _load(name: str) -> str | None:
+    if os.environ.get("FASTPROTO_NATIVE") == "0":
+        return "FASTPROTO_NATIVE=0 is set"
+    path = _FOLDER / f"lib{name}{_SUFFIX}"
+    if not path.is_file():
+        return f"the package was installed without {path.name}; reinstall it where torch and a C++ compiler are found"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        built = build_info().get("built_with_torch", "unknown")
+        return (
+            f"{path.name} does not load ({error}); it was built with torch {built} for torch >= "
+            f"{build_info().get('stable_abi', '2.10')}, this is torch {torch.__version__}"
+        )
+    return None
+
+
+def build_info() -> dict[str, Any]:
+    """Compiler, torch, stable ABI and CUDA architectures of the native build; empty when pure."""
+    module = _bindings()
+    return dict(module.build_info()) if module is not None else {}
+
+
+def cpu_level() -> str | None:
+    """Instruction set of the CPU kernels: "baseline", "avx2", "avx512"; None when pure."""
+    module = _bindings()
+    return module.cpu_level() if module is not None else None
+
+
+def _bindings() -> Any:
+    if importlib.util.find_spec("fastproto._C") is None:
+        return None
+    from fastproto import _C
+
+    return _C
+
+
+@functools.cache
+def say_once(sentence: str) -> None:
+    """Log a sentence at WARNING, once a process."""
+    logger.warning(sentence)

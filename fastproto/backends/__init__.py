@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which code runs the op: one ladder, from the fastest to the one that always exists.
+
+``native`` is the compiled library, ``reference`` plain PyTorch. The first rung that can run the
+problem is taken, unless the ``backend`` argument or ``FASTPROTO_BACKEND`` (read when fastproto is
+imported) names one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from fastproto import _library
+from fastproto.errors import ArgumentError
+
+LADDER = ("native", "reference")
+_FORCED = os.environ.get("FASTPROTO_BACKEND") or None
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why backend ``name`` cannot run on device type ``device``, in a sentence; None if it can."""
+    if name == "reference":
+        return None
+    if device == "cuda":
+        return _library.why_not_cuda() or "its CUDA kernels are not written yet"
+    if device in ("cpu", "meta"):
+        return _library.why_not_cpu()
+    return f"it has no kernels for device type {device!r}"
+
+
+@functools.cache
+def _choose(device: str, forced: str | None, source: str) -> str:
+    if forced is not None:
+        if forced not in LADDER:
+            raise ArgumentError(source, found=repr(forced), allowed=", ".join(LADDER))
+        reason = why_not(forced, device)
+        if reason is not None:
+            raise ArgumentError(
+                source,
+                found=f"{forced!r}, which cannot run on {device!r}: {reason}",
+                allowed=", ".join(name for name in LADDER if why_not(name, device) is None),
+            )
+        return forced
+    for name in LADDER:
+        reason = why_not(name, device)
+        if reason is None:
+            _library.logger.debug("proto_attention on %s: backend %s", device, name)
+            return name
+        _library.say_once(f"fastproto: backend {name} is not used on {device}: {reason}.")
+    raise AssertionError("the reference runs everywhere")
+
+
+# The choice depends on the installation alone, so torch.compile may take it as a constant.
+@torch.compiler.assume_constant_result
+def choose(device: str, backend: str | None = None) -> str:
+    """Name of the backend to use on device type ``device``.
+
+    Raises:
+        ArgumentError: ``backend`` (or FASTPROTO_BACKEND) is unknown or cannot run there; says why.
+    """
+    if backend is not None:
+        return _choose(device, backend, "backend")
+    return _choose(device, _FORCED, "FASTPROTO_BACKEND")
+
+
+def describe() -> list[tuple[str, bool, str]]:
+    """(name and device, available, why not or "") of every backend, for ``fastproto info``."""
+    rows = []
+    for name in LADDER:
+        for device in ("cpu", "cuda"):
+            reason = why_not(name, device)
+            if name == "reference" and device == "cuda" and not torch.cuda.is_available():
+                reason = "torch finds no CUDA device"
+            rows.append((f"{name} ({device})", reason is None, reason or ""))
+    return rows

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three losses of an episode: segmentation, prototype alignment and cyclic consistency.
+
+Alignment and cycle turn the episode round: the query's prediction, argmax without gradient, takes
+the place of the annotation, and the support is segmented from it. They differ in how:
+
+* alignment (PANet, Wang et al., ICCV 2019) by prototype scores alone, without the decoder, which
+  shapes the encoder's features;
+* cycle by the full network, decoder included.
+
+Neither encodes an image again. A pixel of the support whose class the prediction does not contain
+has nothing it could be recognised by and is ignored; a loss without any pixel is 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastproto.errors import ArgumentError
+from fastproto.nn.base import Features, FewShotModel, check_labels
+from fastproto.nn.baseline import upsample_scores
+from fastproto.nn.prototypes import Prototypes, prototype_scores
+
+IGNORE = -100
+"""Label of a pixel that no loss counts."""
+
+
+class EpisodeLike(Protocol):
+    """What :class:`EpisodeLoss` reads of an episode."""
+
+    support_images: Tensor  # [E, S, 3, H, W]
+    support_masks: Tensor  # [E, S, H, W]
+    query_images: Tensor  # [E, Q, 3, H, W]
+    query_masks: Tensor  # [E, Q, H, W]
+    num_classes: int
+
+
+def segmentation_loss(
+    logits: Tensor, target: Tensor, class_weights: Sequence[float] | Tensor | None = None
+) -> Tensor:
+    """Cross entropy over all pixels, weighted by the class of each.
+
+    ``sum(w[y] * -log softmax(logits)[y]) / sum(w[y])`` over the pixels that are not ``IGNORE``;
+    0, with a zero gradient, if there are none.
+
+    Args:
+        logits: ``[E, Q, K, H, W]``.
+        target: ``[E, Q, H, W]``, integer labels 0..K-1 or ``IGNORE``.
+        class_weights: K weights, at least 0; None weighs all classes the same.
+
+    Raises:
+        ArgumentError: Shapes that do not fit, or another number of weights.
+    """
+    classes = logits.shape[2] if logits.ndim == 5 else 0
+    if classes == 0 or target.shape != (*logits.shape[:2], *logits.shape[3:]):
+        raise ArgumentError(
+            "target",
+            found=f"shape {list(target.shape)} with logits of {list(logits.shape)}",
+            allowed="[E, Q, H, W] with logits of [E, Q, K, H, W]",
+        )
+    if class_weights is None:
+        weights = logits.new_ones(classes, dtype=torch.float32)
+    else:
+        weights = torch.as_tensor(class_weights, dtype=torch.float32, device=logits.device)
+    if weights.shape != (classes,):
+        raise ArgumentError(
+            "class_weights", found=f"shape {list(weights.shape)}", allowed=f"{classes} weights"
+        )
+    target = target.long()
+    counted = target != IGNORE
+    weight = weights[target.clamp(min=0)] * counted  # [E, Q, H, W]
+    nll = F.cross_entropy(
+        logits.flatten(0, 1), target.flatten(0, 1), ignore_index=IGNORE, reduction="none"
+    ).view_as(weight)
+    return (nll * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def alignment_loss(
+    model: FewShotModel,
+    support: Features,
+    support_masks: Tensor,
+    query_prototypes: Prototypes,
+    class_weights: Sequence[float] | Tensor | None = None,
+) -> Tensor:
+    """The support, segmented by scores of the query's prototypes, against its true masks.
+
+    Args:
+        model: The network; its temperature and output stride are used.
+        support: Encoded support images, as in the forward pass.
+        support_masks: ``[E, S, H, W]``, integer labels.
+        query_prototypes: Of the predicted query masks, see :func:`predicted_prototypes`.
+        class_weights: K weights, or None.
+    """
+    scores = prototype_scores(support.bottleneck, query_prototypes, temperature=model.temperature)
+    logits = upsample_scores(scores, model.encoder.output_stride, support.size)
+    return segmentation_loss(logits, _ignore_absent(support_masks, query_prototypes), class_weights)
+
+
+def cycle_loss(
+    model: FewShotModel,
+    support: Features,
+    support_masks: Tensor,
+    query_prototypes: Prototypes,
+    class_weights: Sequence[float] | Tensor | None = None,
+) -> Tensor:
+    """The support, segmented by the full network from the query's prototypes, against its masks.
+
+    The arguments are those of :func:`alignment_loss`.
+    """
+    logits = model.decode(support, query_prototypes)
+    return segmentation_loss(logits, _ignore_absent(support_masks, query_prototypes), class_weights)
+
+
+def predicted_prototypes(model: FewShotModel, query: Features, logits: Tensor) -> Prototypes:
+    """Prototypes of the query with its own prediction as the annotation.
+
+    The prediction, the argmax of ``logits`` ``[E, Q, K, H, W]``, carries no gradient; the query's
+    features do.
+    """
+    return model.extract(query, logits.detach().argmax(dim=2), logits.shape[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeLoss:
+    """``total = ce * CE + align * alignment + cycle * cycle`` of one batch of episodes.
+
+    Args:
+        ce: Weight of the cross entropy of the query; 0 leaves a loss out, and its work with it.
+        align: Weight of the alignment loss.
+        cycle: Weight of the cyclic consistency loss.
+        class_weights: K weights of the classes in all three, or None.
+
+    Raises:
+        ArgumentError: A weight below 0, or none above it.
+    """
+
+    ce: float = 1.0
+    align: float = 1.0
+    cycle: float = 1.0
+    class_weights: Sequence[float] | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        weights = {"ce": self.ce, "align": self.align, "cycle": self.cycle}
+        if min(weights.values()) < 0 or max(weights.values()) == 0:
+            raise ArgumentError(
+                "loss weights", found=str(weights), allowed="numbers of at least 0, one above 0"
+            )
+
+    def __call__(
+        self, model: FewShotModel, episode: EpisodeLike
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Run the network and its losses.
+
+        Returns:
+            The total, with gradient; the single losses without weights and without gradient (0 for
+            one that is left out); the query's logits ``[E, Q, K, H, W]``.
+
+        Raises:
+            ArgumentError: An episode that does not fit together.
+        """
+        support, query = model.encode_episode(episode.support_images, episode.query_images)
+        masks, classes = episode.support_masks, episode.num_classes
+        query_shape = (*query.bottleneck.shape[:2], *query.size)
+        check_labels(episode.query_masks, query_shape, classes, name="query_masks")
+        logits = model.decode(query, model.extract(support, masks, classes))
+
+        losses = {}
+        if self.ce:
+            losses["ce"] = segmentation_loss(logits, episode.query_masks, self.class_weights)
+        if self.align or self.cycle:
+            protos = predicted_prototypes(model, query, logits)
+            if self.align:
+                losses["align"] = alignment_loss(model, support, masks, protos, self.class_weights)
+            if self.cycle:
+                losses["cycle"] = cycle_loss(model, support, masks, protos, self.class_weights)
+        total = torch.stack([getattr(self, name) * loss for name, loss in losses.items()]).sum()
+        zero = total.new_zeros(())
+        parts = {name: losses.get(name, zero).detach() for name in ("ce", "align", "cycle")}
+        return total, parts, logits
+
+
+def _ignore_absent(masks: Tensor, prototypes: Prototypes) -> Tensor:
+    """``masks`` with ``IGNORE`` where the class of the pixel has no prototype."""
+    present = prototypes.present()  # [E, K]
+    known = present.gather(1, masks.long().flatten(1)).view_as(masks)
+    return masks.long().masked_fill(known.logical_not(), IGNORE)
