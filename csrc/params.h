@@ -50,7 +50,7 @@ struct ProtoAttnFwdParams {
   Maps out;       // [E*Q*K, 2D or D, HW]
   // For the backward, in float (double for float64); null where not wanted.
   Maps agg;     // [E*Q*K, D, HW] Gc = G - mean, centred: <dO, G> would lose digits to the mean
-  void* stats;  // [E*Q*K, 2, HW] log sum_j exp((c_ij - 1)/t), and the mean taken out of G
+  void* stats;  // [E*Q*K, 3, HW] bound and 1/sum of the softmax, mean taken out of G
 };
 
 struct ProtoAttnBwdParams {
@@ -59,7 +59,7 @@ struct ProtoAttnBwdParams {
   Bags bags;
   Maps grad_out;        // [E*Q*K, 2D or D, HW]
   Maps agg;             // [E*Q*K, D, HW]
-  const void* stats;    // [E*Q*K, 2, HW]
+  const void* stats;    // [E*Q*K, 3, HW]
   Maps grad_feat;       // [E*Q, D, HW]
   void* grad_protos;    // [N_total, D] contiguous, or nullptr: not wanted
   double* grad_temperature_parts;  // [tasks of the feature pass], or nullptr: not wanted

@@ -79,7 +79,7 @@ def _(
     dtype = _accumulate_dtype(feat)
     if not save_for_backward:
         return out, feat.new_empty([0], dtype=dtype), feat.new_empty([0], dtype=dtype)
-    stats = feat.new_empty([*leading, 2, height * width], dtype=dtype)
+    stats = feat.new_empty([*leading, 3, height * width], dtype=dtype)
     return out, _new_maps(feat, leading, dim, dtype), stats
 
 

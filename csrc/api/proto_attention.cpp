@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(
                    : torch::stable::new_empty(feat, {0}, accumulate_type(c.dtype));
   Tensor stats = torch::stable::new_empty(
       feat,
-      save_for_backward ? std::vector<int64_t>{s.episodes, s.queries, s.ways, 2, s.pixels}
+      save_for_backward ? std::vector<int64_t>{s.episodes, s.queries, s.ways, 3, s.pixels}
                         : std::vector<int64_t>{0},
       accumulate_type(c.dtype));
 
@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(
            "grad_out, agg, stats: found another dtype; allowed: those of the forward.");
   const int64_t maps = s.episodes * s.queries * s.ways;
   FP_CHECK(grad_out.numel() == maps * s.pixels * s.dim * (concat ? 2 : 1) &&
-               agg.numel() == maps * s.pixels * s.dim && stats.numel() == 2 * maps * s.pixels,
+               agg.numel() == maps * s.pixels * s.dim && stats.numel() == 3 * maps * s.pixels,
            "grad_out, agg, stats: found other sizes; allowed: those of the forward.");
   const Tensor grad = dense(grad_out, c.channels_last);
   const Tensor saved = dense(agg, c.channels_last);

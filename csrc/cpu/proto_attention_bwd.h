@@ -2,7 +2,7 @@
 // Backward of proto_attention: two passes, each output element written by exactly one task, so the
 // result is the same bits for any number of threads. Symbols and derivation in docs/math.md.
 //
-//     dO = dY2 * F        A = exp((c - 1)/t - log_sum)
+//     dO = dY2 * F        A = exp((c - bound)/t) / sum, the bits of the forward
 //     dS = A * (<dO, P> - <dO, G>) / t           gradient of the cosine
 //   feature pass, per pixel tile:
 //     dF = dY1 + dY2 * G + rq (sum_j dS_j rp_j Pc_j  -  Fc rq sum_j dS_j c_j)
@@ -37,26 +37,32 @@ template <class Acc>
 struct GradStats {
   Acc delta[kT];     // <dO, Gc>
   Acc total[kT];     // sum over channels of dO
-  Acc agg_mean[kT];  // G - Gc = sum_j A_j mean(P_j)
-  Acc log_sum[kT];
+  Acc agg_mean[kT];  // sum_j A_j (mean(P_j) - origin), so that G = Gc + origin + agg_mean
+  Acc origin;        // see mean_origin
+  Acc bound[kT];
+  Acc rsum[kT];
 };
 
-// s.grad_out = dY2 * F, s.out = Gc, and the sums over channels.
+// s.grad_out = dY2 * F, s.out = Gc, and the sums over channels of a bag that is not empty.
 template <class T>
-void load_grad(const ProtoAttnBwdParams& p, int64_t map, int64_t pixel, int64_t count,
+void load_grad(const ProtoAttnBwdParams& p, int64_t map, int64_t bag, int64_t pixel, int64_t count,
                const BwdScratch<AccOf<T>>& s, GradStats<AccOf<T>>* g) {
   using Acc = AccOf<T>;
   const int64_t dim = p.shape.dim;
   const auto grad = tile_of<T>(p.grad_out, map, p.shape.concat ? dim : 0, pixel, count);
   const auto agg = tile_of<Acc>(p.agg, map, 0, pixel, count);
+  // A bag of one is not centred (forward).
+  const int64_t begin = p.bags.offsets[bag], size = p.bags.offsets[bag + 1] - begin;
+  g->origin = size > 1 ? mean_origin<T>(p.bags, begin, dim, s.out) : Acc(0);
   load_tile<T>({grad.data, grad.stride_channel, grad.stride_pixel, count}, dim, s.grad_out);
   load_tile<Acc>({agg.data, agg.stride_channel, agg.stride_pixel, count}, dim, s.out);
-  const Acc* stats = static_cast<const Acc*>(p.stats) + 2 * map * p.shape.pixels + pixel;
+  const Acc* stats = static_cast<const Acc*>(p.stats) + 3 * map * p.shape.pixels + pixel;
   for (int64_t i = 0; i < kT; ++i) {
     g->delta[i] = 0;
     g->total[i] = 0;
-    g->log_sum[i] = i < count ? stats[i] : Acc(0);
-    g->agg_mean[i] = i < count ? stats[p.shape.pixels + i] : Acc(0);
+    g->bound[i] = i < count ? stats[i] : Acc(0);
+    g->rsum[i] = i < count ? stats[p.shape.pixels + i] : Acc(0);
+    g->agg_mean[i] = i < count ? stats[2 * p.shape.pixels + i] : Acc(0);
   }
   for (int64_t d = 0; d < dim; ++d)
     for (int64_t i = 0; i < kT; ++i) {
@@ -88,11 +94,12 @@ void score_grads(const ProtoAttnBwdParams& p, int64_t size, int64_t rows,
   gemm<Acc>(rows, kT, dim, {s.protos, dim, 1}, s.centred, kT, s.scores, kT, false);
   gemm<Acc>(rows, kT, dim, {s.protos, dim, 1}, s.grad_out, kT, s.grad_scores, kT, false);
   for (int64_t r = 0; r < rows; ++r) {
-    const Acc rnorm = s.block->rnorm[r], mean = s.block->mean[r];
+    const Acc rnorm = s.block->rnorm[r], mean = s.block->mean[r] - g.origin;
     for (int64_t i = 0; i < kT; i += L) {
       const int64_t at = r * kT + i;
       const Vec<Acc> c = load(s.scores + at) * (rnorm * load(s.pixels->rnorm + i));
-      const Vec<Acc> a = exp_nonpositive((c - 1) * inv_t - load(g.log_sum + i));
+      const Vec<Acc> a =
+          exp_nonpositive((c - load(g.bound + i)) * inv_t) * load(g.rsum + i);
       // <dO, P> - <dO, G>, with both means taken out of the products: they would cancel.
       const Vec<Acc> excess = (load(s.grad_scores + at) - load(g.delta + i)) +
                               (mean - load(g.agg_mean + i)) * load(g.total + i);
@@ -129,21 +136,22 @@ void backward_feat_tile(const ProtoAttnBwdParams& p, int64_t image, int64_t tile
     const int64_t begin = p.bags.offsets[bag], end = p.bags.offsets[bag + 1];
     if (begin == end) continue;  // G = 0: nothing but dY1 reaches F
     GradStats<Acc> g;
-    load_grad<T>(p, map, pixel, count, s, &g);
+    load_grad<T>(p, map, bag, pixel, count, s, &g);
     // dY2 * G; read again rather than divide dO by F, which is full of zeros.
     const auto grad = tile_of<T>(p.grad_out, map, p.shape.concat ? dim : 0, pixel, count);
-    Acc run[kT];
+    Acc run[kT], mean[kT];
+    for (int64_t i = 0; i < kT; ++i) mean[i] = g.agg_mean[i] + g.origin;
     if (grad.pixels_contiguous()) {
       for (int64_t d = 0; d < dim; ++d) {
         load_run(grad.data + d * grad.stride_channel, run, count);
         for (int64_t i = 0; i < count; ++i)
-          direct[d * kT + i] += run[i] * (s.out[d * kT + i] + g.agg_mean[i]);
+          direct[d * kT + i] += run[i] * (s.out[d * kT + i] + mean[i]);
       }
     } else {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t d = 0; d < dim; ++d)
           direct[d * kT + i] += to_acc(grad.data[i * grad.stride_pixel + d]) *
-                                (s.out[d * kT + i] + g.agg_mean[i]);
+                                (s.out[d * kT + i] + mean[i]);
     }
     if (end - begin == 1) continue;  // dS = 0
     for (int64_t n = begin; n < end; n += kBlockProtos) {
@@ -211,7 +219,7 @@ void backward_proto_block(const ProtoAttnBwdParams& p, const ProtoBlock& block,
       load_tile<T>(tile_of<T>(p.feat, episode, query, pixel, count), dim, s.raw);
       centre_pixels<Acc>(s.raw, dim, eps, s.centred, s.pixels);
       GradStats<Acc> g;
-      load_grad<T>(p, map, pixel, count, s, &g);
+      load_grad<T>(p, map, block.bag, pixel, count, s, &g);
       score_grads<T>(p, size, rows, g, s, weighted);
       // Transposed, so that prototypes are the vector dimension: [kT][kBlockProtos].
       for (int64_t r = 0; r < kBlockProtos; ++r)

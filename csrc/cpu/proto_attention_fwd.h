@@ -55,10 +55,18 @@ void cosines(const Bags& bags, int64_t begin, int64_t rows, int64_t dim, AccOf<T
   }
 }
 
+// Mean over channels of the bag's first prototype: means are summed relative to it, because the
+// backward takes differences of them.
+template <class T>
+AccOf<T> mean_origin(const Bags& bags, int64_t begin, int64_t dim, AccOf<T>* row) {
+  load_run(static_cast<const T*>(bags.protos) + begin * dim, row, dim);
+  return row_mean(row, dim);
+}
+
 // The bag's O^T in s.out, its sum of weights and of weighted prototype means per pixel.
 template <class T>
 void attend(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, const FwdScratch<AccOf<T>>& s,
-            AccOf<T>* bound, AccOf<T>* sum, AccOf<T>* mean_sum) {
+            AccOf<T> origin, AccOf<T>* bound, AccOf<T>* sum, AccOf<T>* mean_sum) {
   using Acc = AccOf<T>;
   constexpr int L = kLanes<Acc>;
   const int64_t dim = p.shape.dim;
@@ -91,7 +99,7 @@ void attend(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, const FwdSc
         const Vec<Acc> w = exp_nonpositive((load(s.scores + r * kT + i) - top) * inv_t);
         store(s.scores + r * kT + i, w);
         total += w;
-        mean_total += w * s.block->mean[r];
+        mean_total += w * (s.block->mean[r] - origin);
       }
       store(sum + i, total);
       store(mean_sum + i, mean_total);
@@ -100,19 +108,21 @@ void attend(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, const FwdSc
   }
 }
 
-// s.out = G - mean(G), with mean(G) and log_sum per pixel.
+// s.out = G - origin - mean; bound, 1/sum and mean per pixel; returns origin.
 template <class T>
-void aggregate_tile(const ProtoAttnFwdParams& p, int64_t begin, int64_t end,
-                    const FwdScratch<AccOf<T>>& s, AccOf<T>* log_sum, AccOf<T>* mean) {
+AccOf<T> aggregate_tile(const ProtoAttnFwdParams& p, int64_t begin, int64_t end,
+                    const FwdScratch<AccOf<T>>& s, AccOf<T>* bound, AccOf<T>* rsum,
+                        AccOf<T>* mean) {
   using Acc = AccOf<T>;
   const int64_t dim = p.shape.dim;
   for (int64_t i = 0; i < kT; ++i) {
-    log_sum[i] = 0;
+    bound[i] = 0;
+    rsum[i] = 0;
     mean[i] = 0;
   }
   if (end == begin) {
     for (int64_t i = 0; i < dim * kT; ++i) s.out[i] = 0;
-    return;
+    return 0;
   }
   if (end - begin == 1) {
     // One prototype: w = 1 exactly, whatever the cosine. G is not centred, so that it is P to the
@@ -123,18 +133,17 @@ void aggregate_tile(const ProtoAttnFwdParams& p, int64_t begin, int64_t end,
     for (int64_t d = 0; d < dim; ++d)
       for (int64_t i = 0; i < kT; ++i)
         s.out[d * kT + i] = s.protos[d] + (poison + (s.pixels->rnorm[i] - s.pixels->rnorm[i]));
-    return;
+    return 0;
   }
-  Acc bound[kT], sum[kT];
-  attend<T>(p, begin, end, s, bound, sum, mean);
-  const Acc inv_t = Acc(1.0 / p.shape.temperature);
+  const Acc origin = mean_origin<T>(p.bags, begin, dim, s.protos);
+  attend<T>(p, begin, end, s, origin, bound, rsum, mean);
   for (int64_t i = 0; i < kT; ++i) {
-    log_sum[i] = (bound[i] - 1) * inv_t + Acc(::log(double(sum[i])));
-    sum[i] = Acc(1) / sum[i];
-    mean[i] *= sum[i];
+    rsum[i] = Acc(1) / rsum[i];
+    mean[i] *= rsum[i];
   }
   for (int64_t d = 0; d < dim; ++d)
-    for (int64_t i = 0; i < kT; ++i) s.out[d * kT + i] *= sum[i];
+    for (int64_t i = 0; i < kT; ++i) s.out[d * kT + i] *= rsum[i];
+  return origin;
 }
 
 template <class T>
@@ -142,16 +151,19 @@ void forward_tile(const ProtoAttnFwdParams& p, int64_t bag, int64_t map, int64_t
                   TileView<const T> feat, const FwdScratch<AccOf<T>>& s) {
   using Acc = AccOf<T>;
   const int64_t dim = p.shape.dim, count = feat.count;
-  Acc log_sum[kT], mean[kT];
-  aggregate_tile<T>(p, p.bags.offsets[bag], p.bags.offsets[bag + 1], s, log_sum, mean);
+  Acc bound[kT], rsum[kT], mean[kT];
+  const Acc origin =
+      aggregate_tile<T>(p, p.bags.offsets[bag], p.bags.offsets[bag + 1], s, bound, rsum, mean);
   if (p.stats != nullptr) {
     store_tile<Acc>(s.out, dim, tile_of<Acc>(p.agg, map, 0, pixel, count));
-    Acc* stats = static_cast<Acc*>(p.stats) + 2 * map * p.shape.pixels + pixel;
+    Acc* stats = static_cast<Acc*>(p.stats) + 3 * map * p.shape.pixels + pixel;
     for (int64_t i = 0; i < count; ++i) {
-      stats[i] = log_sum[i];
-      stats[p.shape.pixels + i] = mean[i];
+      stats[i] = bound[i];
+      stats[p.shape.pixels + i] = rsum[i];
+      stats[2 * p.shape.pixels + i] = mean[i];
     }
   }
+  for (int64_t i = 0; i < kT; ++i) mean[i] += origin;
   for (int64_t d = 0; d < dim; ++d)
     for (int64_t i = 0; i < kT; ++i)
       s.out[d * kT + i] = (s.out[d * kT + i] + mean[i]) * s.raw[d * kT + i];

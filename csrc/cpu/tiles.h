@@ -182,6 +182,19 @@ struct ProtoStats {
   Acc free[kBlockProtos];
 };
 
+template <class Acc>
+inline Acc row_mean(const Acc* row, int64_t dim) {
+  constexpr int L = kLanes<Acc>;
+  const int64_t whole = dim / L * L;
+  const Acc first = row[0];
+  Vec<Acc> sums = {};
+  for (int64_t d = 0; d < whole; d += L) sums += load(row + d) - first;
+  Acc sum = 0;
+  for (int i = 0; i < L; ++i) sum += sums[i];
+  for (int64_t d = whole; d < dim; ++d) sum += row[d] - first;
+  return first + sum / Acc(dim);
+}
+
 // Loads rows [begin, begin + rows) of the packed prototypes, centred over channels.
 template <class T>
 void load_protos(const Bags& bags, int64_t begin, int64_t rows, int64_t dim, AccOf<T> eps,
@@ -193,13 +206,7 @@ void load_protos(const Bags& bags, int64_t begin, int64_t rows, int64_t dim, Acc
   for (int64_t n = 0; n < rows; ++n) {
     Acc* row = centred + n * dim;
     load_run(src + n * dim, row, dim);
-    const Acc first = row[0];
-    Vec<Acc> sums = {};
-    for (int64_t d = 0; d < whole; d += L) sums += load(row + d) - first;
-    Acc sum = 0;
-    for (int i = 0; i < L; ++i) sum += sums[i];
-    for (int64_t d = whole; d < dim; ++d) sum += row[d] - first;
-    const Acc mean = first + sum / Acc(dim);
+    const Acc mean = row_mean(row, dim);
     Vec<Acc> squares = {};
     for (int64_t d = 0; d < whole; d += L) {
       const Vec<Acc> x = load(row + d) - mean;

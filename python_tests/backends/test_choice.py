@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend ladder: what is picked, how it is forced, and what it says when it cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastproto import InputError, _library, backends, proto_attention
+
+CALL = (
+    "import torch; from fastproto import proto_attention, backends; "
+    "o = proto_attention(torch.ones(1, 1, 4, 2, 2), torch.ones(1, 4), "
+    "torch.tensor([0, 1], dtype=torch.int32)); print(backends.choose('cpu'), o.sum().item())"
+)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_native_is_first_on_the_cpu() -> None:
+    assert backends.choose("cpu") == "native"
+    assert backends.choose("cpu", "reference") == "reference"
+
+
+def test_without_native_code_the_reference_runs_and_says_so_once() -> None:
+    result = python(CALL + ";" + CALL, FASTPROTO_NATIVE="0")
+    assert result.stdout.split() == ["reference", "32.0"] * 2
+    assert result.stderr.count("FASTPROTO_NATIVE=0 is set") == 1
+
+
+def test_the_environment_forces_a_backend() -> None:
+    assert python(CALL, FASTPROTO_BACKEND="reference").stdout.split()[0] == "reference"
+    result = python(CALL, FASTPROTO_BACKEND="fast")
+    assert "FASTPROTO_BACKEND: found 'fast'; allowed: native, reference" in result.stderr
+
+
+def test_a_forced_backend_that_cannot_run_says_why() -> None:
+    result = python(CALL, FASTPROTO_BACKEND="native", FASTPROTO_NATIVE="0")
+    assert result.returncode != 0
+    assert "cannot run on 'cpu': FASTPROTO_NATIVE=0 is set" in result.stderr
+
+
+def test_unknown_backend_argument() -> None:
+    with pytest.raises(InputError, match="backend: found 'quick'"):
+        proto_attention(
+            torch.ones(1, 1, 4, 2, 2),
+            torch.ones(1, 4),
+            torch.tensor([0, 1], dtype=torch.int32),
+            backend="quick",
+        )
+
+
+def test_describe_lists_every_backend_with_a_reason() -> None:
+    rows = backends.describe()
+    assert {name for name, _, _ in rows} >= {"native (cpu)", "native (cuda)", "reference (cpu)"}
+    assert all(available or reason for _, available, reason in rows)
+
+
+def test_build_info_and_cpu_level() -> None:
+    info = _library.build_info()
+    assert info["stable_abi"] == "2.10"
+    assert info["built_with_torch"].split("+")[0].count(".") >= 1
+    assert _library.cpu_level() in ("baseline", "avx2", "avx512")
+
+
+LEVELS = ["baseline", "avx2", "avx512"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_of_this_cpu_passes_the_op_tests(level: str) -> None:
+    """Forced in a process of its own: the level is chosen once a process."""
+    if LEVELS.index(level) > LEVELS.index(_library.cpu_level()):
+        pytest.skip(f"this CPU has no {level}")
+    if level == _library.cpu_level():
+        pytest.skip("the level all other tests run on")
+    folder = os.path.join(os.path.dirname(__file__), "..", "ops")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", folder,
+         "-k", "against_reference or edges or gradcheck or bits"],
+        env=os.environ | {"FASTPROTO_CPU_LEVEL": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    result = python(
+        "from fastproto import _library; print(_library.cpu_level())", FASTPROTO_CPU_LEVEL="sse9"
+    )
+    assert "FASTPROTO_CPU_LEVEL: found sse9; allowed: baseline, avx2, avx512" in result.stderr
