@@ -97,7 +97,9 @@ class CMakeBuild(build_ext):
 
 reason = why_pure()
 if reason is not None:
-    print(f"fastproto: installing without native code ({reason}); the plain PyTorch reference is used")
+    print(
+        f"fastproto: installing without native code ({reason}); the plain PyTorch reference is used"
+    )
 setup(
     ext_modules=[] if reason else [Extension("fastproto._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -47,7 +47,7 @@ struct ProtoAttnFwdParams {
   ProtoAttnShape shape;
   Features feat;
   Bags bags;
-  Maps out;       // [E*Q*K, 2D or D, HW]
+  Maps out;  // [E*Q*K, 2D or D, HW]
   // For the backward, in float (double for float64); null where not wanted.
   Maps agg;     // [E*Q*K, D, HW] Gc = G - mean, centred: <dO, G> would lose digits to the mean
   void* stats;  // [E*Q*K, 3, HW] bound and 1/sum of the softmax, mean taken out of G
@@ -57,11 +57,11 @@ struct ProtoAttnBwdParams {
   ProtoAttnShape shape;
   Features feat;
   Bags bags;
-  Maps grad_out;        // [E*Q*K, 2D or D, HW]
-  Maps agg;             // [E*Q*K, D, HW]
-  const void* stats;    // [E*Q*K, 3, HW]
-  Maps grad_feat;       // [E*Q, D, HW]
-  void* grad_protos;    // [N_total, D] contiguous, or nullptr: not wanted
+  Maps grad_out;                   // [E*Q*K, 2D or D, HW]
+  Maps agg;                        // [E*Q*K, D, HW]
+  const void* stats;               // [E*Q*K, 3, HW]
+  Maps grad_feat;                  // [E*Q, D, HW]
+  void* grad_protos;               // [N_total, D] contiguous, or nullptr: not wanted
   double* grad_temperature_parts;  // [tasks of the feature pass], or nullptr: not wanted
 };
 

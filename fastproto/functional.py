@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -104,9 +106,7 @@ def _check(
 ) -> None:
     """Everything that can be checked without reading a tensor's values."""
     if feat.dim() != 5:
-        raise ArgumentError(
-            "feat", found=f"shape {tuple(feat.shape)}", allowed="[E, Q, D, H, W]"
-        )
+        raise ArgumentError("feat", found=f"shape {tuple(feat.shape)}", allowed="[E, Q, D, H, W]")
     if feat.dtype not in _DTYPES:
         raise ArgumentError(
             "feat", found=str(feat.dtype), allowed="float32, bfloat16, float16, float64"
@@ -156,7 +156,7 @@ def _check(
 def _check_values(offsets: Tensor, protos: Tensor, temperature: float | Tensor) -> None:
     """Checks that read values: free on the CPU, a synchronisation elsewhere."""
     bounds = offsets.tolist()
-    if bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ArgumentError(
             "offsets", found=str(bounds), allowed="numbers that never fall, the first 0"
         )

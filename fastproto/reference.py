@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op in plain PyTorch: the specification that every backend is tested against.
 
-Symbols as in docs/math.md: F query feature, P prototype, c cosine, w weight, G aggregated prototype.
+Symbols as in docs/math.md: F query feature, P prototype, c cosine, w weight, G aggregate.
 Runs on any device in any floating dtype, and can be differentiated twice.
 """
 

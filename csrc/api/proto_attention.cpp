@@ -59,7 +59,8 @@ Tensor new_maps(const Tensor& like, std::vector<int64_t> sizes, bool channels_la
 Tensor dense(const Tensor& t, bool channels_last) {
   if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
   const int64_t n = t.dim();
-  const Tensor rows = torch::stable::transpose(torch::stable::transpose(t, n - 2, n - 1), n - 3, n - 1);
+  const Tensor rows =
+      torch::stable::transpose(torch::stable::transpose(t, n - 2, n - 1), n - 3, n - 1);
   if (rows.is_contiguous()) return t;
   const Tensor packed = torch::stable::contiguous(rows);
   return torch::stable::transpose(torch::stable::transpose(packed, n - 3, n - 1), n - 2, n - 1);
@@ -192,14 +193,16 @@ ScalarType accumulate_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(
-    Tensor feat, Tensor protos, Tensor offsets, std::optional<Tensor> temperature_tensor,
-    double temperature, double eps, bool concat, bool save_for_backward) {
+std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor protos, Tensor offsets,
+                                                       std::optional<Tensor> temperature_tensor,
+                                                       double temperature, double eps, bool concat,
+                                                       bool save_for_backward) {
   const Checked c = check(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
   const ProtoAttnShape& s = c.shape;
   const int64_t height = feat.size(3), width = feat.size(4);
-  Tensor out = new_maps(feat, {s.episodes, s.queries, s.ways, concat ? 2 * s.dim : s.dim, height, width},
-                        c.channels_last);
+  Tensor out =
+      new_maps(feat, {s.episodes, s.queries, s.ways, concat ? 2 * s.dim : s.dim, height, width},
+               c.channels_last);
   Tensor agg = save_for_backward
                    ? new_maps(feat, {s.episodes, s.queries, s.ways, s.dim, height, width},
                               c.channels_last, accumulate_type(c.dtype))
@@ -243,14 +246,17 @@ std::vector<cpu::ProtoBlock> proto_blocks(const Checked& c) {
   return blocks;
 }
 
-std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(
-    Tensor grad_out, Tensor feat, Tensor protos, Tensor offsets,
-    std::optional<Tensor> temperature_tensor, Tensor agg, Tensor stats, double temperature,
-    double eps, bool concat, bool needs_protos, bool needs_temperature) {
+std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor feat, Tensor protos,
+                                                       Tensor offsets,
+                                                       std::optional<Tensor> temperature_tensor,
+                                                       Tensor agg, Tensor stats, double temperature,
+                                                       double eps, bool concat, bool needs_protos,
+                                                       bool needs_temperature) {
   const Checked c = check(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
   const ProtoAttnShape& s = c.shape;
   check_rank(grad_out, "grad_out", 6, "[E, Q, K, 2D or D, H, W]");
-  check_rank(agg, "agg", 6, "[E, Q, K, D, H, W]: the forward must be called with save_for_backward");
+  check_rank(agg, "agg", 6,
+             "[E, Q, K, D, H, W]: the forward must be called with save_for_backward");
   FP_CHECK(grad_out.scalar_type() == feat.scalar_type() &&
                agg.scalar_type() == accumulate_type(c.dtype) &&
                stats.scalar_type() == accumulate_type(c.dtype),
@@ -262,13 +268,13 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(
   const Tensor grad = dense(grad_out, c.channels_last);
   const Tensor saved = dense(agg, c.channels_last);
 
-  Tensor grad_feat = new_maps(feat, {s.episodes, s.queries, s.dim, feat.size(3), feat.size(4)},
-                              c.channels_last);
+  Tensor grad_feat =
+      new_maps(feat, {s.episodes, s.queries, s.dim, feat.size(3), feat.size(4)}, c.channels_last);
   Tensor grad_protos = torch::stable::new_empty(
       protos, needs_protos ? std::vector<int64_t>{s.total, s.dim} : std::vector<int64_t>{0});
-  Tensor grad_temperature =
-      needs_temperature ? torch::stable::new_zeros(*temperature_tensor, {1})
-                        : torch::stable::new_empty(feat, {0}, accumulate_type(c.dtype));
+  Tensor grad_temperature = needs_temperature
+                                ? torch::stable::new_zeros(*temperature_tensor, {1})
+                                : torch::stable::new_empty(feat, {0}, accumulate_type(c.dtype));
 
   const int64_t tasks = s.episodes * s.queries * cpu::pixel_tiles(s);
   std::vector<double> parts(needs_temperature ? size_t(tasks) : 0);

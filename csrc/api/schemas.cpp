@@ -4,8 +4,8 @@
 
 STABLE_TORCH_LIBRARY(fastproto, m) {
   // `temperature_tensor`, where given, takes the place of `temperature` and has a gradient.
-  // With save_for_backward: agg [E, Q, K, D, H, W] and stats [E, Q, K, 3, H*W] are what the backward
-  // of the same device needs (csrc/params.h); else both are empty.
+  // With save_for_backward: agg [E, Q, K, D, H, W] and stats [E, Q, K, 3, H*W] are what the
+  // backward of the same device needs (csrc/params.h); else both are empty.
   m.def(
       "proto_attention_fwd(Tensor feat, Tensor protos, Tensor offsets, Tensor? temperature_tensor, "
       "float temperature, float eps, bool concat, bool save_for_backward) "

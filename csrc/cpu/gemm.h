@@ -32,8 +32,7 @@ inline void gemm_micro(const Acc* a, int64_t a_row, int64_t a_k, const Acc* b, i
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVecs; ++v)
-      acc[r][v] = Vec<Acc>{};
+    for (int v = 0; v < kTileVecs; ++v) acc[r][v] = Vec<Acc>{};
   for (int64_t k = 0; k < k_size; ++k, a += a_k, b += b_k) {
     Vec<Acc> row[kTileVecs];
 #pragma GCC unroll 4

@@ -10,7 +10,8 @@
 //     dP = sum_i (A_i dO_i + dS_i rq_i rp Fc_i)  -  Pc rp^2 sum_i dS_i c_i
 //
 // The norm terms vanish where max(norm, eps) is eps. The N x HW matrices live in cache, 64 x 64 at
-// a time, and are recomputed by each pass: seven matrix products where five would do with them kept.
+// a time, and are recomputed by each pass: seven matrix products where five would do with them
+// kept.
 #pragma once
 
 #include "proto_attention_fwd.h"
@@ -98,8 +99,7 @@ void score_grads(const ProtoAttnBwdParams& p, int64_t size, int64_t rows,
     for (int64_t i = 0; i < kT; i += L) {
       const int64_t at = r * kT + i;
       const Vec<Acc> c = load(s.scores + at) * (rnorm * load(s.pixels->rnorm + i));
-      const Vec<Acc> a =
-          exp_nonpositive((c - load(g.bound + i)) * inv_t) * load(g.rsum + i);
+      const Vec<Acc> a = exp_nonpositive((c - load(g.bound + i)) * inv_t) * load(g.rsum + i);
       // <dO, P> - <dO, G>, with both means taken out of the products: they would cancel.
       const Vec<Acc> excess = (load(s.grad_scores + at) - load(g.delta + i)) +
                               (mean - load(g.agg_mean + i)) * load(g.total + i);
@@ -150,8 +150,8 @@ void backward_feat_tile(const ProtoAttnBwdParams& p, int64_t image, int64_t tile
     } else {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t d = 0; d < dim; ++d)
-          direct[d * kT + i] += to_acc(grad.data[i * grad.stride_pixel + d]) *
-                                (s.out[d * kT + i] + mean[i]);
+          direct[d * kT + i] +=
+              to_acc(grad.data[i * grad.stride_pixel + d]) * (s.out[d * kT + i] + mean[i]);
     }
     if (end - begin == 1) continue;  // dS = 0
     for (int64_t n = begin; n < end; n += kBlockProtos) {

@@ -111,7 +111,7 @@ void attend(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, const FwdSc
 // s.out = G - origin - mean; bound, 1/sum and mean per pixel; returns origin.
 template <class T>
 AccOf<T> aggregate_tile(const ProtoAttnFwdParams& p, int64_t begin, int64_t end,
-                    const FwdScratch<AccOf<T>>& s, AccOf<T>* bound, AccOf<T>* rsum,
+                        const FwdScratch<AccOf<T>>& s, AccOf<T>* bound, AccOf<T>* rsum,
                         AccOf<T>* mean) {
   using Acc = AccOf<T>;
   const int64_t dim = p.shape.dim;

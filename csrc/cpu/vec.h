@@ -132,8 +132,8 @@ inline float to_acc(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   // Multiplying by 2^112 moves the exponent's bias; it makes subnormals right too.
   const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);
-  const uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u
-                                             : float_to_bits(scaled);
+  const uint32_t bits =
+      magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : float_to_bits(scaled);
   return bits_to_float(sign | bits);
 #endif
 }

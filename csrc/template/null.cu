@@ -17,7 +17,7 @@ void launch_null_kernel(const float* x, float* y, int64_t count, void* stream) {
   constexpr int kThreads = 256;
   const int64_t blocks = (count + kThreads - 1) / kThreads;
   null_kernel<<<dim3(unsigned(blocks)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(x, y,
-                                                                                           count);
+                                                                                          count);
 }
 
 }  // namespace fastproto

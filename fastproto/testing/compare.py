@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def assert_as_good_as_eager(
     seed: int = 0,
 ) -> None:
     """Hold ``op`` to the float64 reference by the rule of this module, gradients included."""
-    options = {"temperature": temperature, "concat": concat, "seed": seed}
+    options: dict[str, Any] = {"temperature": temperature, "concat": concat, "seed": seed}
     exact = run(reference.proto_attention, problem, dtype, compute=torch.float64, **options)
     eager = run(reference.proto_attention, problem, dtype, **options)
     ours = run(op, problem, dtype, **options)

@@ -87,8 +87,18 @@ def test_every_instruction_set_of_this_cpu_passes_the_op_tests(level: str) -> No
         pytest.skip("the level all other tests run on")
     folder = os.path.join(os.path.dirname(__file__), "..", "ops")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", folder,
-         "-k", "against_reference or edges or gradcheck or bits"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            folder,
+            "-k",
+            "against_reference or edges or gradcheck or bits",
+        ],
         env=os.environ | {"FASTPROTO_CPU_LEVEL": level},
         capture_output=True,
         text=True,

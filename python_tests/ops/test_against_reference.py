@@ -37,9 +37,7 @@ def test_float64_equals_the_reference(problem: Problem) -> None:
 @pytest.mark.parametrize("temperature", [0.001, 0.02, 0.025, 1.0, 50.0])
 def test_temperatures(temperature: float, concat: bool) -> None:
     problem = Problem("t", ((70, 5),), dim=64, height=8, width=8)
-    assert_as_good_as_eager(
-        native, problem, torch.float32, temperature=temperature, concat=concat
-    )
+    assert_as_good_as_eager(native, problem, torch.float32, temperature=temperature, concat=concat)
 
 
 def test_concat_is_the_features_and_the_product() -> None:

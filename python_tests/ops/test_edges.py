@@ -145,9 +145,7 @@ def good() -> dict[str, object]:
         ("offsets", torch.tensor([0, 4, 7], dtype=torch.int32), "rows of protos, 6"),
     ],
 )
-def test_errors_name_the_argument(
-    backend: str, argument: str, value: object, words: str
-) -> None:
+def test_errors_name_the_argument(backend: str, argument: str, value: object, words: str) -> None:
     arguments = good() | {argument: value}
     feat, protos, offsets = (arguments.pop(k) for k in ("feat", "protos", "offsets"))
     with pytest.raises(InputError) as caught:
@@ -163,6 +161,12 @@ def test_the_library_checks_what_it_is_given(name: str) -> None:
     arguments[name] = arguments[name].unsqueeze(0).unsqueeze(0)
     with pytest.raises(RuntimeError, match=f"proto_attention: {name}: found [0-9] dimensions"):
         torch.ops.fastproto.proto_attention_fwd(
-            arguments["feat"], arguments["protos"], arguments["offsets"], None, 0.05, 1e-6, True,
+            arguments["feat"],
+            arguments["protos"],
+            arguments["offsets"],
+            None,
+            0.05,
+            1e-6,
+            True,
             False,
         )

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +54,7 @@ def test_the_order_of_prototypes_does_not_matter(problem: Problem, seed: int) ->
     feat, protos, offsets = problem.make(torch.float64, seed)
     shuffled = protos.clone()
     bounds = offsets.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         order = torch.randperm(end - begin, generator=torch.Generator().manual_seed(seed))
         shuffled[begin:end] = protos[begin:end][order]
     one, other = (proto_attention(feat, p, offsets) for p in (protos, shuffled))

@@ -13,7 +13,9 @@ from fastproto.testing.problems import PROBLEMS, Problem
 # A choice of small problems: opcheck runs each many times.
 SMALL = [
     Problem("mixed", ((0, 1, 7), (5, 3, 0)), queries=2, dim=6, height=3, width=2),
-    Problem("channels_last", ((3, 7),), queries=2, dim=6, height=3, width=2, layout="channels_last"),
+    Problem(
+        "channels_last", ((3, 7),), queries=2, dim=6, height=3, width=2, layout="channels_last"
+    ),
     Problem("strided", ((3, 7),), dim=6, height=3, width=2, layout="strided"),
     Problem("spare", ((3, 1),), dim=6, height=1, width=1, spare=2),
 ]
@@ -43,7 +45,20 @@ def test_opcheck_backward_and_template() -> None:
     )
     torch.library.opcheck(
         torch.ops.fastproto.proto_attention_bwd.default,
-        (torch.randn_like(out), feat, protos, offsets, None, agg, stats, 0.2, 1e-6, True, True, False),
+        (
+            torch.randn_like(out),
+            feat,
+            protos,
+            offsets,
+            None,
+            agg,
+            stats,
+            0.2,
+            1e-6,
+            True,
+            True,
+            False,
+        ),
     )
     torch.library.opcheck(torch.ops.fastproto.null.default, (torch.rand(3, 4),))
 

@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES))
+
+.PHONY: install demo test bench lint format clean
+
+install: $(VENV)/.installed
+
+# torch comes first: the package builds against the torch it finds.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.dependencies: $(VENV)/.torch pyproject.toml
+	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml test bench lint tensorboard)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
+	$(PIP) --no-deps --force-reinstall .
+	touch $@
+
+# Phantom patients -> short training -> organs and patients it never saw -> table, pictures.
+demo: install
+	$(BIN)/python scripts/demo.py
+
+test: install
+	$(BIN)/pytest 
+
+bench: install
+	$(BIN)/pytest benchmarks
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastproto/lib fastproto/_C*.so demo-results
