@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes in and out: the one door for image files, with every check that SimpleITK leaves out.
+
+Arrays are [Z, Y, X] in the axes of the file; spacing, origin and direction are in mm and in the
+patient's LPS coordinates, as SimpleITK gives them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from fastproto._files import atomic_write
+from fastproto.data._native import quiet, reason
+from fastproto.data.dicom import read_series
+from fastproto.data.metaimage import check_metaimage
+from fastproto.data.nifti import check_nifti, check_orthonormal
+from fastproto.errors import ArgumentError, GeometryError, LabelError, OutputError, VolumeError
+
+READABLE = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha")
+_NIFTI = (".nii.gz", ".nii")
+_META = (".mha", ".mhd")
+
+# Two grids are one when no corner is further apart than this part of the smallest voxel side:
+# headers round to float32 or a few decimals, and that must not matter.
+_GRID_TOLERANCE = 0.05
+_LABEL_TOLERANCE = 1e-3
+_BLOCK_VOXELS = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A 3-D scalar image and the place of its voxels.
+
+    Attributes:
+        array: [Z, Y, X], the file's own axes.
+        spacing: Voxel size (x, y, z) in mm.
+        origin: Centre of the first voxel (x, y, z) in mm, LPS.
+        direction: 3 x 3 matrix, row by row; column j is the axis along which index j grows.
+        path: Where it was read from; None for a volume made in memory.
+    """
+
+    array: np.ndarray
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+    origin: tuple[float, ...] = (0.0, 0.0, 0.0)
+    direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What error messages call it."""
+        return "volume" if self.path is None else str(self.path)
+
+
+def volume_suffix(path: str | os.PathLike[str]) -> str | None:
+    """The suffix of a readable volume file in lower case; None for any other file."""
+    name = Path(path).name.lower()
+    return next((suffix for suffix in READABLE if name.endswith(suffix)), None)
+
+
+def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
+    """Read an image file or a DICOM series folder, or say what is wrong with it.
+
+    Args:
+        path: A .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd file, or a folder with a DICOM series. A
+            file with more than three dimensions is taken when the further ones have size 1.
+        series: SeriesInstanceUID, needed where the folder holds several series.
+
+    Raises:
+        VolumeError: No such file, unknown format, truncated or damaged data, NaN or Inf voxels, not
+            a 3-D scalar volume, a DICOM series with a missing slice.
+        GeometryError: NaN, zero or negative spacing, a sheared or non-orthonormal direction.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise VolumeError(path, found="no such file or folder", allowed="an existing volume")
+    try:
+        if path.is_dir():
+            volume = Volume(*read_series(path, series), path=path)
+        else:
+            volume = _read_file(path)
+    except OSError as error:
+        raise VolumeError(
+            path, found=f"that it cannot be read ({error.strerror})", allowed="a readable file"
+        ) from error
+    _check_geometry(volume)
+    _check_finite(volume)
+    return volume
+
+
+def read_label(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
+    """Read a label map: a volume whose voxels are integers >= 0.
+
+    Values stored as real numbers are rounded where they are within 1e-3 of an integer.
+
+    Returns:
+        A volume of uint8, or of uint16 where a label is above 255.
+
+    Raises:
+        LabelError: Fractional or negative labels, or labels above 65535.
+        VolumeError, GeometryError: As in ``read_volume``.
+    """
+    volume = read_volume(path, series=series)
+    return Volume(
+        _integer_labels(volume), volume.spacing, volume.origin, volume.direction, volume.path
+    )
+
+
+def check_labels(
+    label: Volume, names: Mapping[int, str] | None = None, *, needed: bool = True
+) -> list[int]:
+    """The labels above 0 that occur, in order.
+
+    Args:
+        label: What ``read_label`` returned.
+        names: The known labels; None accepts any.
+        needed: Refuse a map without any label.
+
+    Raises:
+        LabelError: The map is empty, or holds labels that ``names`` does not know.
+    """
+    largest = int(label.array.max())
+    seen = np.zeros(largest + 1, dtype=bool)
+    for block in blocks(label.array):
+        seen[block.ravel()] = True
+    present = [int(value) for value in np.flatnonzero(seen) if value]
+    if needed and not present:
+        raise LabelError(
+            label.name,
+            found="an empty label map (no voxel above 0)",
+            allowed="at least one annotated voxel",
+            fix="Annotate the structure, or name the right label file.",
+        )
+    unknown = [value for value in present if names is not None and value not in names]
+    if unknown:
+        known = ", ".join(f"{value} {name}" for value, name in sorted((names or {}).items()))
+        raise LabelError(
+            label.name,
+            found=f"unknown labels {', '.join(map(str, unknown))}",
+            allowed=f"0 background, {known}",
+            fix="Name the labels, or remove them from the map.",
+        )
+    return present
+
+
+def check_same_grid(a: Volume, b: Volume) -> None:
+    """Refuse two volumes whose voxels do not lie at the same places.
+
+    Raises:
+        GeometryError: Different sizes, or a corner that differs by over 5 % of a voxel.
+    """
+    if a.array.shape != b.array.shape:
+        sizes = [" x ".join(map(str, volume.array.shape[::-1])) for volume in (a, b)]
+        raise GeometryError(
+            b.name,
+            found=f"{sizes[1]} voxels",
+            allowed=f"the grid of {a.name} ({sizes[0]} voxels)",
+            fix="Resample one onto the grid of the other.",
+        )
+    distance = np.abs(_corners(a) - _corners(b)).max()
+    if not distance <= _GRID_TOLERANCE * min(*a.spacing, *b.spacing):
+        raise GeometryError(
+            b.name,
+            found=f"voxels up to {distance:.3g} mm away from those of {a.name} (spacing "
+            f"{_list(b.spacing)}, origin {_list(b.origin)}, direction {_list(b.direction)})",
+            allowed=f"spacing {_list(a.spacing)}, origin {_list(a.origin)}, direction "
+            f"{_list(a.direction)}",
+            fix="Resample one onto the grid of the other.",
+        )
+
+
+def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) -> None:
+    """Write an array on the grid of ``like``: compressed, atomic, without patient metadata.
+
+    Args:
+        path: A .nii.gz, .nii, .nrrd or .mha file; missing folders are made.
+        array: [Z, Y, X], or [C, Z, Y, X] for C values per voxel, written as vector pixels (the
+            form both 3D Slicer and ITK-SNAP open). Integers become the smallest of uint8, uint16,
+            int16 and int32 that holds them, real numbers float32.
+        like: Gives spacing, origin and direction.
+
+    Raises:
+        ArgumentError: Unknown suffix, other shape, NaN, Inf or integers beyond int32.
+        OutputError: The folder cannot be written or the disk is full; an old file survives.
+    """
+    path = Path(path)
+    suffix = next((suffix for suffix in WRITABLE if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise ArgumentError(path, found=f"suffix {path.suffix!r}", allowed=", ".join(WRITABLE))
+    vector = array.ndim == 4
+    if array.shape[-3:] != like.array.shape or array.ndim not in (3, 4):
+        raise ArgumentError(
+            "array",
+            found=f"shape {tuple(array.shape)}",
+            allowed=f"{like.array.shape}, or that with leading channels",
+        )
+    array = np.moveaxis(array, 0, -1) if vector else array
+    image = sitk.GetImageFromArray(_storable(array), isVector=vector)
+    image.SetSpacing(like.spacing)
+    image.SetOrigin(like.origin)
+    image.SetDirection(like.direction)
+    with atomic_write(path) as temporary:
+        try:
+            with quiet():
+                sitk.WriteImage(image, str(temporary), useCompression=True)
+            if suffix in _NIFTI:
+                # SimpleITK reports no error when the disk is full, it leaves a short file.
+                check_nifti(temporary, scalar=not vector)
+        except (RuntimeError, VolumeError) as error:
+            raise OutputError(
+                path,
+                found="that it cannot be written completely"
+                + (f" ({reason(error)})" if isinstance(error, RuntimeError) else ""),
+                allowed="a writable folder with free space",
+                fix="Choose another output path or free some space; nothing was overwritten.",
+            ) from error
+
+
+def blocks(array: np.ndarray) -> list[np.ndarray]:
+    """Views that cover ``array`` along its first axis, about a million voxels each."""
+    if array.size == 0:
+        return []
+    rows = max(_BLOCK_VOXELS * len(array) // array.size, 1)
+    return [array[start : start + rows] for start in range(0, len(array), rows)]
+
+
+def _read_file(path: Path) -> Volume:
+    suffix = volume_suffix(path)
+    if suffix is None:
+        raise VolumeError(
+            path,
+            found="a file of unknown format",
+            allowed=f"{', '.join(READABLE)}, or a folder with a DICOM series",
+            fix="For DICOM, name the folder instead of one of its files.",
+        )
+    if suffix in _NIFTI:
+        check_nifti(path)
+    elif suffix in _META:
+        check_metaimage(path)
+    try:
+        with quiet():
+            image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        kind = GeometryError if "spacing" in str(error) or "cosines" in str(error) else VolumeError
+        raise kind(
+            path,
+            found=f"a file that SimpleITK cannot read ({reason(error)})",
+            allowed="a complete, valid volume",
+            fix="Copy or export the file again.",
+        ) from error
+    channels, size = image.GetNumberOfComponentsPerPixel(), image.GetSize()
+    if channels > 1 or "complex" in image.GetPixelIDTypeAsString():
+        raise VolumeError(
+            path, found=f"{max(channels, 2)} values per voxel", allowed="one number per voxel"
+        )
+    if len(size) < 3 or any(extent != 1 for extent in size[3:]):
+        raise VolumeError(
+            path,
+            found=f"a {len(size)}-D image of {' x '.join(map(str, size))} voxels",
+            allowed="one 3-D volume (further dimensions of size 1 are fine)",
+            fix="Save one volume of it as a file of its own.",
+        )
+    axes = np.array(image.GetDirection()).reshape(len(size), len(size))[:3, :3]
+    return Volume(
+        array=sitk.GetArrayFromImage(image).reshape(size[2::-1]),
+        spacing=image.GetSpacing()[:3],
+        origin=image.GetOrigin()[:3],
+        direction=tuple(axes.ravel().tolist()),
+        path=path,
+    )
+
+
+def _check_geometry(volume: Volume) -> None:
+    spacing = np.array(volume.spacing)
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise GeometryError(
+            volume.name, found=f"spacing {_list(spacing)}", allowed="finite sizes above 0 mm"
+        )
+    if not np.isfinite([*volume.origin, *volume.direction]).all():
+        raise GeometryError(
+            volume.name, found="NaN or Inf in origin or direction", allowed="finite geometry"
+        )
+    check_orthonormal(volume.name, np.array(volume.direction).reshape(3, 3))
+
+
+def _check_finite(volume: Volume) -> None:
+    """Everything downstream computes in float32, so what overflows it is refused as well."""
+    if volume.array.size == 0:
+        raise VolumeError(volume.name, found="a volume without voxels", allowed="sizes above 0")
+    if volume.array.dtype.kind != "f":
+        return
+    start = 0
+    for block in blocks(volume.array):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(block.astype(np.float32, copy=False))
+        if not finite.all():
+            z, y, x = (int(i) for i in np.argwhere(~finite)[0])
+            raise VolumeError(
+                volume.name,
+                found=f"a voxel of {block[z, y, x]:g} at (x, y, z) = {(x, y, z + start)}",
+                allowed="finite voxels within float32",
+                fix="Replace NaN and Inf by a background value and check the intensity scaling.",
+            )
+        start += len(block)
+
+
+def _integer_labels(volume: Volume) -> np.ndarray:
+    array = volume.array
+    low, high = array.min(), array.max()
+    if low < -_LABEL_TOLERANCE:
+        raise LabelError(volume.name, found=f"label {low:g}", allowed="integers of 0 and above")
+    if high > np.iinfo(np.uint16).max:
+        raise LabelError(volume.name, found=f"label {high:g}", allowed="integers up to 65535")
+    labels = np.empty(array.shape, np.uint8 if round(high) <= 255 else np.uint16)
+    for block, target in zip(blocks(array), blocks(labels), strict=True):
+        if array.dtype.kind != "f":
+            target[...] = block
+            continue
+        rounded = np.rint(block)
+        off = np.abs(block - rounded) > _LABEL_TOLERANCE
+        if off.any():
+            raise LabelError(
+                volume.name,
+                found=f"the fractional label {block[off][0]:g}",
+                allowed="integers of 0 and above",
+                fix="Is it an intensity or probability image? Resample labels by nearest voxel.",
+            )
+        target[...] = rounded
+    return labels
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ArgumentError("array", found="NaN or Inf", allowed="finite numbers")
+        return array.astype(np.float32, copy=False)
+    low, high = int(array.min()), int(array.max())
+    for dtype in (np.uint8, np.uint16, np.int16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return array.astype(dtype, copy=False)
+    raise ArgumentError("array", found=f"values {low} to {high}", allowed="integers within int32")
+
+
+def _corners(volume: Volume) -> np.ndarray:
+    """[8, 3] centres of the corner voxels in mm."""
+    last = np.array(volume.array.shape[::-1]) - 1
+    index = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1]), axis=-1).reshape(8, 3) * last
+    axes = np.array(volume.direction).reshape(3, 3) * np.array(volume.spacing)
+    return index @ axes.T + np.array(volume.origin)
+
+
+def _list(numbers: object) -> str:
+    return "(" + ", ".join(f"{number:.6g}" for number in np.asarray(numbers)) + ")"

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dataset folders of both layouts, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastproto.data import Dataset, open_dataset
+from fastproto.errors import DatasetError, LabelError
+
+PLAIN = {
+    "name": "abdomen",
+    "modality": "CT",
+    "labels": {"0": "background", "1": "liver", "6": "left kidney"},
+    "cases": ["b", "a.1"],
+}
+NNUNET = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "liver": 1, "left kidney": 6},
+    "numTraining": 2,
+    "file_ending": ".nii.gz",
+}
+DECATHLON = {
+    "name": "Hippocampus",
+    "modality": {"0": "MRI"},
+    "labels": {"0": "background", "1": "anterior"},
+    "numTraining": 1,
+    "training": [{"image": "./imagesTr/h_001.nii.gz", "label": "./labelsTr/h_001.nii.gz"}],
+}
+
+
+def make(root: Path, fields: Any, *files: str) -> Path:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(b"")
+    root.mkdir(exist_ok=True)
+    (root / "dataset.json").write_text(json.dumps(fields))
+    return root
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return make(tmp_path / "set", PLAIN, "images/a.1.nii.gz", "images/b.nrrd", "labels/a.1.nii.gz")
+
+
+@pytest.fixture
+def nnunet(tmp_path: Path) -> Path:
+    files = ("imagesTr/y_0000.nii.gz", "imagesTr/x_1_0000.nii.gz", "labelsTr/x_1.nii.gz")
+    return make(tmp_path / "Dataset001_Abdomen", NNUNET, *files, "imagesTr/.hidden.nii.gz")
+
+
+def refused(root: Path, *words: str) -> None:
+    with pytest.raises(DatasetError) as caught:
+        open_dataset(root)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def changed(root: Path, **fields: Any) -> Path:
+    file = root / "dataset.json"
+    content = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return root
+
+
+class TestPlainLayout:
+    def test_fields_and_files(self, plain: Path):
+        dataset = open_dataset(plain)
+        assert (dataset.name, dataset.modality, dataset.root) == ("abdomen", "ct", plain)
+        assert dataset.labels == {1: "liver", 6: "left kidney"}
+        assert [case.id for case in dataset.cases] == ["b", "a.1"]
+        assert dataset.cases[0].image == plain / "images" / "b.nrrd"
+        assert dataset.cases[0].label is None
+        assert dataset.cases[1].label == plain / "labels" / "a.1.nii.gz"
+
+    @pytest.mark.parametrize(("written", "read"), [("ct", "ct"), ("MR", "mr"), ("mri", "mr")])
+    def test_modalities(self, plain: Path, written: str, read: str):
+        assert open_dataset(changed(plain, modality=written)).modality == read
+
+    def test_without_name_and_cases(self, plain: Path):
+        dataset = open_dataset(str(changed(plain, name=None, cases=None)))
+        assert dataset.name == "set"
+        assert [case.id for case in dataset.cases] == ["a.1", "b"]
+
+    def test_dicom_folder_as_a_case(self, plain: Path):
+        (plain / "images" / "c").mkdir()
+        dataset = open_dataset(changed(plain, cases=None))
+        assert [case.image.name for case in dataset.cases] == ["a.1.nii.gz", "b.nrrd", "c"]
+
+    def test_missing_folder(self, tmp_path: Path):
+        refused(tmp_path / "none", "no such folder")
+
+    def test_missing_json(self, tmp_path: Path):
+        refused(tmp_path, "dataset.json", "no such file")
+
+    @pytest.mark.parametrize("text", ["{", "", "\xff", "[1, 2]", '"x"'])
+    def test_invalid_json(self, plain: Path, text: str):
+        (plain / "dataset.json").write_bytes(text.encode("latin-1"))
+        refused(plain, "dataset.json", "JSON")
+
+    @pytest.mark.parametrize("modality", [None, "PET", 3, ["CT"]])
+    def test_unknown_modality(self, plain: Path, modality: Any):
+        refused(changed(plain, modality=modality), "dataset.json", "modality", "CT")
+
+    @pytest.mark.parametrize(
+        "labels",
+        [
+            None,
+            {},
+            ["liver"],
+            {"0": "background"},
+            {"1": ""},
+            {"1": None},
+            {"one": "liver"},
+            {"-1": "liver"},
+            {"1.5": "liver"},
+            {"70000": "liver"},
+            {"1": "liver", "2": "liver"},
+            {"liver": [1, 2]},
+            {"liver": True},
+            {"liver": 1, "spleen": 1},
+        ],
+    )
+    def test_unusable_labels(self, plain: Path, labels: Any):
+        refused(changed(plain, labels=labels), "dataset.json", "labels")
+
+    @pytest.mark.parametrize("cases", ["a.1", [1], [""], {"a": 1}])
+    def test_unusable_cases(self, plain: Path, cases: Any):
+        refused(changed(plain, cases=cases), "dataset.json", "cases")
+
+    def test_case_without_image(self, plain: Path):
+        refused(changed(plain, cases=["a.1", "b", "zz"]), "dataset.json", "'zz'", "cases")
+
+    def test_case_listed_twice(self, plain: Path):
+        refused(changed(plain, cases=["b", "a.1", "b"]), "cases", "'b' twice")
+
+    def test_case_with_two_images(self, plain: Path):
+        (plain / "images" / "b.mha").write_bytes(b"")
+        refused(plain, "several files", "b.mha", "b.nrrd")
+
+    @pytest.mark.parametrize("name", ["../secret", "x/y", ".."])
+    def test_case_outside_the_folder(self, plain: Path, name: str):
+        refused(changed(plain, cases=[name]), "plain file name")
+
+    def test_label_without_case(self, plain: Path):
+        (plain / "labels" / "B.nii.gz").write_bytes(b"")
+        refused(plain, "B.nii.gz", "without a case")
+
+    def test_no_images(self, plain: Path):
+        refused(changed(plain, cases=[]), "no case")
+        refused(make(plain.parent / "other", {**PLAIN, "cases": None}), "images")
+
+
+class TestNnunetLayout:
+    def test_fields_and_files(self, nnunet: Path):
+        dataset = open_dataset(nnunet)
+        assert (dataset.name, dataset.modality) == ("Dataset001_Abdomen", "ct")
+        assert dataset.labels == {1: "liver", 6: "left kidney"}
+        assert [case.id for case in dataset.cases] == ["x_1", "y"]
+        assert dataset.cases[0].image == nnunet / "imagesTr" / "x_1_0000.nii.gz"
+        assert dataset.cases[0].label == nnunet / "labelsTr" / "x_1.nii.gz"
+        assert dataset.cases[1].label is None
+
+    def test_older_layout_with_a_list(self, tmp_path: Path):
+        files = ("imagesTr/h_001.nii.gz", "labelsTr/h_001.nii.gz", "imagesTr/._h_001.nii.gz")
+        dataset = open_dataset(make(tmp_path / "Task04", DECATHLON, *files))
+        assert (dataset.name, dataset.modality) == ("Hippocampus", "mr")
+        (case,) = dataset.cases
+        assert case.id == "h_001"
+        assert case.image.samefile(tmp_path / "Task04" / "imagesTr" / "h_001.nii.gz")
+        assert case.label is not None
+
+    @pytest.mark.parametrize("name", ["MRI", "T1w", "T2", "FLAIR", "mr", "ADC"])
+    def test_mr_sequences(self, nnunet: Path, name: str):
+        assert open_dataset(changed(nnunet, channel_names={"0": name})).modality == "mr"
+
+    @pytest.mark.parametrize("channels", [
+        None, "CT", {}, {"0": "T1", "1": "T2"}, {"0": "noNorm"}, {"0": "PET"},
+    ])  # fmt: skip
+    def test_unusable_channels(self, nnunet: Path, channels: Any):
+        refused(changed(nnunet, channel_names=channels), "dataset.json", "channel_names")
+
+    def test_wrong_number_of_images(self, nnunet: Path):
+        refused(changed(nnunet, numTraining=3), "dataset.json", "numTraining = 3", "2 images")
+
+    def test_image_without_channel_number(self, nnunet: Path):
+        (nnunet / "imagesTr" / "z.nii.gz").write_bytes(b"")
+        refused(nnunet, "z.nii.gz", "_0000")
+
+    def test_second_channel(self, nnunet: Path):
+        (nnunet / "imagesTr" / "y_0001.nii.gz").write_bytes(b"")
+        refused(nnunet, "y_0001.nii.gz")
+
+    @pytest.mark.parametrize("training", [
+        "all", [1], [{"label": "x"}], [{"image": "imagesTr/none.nii.gz"}],
+    ])  # fmt: skip
+    def test_unusable_list(self, nnunet: Path, training: Any):
+        refused(changed(nnunet, training=training), "dataset.json", "training")
+
+
+class TestSelection:
+    @pytest.fixture
+    def dataset(self, plain: Path) -> Dataset:
+        return open_dataset(plain)
+
+    def test_cases_in_the_given_order(self, dataset: Dataset):
+        assert [case.id for case in dataset.select(["a.1", "b"])] == ["a.1", "b"]
+
+    def test_unknown_case(self, dataset: Dataset):
+        with pytest.raises(DatasetError, match=r"no case zz; allowed: b, a\.1"):
+            dataset.select(["a.1", "zz"])
+
+    def test_labels_by_name_and_number(self, dataset: Dataset):
+        assert dataset.label_ids(["left kidney", 1, "6"]) == [6, 1, 6]
+
+    @pytest.mark.parametrize("label", ["spleen", 0, 2, "0"])
+    def test_unknown_label(self, dataset: Dataset, label: str | int):
+        with pytest.raises(LabelError, match="1 liver, 6 left kidney"):
+            dataset.label_ids([label])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("folder", "modality", "cases", "labels"), [
+    ("ixi_brain_mr", "mr", 7, 12),
+    ("openkbp_hn_ct", "ct", 20, 7),
+    ("msd_hippocampus_mr", "mr", 60, 2),
+])  # fmt: skip
+def test_real_datasets(test_data: Path, folder: str, modality: str, cases: int, labels: int):
+    dataset = open_dataset(test_data / folder)
+    assert dataset.modality == modality
+    assert len(dataset.cases) == cases
+    assert len(dataset.labels) == labels
+    assert all(case.label is not None for case in dataset.cases)
