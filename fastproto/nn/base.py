@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every few-shot network here shares: encoding, prototypes, checks, saving and loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastproto.errors import ArgumentError, CheckpointError
+from fastproto.nn.prototypes import (
+    Prototypes,
+    check_num_classes,
+    check_temperature,
+    check_threshold,
+    class_masks,
+    extract_prototypes,
+)
+from fastproto.nn.resnet import ResNetEncoder
+from fastproto.nn.weights import (
+    checksum,
+    load_encoder_weights,
+    load_state,
+    read_safetensors,
+    write_safetensors,
+)
+
+_KIND = "model"
+_Model = TypeVar("_Model", bound="FewShotModel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Encoder features of images that were padded to a multiple of the output stride.
+
+    Args:
+        maps: F1..F5, each ``[E, B, C, h, w]``.
+        size: Height and width of the images before padding.
+    """
+
+    maps: tuple[Tensor, ...]
+    size: tuple[int, int]
+
+    @property
+    def bottleneck(self) -> Tensor:
+        """F5, ``[E, B, D, h, w]``."""
+        return self.maps[-1]
+
+    def split(self, sizes: tuple[int, int]) -> tuple[Features, Features]:
+        """The first and the last images of every episode, e.g. support and query."""
+        parts = [level.split(sizes, dim=1) for level in self.maps]
+        first, last = (tuple(part[i] for part in parts) for i in (0, 1))
+        return Features(first, self.size), Features(last, self.size)
+
+
+class FewShotModel(nn.Module):
+    """Encoder and prototypes; a subclass says in :meth:`decode` how they become logits.
+
+    Shapes: E episodes, S support images (shots) and Q query images each, K classes with the
+    background as class 0. Images are ``[E, S or Q, 3, H, W]`` of any H and W.
+    """
+
+    config_keys: ClassVar[tuple[str, ...]] = (
+        "encoder",
+        "temperature",
+        "mask_threshold",
+        "append_global",
+    )
+    """Arguments of the constructor that a saved model is built from again."""
+
+    def __init__(
+        self,
+        encoder: str,
+        output_stride: int,
+        weights: str | os.PathLike[str] | None,
+        temperature: float,
+        mask_threshold: float,
+        append_global: bool,
+    ):
+        super().__init__()
+        check_temperature(temperature)
+        check_threshold(mask_threshold)
+        self.encoder = ResNetEncoder(encoder, output_stride)
+        load_encoder_weights(self.encoder, weights)
+        self.temperature = temperature
+        self.mask_threshold = mask_threshold
+        self.append_global = append_global
+        self.extra: dict[str, Any] = {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the constructor needs to build this network again, without its weights."""
+        own = {"encoder": self.encoder.name, "output_stride": self.encoder.output_stride}
+        return {key: own[key] if key in own else getattr(self, key) for key in self.config_keys}
+
+    def decode(self, features: Features, prototypes: Prototypes) -> Tensor:
+        """Logits ``[E, Q, K, H, W]`` of already encoded images."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        support_images: Tensor,
+        support_masks: Tensor,
+        query_images: Tensor,
+        num_classes: int = 2,
+    ) -> Tensor:
+        """Segment the query as the support shows.
+
+        Support and query pass the encoder as one batch, which batch normalisation profits from in
+        training; in evaluation the result is that of :meth:`encode_support` and :meth:`segment`.
+
+        Args:
+            support_images: ``[E, S, 3, H, W]``.
+            support_masks: ``[E, S, H, W]``, integer labels 0..K-1.
+            query_images: ``[E, Q, 3, H, W]``.
+            num_classes: K.
+
+        Returns:
+            Logits ``[E, Q, K, H, W]``.
+
+        Raises:
+            ArgumentError: Arguments that do not fit each other or the network.
+        """
+        support, query = self.encode_episode(support_images, query_images)
+        return self.decode(query, self.extract(support, support_masks, num_classes))
+
+    def encode_support(self, images: Tensor, masks: Tensor, num_classes: int = 2) -> Prototypes:
+        """Prototypes of ``images`` ``[E, S, 3, H, W]`` with ``masks`` ``[E, S, H, W]``."""
+        return self.extract(self.encode(images, name="support_images"), masks, num_classes)
+
+    def segment(self, query_images: Tensor, prototypes: Prototypes) -> Tensor:
+        """Logits ``[E, Q, K, H, W]`` of ``query_images`` ``[E, Q, 3, H, W]``."""
+        return self.decode(self.encode(query_images, name="query_images"), prototypes)
+
+    def encode(self, images: Tensor, *, name: str = "images") -> Features:
+        """Encoder features of ``images`` ``[E, B, 3, H, W]``, padded to the output stride."""
+        self._check_images(images, name)
+        height, width = images.shape[-2:]
+        stride = self.encoder.output_stride
+        padding = (0, -width % stride, 0, -height % stride)
+        batch = F.pad(images.flatten(0, 1), padding, mode="replicate")
+        maps = tuple(level.unflatten(0, images.shape[:2]) for level in self.encoder(batch))
+        return Features(maps, (height, width))
+
+    def encode_episode(
+        self, support_images: Tensor, query_images: Tensor
+    ) -> tuple[Features, Features]:
+        """Features of support and query, encoded as one batch."""
+        self._check_images(support_images, "support_images")
+        self._check_images(query_images, "query_images")
+        episodes, shots, *rest = support_images.shape
+        if [query_images.shape[0], *query_images.shape[2:]] != [episodes, *rest]:
+            raise ArgumentError(
+                "query_images",
+                found=f"shape {list(query_images.shape)}",
+                allowed=f"[{episodes}, Q, {', '.join(map(str, rest))}], to fit the support",
+                fix="For images of different sizes use encode_support and segment.",
+            )
+        images = torch.cat([support_images, query_images], dim=1)
+        return self.encode(images).split((shots, query_images.shape[1]))
+
+    def extract(self, support: Features, masks: Tensor, num_classes: int = 2) -> Prototypes:
+        """Prototypes of encoded images with integer ``masks`` ``[E, S, H, W]``, on their device."""
+        check_num_classes(num_classes)
+        check_labels(masks, (*support.bottleneck.shape[:2], *support.size), num_classes)
+        one_hot = class_masks(masks, num_classes)
+        stride = self.encoder.output_stride
+        height, width = support.size
+        # Padding belongs to no class.
+        one_hot = F.pad(one_hot, (0, -width % stride, 0, -height % stride))
+        return extract_prototypes(
+            support.bottleneck,
+            one_hot,
+            threshold=self.mask_threshold,
+            append_global=self.append_global,
+        )
+
+    def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
+        """Write configuration, weights and a JSON-able ``extra`` as safetensors, atomically.
+
+        Raises:
+            ArgumentError: ``extra`` cannot be written as JSON.
+            OutputError: The file cannot be written.
+        """
+        header = {
+            "kind": _KIND,
+            "architecture": type(self).__name__,
+            "config": self.config,
+            "extra": dict(extra or {}),
+        }
+        write_safetensors(path, self.state_dict(), header)
+
+    @classmethod
+    def load(cls: type[_Model], path: str | os.PathLike[str]) -> _Model:
+        """Read what :meth:`save` wrote: the model, on the CPU in evaluation mode, with ``.extra``.
+
+        Raises:
+            CheckpointError: The file is missing, damaged or of another architecture.
+        """
+        tensors, header = read_safetensors(path)
+        found = header.get("architecture") if header.get("kind") == _KIND else header.get("kind")
+        if found != cls.__name__:
+            raise CheckpointError(
+                path,
+                found=f"a file of {found}",
+                allowed=f"a file of {cls.__name__}",
+                fix="Load it with the class that saved it.",
+            )
+        model = cls._build(header.get("config"), path)
+        load_state(model, tensors, path)
+        model.extra = header.get("extra", {})
+        return model.eval()
+
+    @classmethod
+    def _build(cls: type[_Model], config: Any, path: str | os.PathLike[str]) -> _Model:
+        """An uninitialised network: no time, and no random number, is spent on initial weights."""
+        try:
+            if set(config) != set(cls.config_keys):
+                raise TypeError(f"its keys are {sorted(config)}")
+            with torch.device("meta"):
+                return cls(**config).to_empty(device="cpu")
+        except (ArgumentError, TypeError) as error:
+            raise CheckpointError(
+                path,
+                found=f"an unusable configuration ({error})",
+                allowed=f"the configuration of a {cls.__name__}",
+            ) from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of architecture, configuration and weights."""
+        text = json.dumps([type(self).__name__, self.config, checksum(self.state_dict())])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _check_images(self, images: Tensor, name: str) -> None:
+        if images.ndim != 5 or images.shape[2] != 3 or 0 in images.shape:
+            raise ArgumentError(
+                name,
+                found=f"shape {list(images.shape)}",
+                allowed="[E, B, 3, H, W], none of them 0",
+                fix="Repeat a single channel three times: images.expand(-1, -1, 3, -1, -1).",
+            )
+        weight = self.encoder.conv1.weight
+        if images.device != weight.device:
+            raise ArgumentError(
+                name, found=f"device {images.device}", allowed=f"{weight.device}, as the network"
+            )
+        mixed = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
+        if images.dtype != weight.dtype and not mixed:
+            raise ArgumentError(
+                name, found=f"{images.dtype}", allowed=f"{weight.dtype}, as the network's weights"
+            )
+
+
+def check_labels(
+    labels: Tensor, shape: tuple[int, ...], num_classes: int, *, name: str = "support_masks"
+) -> None:
+    """Raise ArgumentError unless ``labels`` are integers 0..K-1 of ``shape``.
+
+    The range is looked at on the CPU only, where that needs no wait for a device; elsewhere a pixel
+    outside it belongs to no class.
+    """
+    if labels.shape != shape or labels.dtype.is_floating_point or labels.dtype.is_complex:
+        raise ArgumentError(
+            name,
+            found=f"{labels.dtype} of shape {list(labels.shape)}",
+            allowed=f"integers of shape {list(shape)}",
+        )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            raise ArgumentError(
+                name,
+                found=f"labels {low}..{high}",
+                allowed=f"0..{num_classes - 1}",
+                fix="Renumber the labels, or pass the right num_classes.",
+            )

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The U-Net decoder that maps the enhanced features of one class to the logit map of that class.
+
+One decoder serves all classes, so everything that depends on the query alone is computed once, not
+once per class. That splits every layer that the textbook applies to a concatenation:
+
+* ``TransConv([F ; G*F]) = TransConv_a(F) + TransConv_b(G*F)``, because it is linear;
+* ``Conv3x3(ReLU(BN([up ; skip]))) = Conv3x3_a(ReLU(BN_a(up))) + Conv3x3_b(ReLU(BN_b(skip)))``,
+  because batch normalisation and ReLU act on each channel by itself and the convolution is linear.
+
+Here a is the half per class and b the half per image (per class and per image for TransConv).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+WIDTHS = (256, 128, 64, 32)
+"""Output channels of the four stages."""
+
+_CHUNK = {"cpu": 2**22, "cuda": 2**26}
+"""Elements of a buffer at full size, whatever the batch and K; a GPU prefers few large kernels."""
+
+
+class UNetDecoder(nn.Module):
+    """F, G*F and the skips F1..F4 -> one logit map per class, at twice the size of F1.
+
+    Args:
+        channels: Channels of F1..F5, as ``ResNetEncoder.channels`` has them.
+    """
+
+    def __init__(self, channels: Sequence[int]):
+        super().__init__()
+        f1, f2, f3, f4, f5 = channels
+        self.lift_feat = nn.ConvTranspose2d(f5, WIDTHS[0], 2, stride=2)
+        self.lift_proto = nn.ConvTranspose2d(f5, WIDTHS[0], 2, stride=2, bias=False)
+        self.up1 = UpBlock(WIDTHS[0], f4, WIDTHS[0])
+        self.lift2 = nn.ConvTranspose2d(WIDTHS[0], WIDTHS[1], 2, stride=2)
+        self.up2 = UpBlock(WIDTHS[1], f3, WIDTHS[1])
+        self.lift3 = nn.ConvTranspose2d(WIDTHS[1], WIDTHS[2], 2, stride=2)
+        self.up3 = UpBlock(WIDTHS[2], f2, WIDTHS[2])
+        self.up4 = UpBlock(WIDTHS[2], f1, WIDTHS[3])
+        self.head = nn.Conv2d(WIDTHS[3], 1, 1)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """He initialisation; halves of one layer count the inputs of the whole layer."""
+        for lift in (self.lift_feat, self.lift_proto, self.lift2, self.lift3):
+            halves = 2 if lift in (self.lift_feat, self.lift_proto) else 1
+            nn.init.normal_(lift.weight, std=math.sqrt(2 / (halves * lift.in_channels)))
+        for block in (self.up1, self.up2, self.up3, self.up4):
+            inputs = 9 * (block.conv_up.in_channels + block.conv_skip.in_channels)
+            for conv in (block.conv_up, block.conv_skip):
+                nn.init.normal_(conv.weight, std=math.sqrt(2 / inputs))
+        nn.init.normal_(self.head.weight, std=math.sqrt(1 / WIDTHS[3]))
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, feat: Tensor, enhanced: Tensor, skips: Sequence[Tensor]) -> Tensor:
+        """Decode all classes of all images.
+
+        Args:
+            feat: F, ``[B, D, h, w]``.
+            enhanced: G*F, ``[B, K, D, h, w]``.
+            skips: F1..F4 of the same B images; F4 has F's height and width.
+
+        Returns:
+            Logits ``[B, K, 16h, 16w]``.
+        """
+        f1, f2, f3, f4 = skips
+        x = _add_per_image(self.lift_proto(enhanced.flatten(0, 1)), self.lift_feat(feat))
+        x = self.up1(x, f4)
+        x = self.up2(self.lift2(x), f3)
+        x = self.up3(self.lift3(x), f2)
+        return self._finish(x, f1).unflatten(0, enhanced.shape[:2]).squeeze(2)
+
+    def _finish(self, x: Tensor, skip: Tensor) -> Tensor:
+        """up4 and the 1x1 head, ``[B*K, 64, H/2, W/2] -> [B*K, 1, H, W]``, as one linear map.
+
+        No nonlinearity lies between the 3x3 convolution and the head, so their product, a 3x3
+        convolution to a single channel, is applied instead, as nine 1x1 taps and their shifted sum:
+        the 32 channels at full size are never computed.
+        """
+        block = self.up4
+        up = _double_norm_relu_conv(x, block.norm_up, self._taps(block.conv_up))
+        skip = _double_norm_relu_conv(skip, block.norm_skip, self._taps(block.conv_skip))
+        taps = _add_per_image(up, skip)  # [B*K, 9, H, W]
+        summed = F.fold(taps.flatten(2), taps.shape[-2:], kernel_size=3, padding=1)
+        head = self.head.weight.flatten(1)  # [1, 32]
+        bias = torch.mv(head, block.conv_up.get_parameter("bias")) + self.head.get_parameter("bias")
+        return summed + bias.view(1, 1, 1, 1)
+
+    def _taps(self, conv: nn.Conv2d) -> Tensor:
+        """Kernel of head after conv, ``[9, C, 1, 1]``, flipped as ``F.fold`` scatters."""
+        kernel = torch.einsum("h,hcyx->yxc", self.head.weight.flatten(), conv.weight)
+        return kernel.flip(0, 1).flatten(0, 1)[:, :, None, None]
+
+
+class UpBlock(nn.Module):
+    """``Conv3x3(ReLU(BN(Cat(up, skip))))`` in two halves, the skip's resized x2 (bilinear).
+
+    Args:
+        up_channels: Channels of the upsampled stage input.
+        skip_channels: Channels of the skip connection.
+        out_channels: Channels of the result.
+    """
+
+    def __init__(self, up_channels: int, skip_channels: int, out_channels: int):
+        super().__init__()
+        self.norm_up = nn.BatchNorm2d(up_channels)
+        self.norm_skip = nn.BatchNorm2d(skip_channels)
+        self.conv_up = nn.Conv2d(up_channels, out_channels, 3, padding=1)
+        self.conv_skip = nn.Conv2d(skip_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, up: Tensor, skip: Tensor) -> Tensor:
+        """``[B*K, C, 2h, 2w]`` and ``[B, C', h, w]`` -> ``[B*K, out_channels, 2h, 2w]``."""
+        up = self.conv_up(self.norm_up(up).relu_())
+        skip = _double_norm_relu_conv(skip, self.norm_skip, self.conv_skip.weight)
+        return _add_per_image(up, skip)
+
+
+def _add_per_image(per_class: Tensor, per_image: Tensor) -> Tensor:
+    """``[B*K, ...] + [B, ...]``, the second repeated for each class; overwrites the first."""
+    per_class.unflatten(0, (per_image.shape[0], -1)).add_(per_image.unsqueeze(1))
+    return per_class
+
+
+def _double_norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor) -> Tensor:
+    """``Conv(ReLU(BN(double(x))))``, ``[B, C, h, w] -> [B, C', 2h, 2w]``, in little memory.
+
+    The weights of an interpolation sum to one, so the affine map that BN is may come first, on the
+    small tensor; only ReLU and convolution see the doubled one, see :func:`_double_relu_conv`.
+    """
+    if not norm.training:
+        return _double_relu_conv(norm(x), weight)
+
+    def compute(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        mean, var, centred = _doubled_statistics(x)
+        scale = scale[:, None, None] * (var + norm.eps).rsqrt()
+        normed = torch.addcmul(shift[:, None, None], centred, scale).to(x.dtype)
+        return _double_relu_conv(normed, weight), mean, var
+
+    out, mean, var = _recomputed(compute, x, norm.weight, norm.bias, weight)
+    count = out[:, 0].numel()
+    with torch.no_grad():
+        momentum = norm.momentum
+        assert momentum is not None
+        norm.get_buffer("running_mean").lerp_(mean.flatten(), momentum)
+        norm.get_buffer("running_var").lerp_(var.flatten() * count / max(1, count - 1), momentum)
+        norm.get_buffer("num_batches_tracked").add_(1)
+    return out
+
+
+def _doubled_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and (biased) variance of ``_double(x)`` per channel, and ``x - mean``, in float32.
+
+    Doubling is a linear map U, each pixel's weight in it is 4, so ``mean(U x) = mean(x)``, and
+    ``mean((U x)^2) = mean(x * S x)`` with ``S = U^T U / 4``: the separable kernel (3, 10, 3)/16
+    with the border repeated. So the doubled map itself is not needed.
+    """
+    channels = x.shape[1]
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = x.mean(dim=(0, 2, 3), keepdim=True)
+        centred = x - mean
+        taps = x.new_full((3,), 3 / 16)
+        taps[1] = 10 / 16
+        kernel = torch.outer(taps, taps).expand(channels, 1, 3, 3)
+        padded = F.pad(centred, (1, 1, 1, 1), mode="replicate")
+        smooth = F.conv2d(padded, kernel, groups=channels)
+        return mean, (centred * smooth).mean(dim=(0, 2, 3), keepdim=True), centred
+
+
+def _double_relu_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """``Conv(ReLU(double(x)))``, some images at a time, their inner tensors not kept.
+
+    At full size these are the bulk of the network's memory; the backward pass computes them again.
+    """
+
+    def compute(part: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(_double(part).relu_(), weight, padding=weight.shape[-1] // 2)
+
+    images = max(1, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // (4 * x[0].numel()))
+    parts = [_recomputed(compute, part, weight) for part in x.split(images)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """``function(*tensors)``, computed again in the backward pass instead of kept for it."""
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def _double(x: Tensor) -> Tensor:
+    """Twice the height and width, bilinear."""
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ResNet encoder, with torchvision's state-dict keys, dilated to keep its last stages large."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastproto.errors import ArgumentError
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut, as in ResNet-18 and ResNet-34."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, channels, stride, dilation)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv3x3(channels, channels, 1, dilation)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.bn1(self.conv1(x)).relu_()
+        x = self.bn2(self.conv2(x))
+        return x.add_(shortcut).relu_()
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut, as in ResNet-50 and ResNet-101."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+    ):
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv3x3(channels, channels, stride, dilation)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.bn1(self.conv1(x)).relu_()
+        x = self.bn2(self.conv2(x)).relu_()
+        x = self.bn3(self.conv3(x))
+        return x.add_(shortcut).relu_()
+
+
+class Architecture(NamedTuple):
+    """Kind of block, and how many of them each of the four layers has."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, int, int, int]
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class ResNetEncoder(nn.Module):
+    """A ResNet without its classifier that returns the features of every stage.
+
+    For a ``[B, 3, H, W]`` input with H and W multiples of ``output_stride`` the stages are
+
+    ====================  ==================  ================  ===============
+    stage                 channels (basic)    channels (deep)   stride
+    ====================  ==================  ================  ===============
+    F1 relu(bn1(conv1))   64                  64                2
+    F2 layer1             64                  256               4
+    F3 layer2             128                 512               8
+    F4 layer3             256                 1024              16 (8 at OS 8)
+    F5 layer4             512                 2048              output stride
+    ====================  ==================  ================  ===============
+
+    A stage that keeps its size is dilated instead of strided, by torchvision's convention
+    (``replace_stride_with_dilation``): its first block keeps the dilation of the stage before.
+
+    Args:
+        name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"`` or ``"resnet101"``.
+        output_stride: 16 (layer4 dilated) or 8 (layer3 and layer4 dilated).
+
+    Raises:
+        ArgumentError: An unknown name or output stride.
+    """
+
+    def __init__(self, name: str = "resnet34", output_stride: int = 16):
+        super().__init__()
+        if name not in ARCHITECTURES:
+            raise ArgumentError("encoder", found=repr(name), allowed=", ".join(ARCHITECTURES))
+        if output_stride not in (8, 16):
+            raise ArgumentError("output_stride", found=repr(output_stride), allowed="8 or 16")
+        block, depths = ARCHITECTURES[name]
+        self.name = name
+        self.output_stride = output_stride
+        self.channels = (64, *(width * block.expansion for width in (64, 128, 256, 512)))
+
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = _layer(block, 64, 64, depths[0])
+        self.layer2 = _layer(block, self.channels[1], 128, depths[1], stride=2)
+        if output_stride == 16:
+            self.layer3 = _layer(block, self.channels[2], 256, depths[2], stride=2)
+            self.layer4 = _layer(block, self.channels[3], 512, depths[3], dilations=(1, 2))
+        else:
+            self.layer3 = _layer(block, self.channels[2], 256, depths[2], dilations=(1, 2))
+            self.layer4 = _layer(block, self.channels[3], 512, depths[3], dilations=(2, 4))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``[B, 3, H, W]`` -> F1 .. F5."""
+        f1 = self.bn1(self.conv1(x)).relu_()
+        f2 = self.layer1(F.max_pool2d(f1, 3, stride=2, padding=1))
+        f3 = self.layer2(f2)
+        f4 = self.layer3(f3)
+        return f1, f2, f3, f4, self.layer4(f4)
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
+    )
+
+
+def _layer(
+    block: type[BasicBlock] | type[Bottleneck],
+    in_channels: int,
+    channels: int,
+    depth: int,
+    *,
+    stride: int = 1,
+    dilations: tuple[int, int] = (1, 1),
+) -> nn.Sequential:
+    """``depth`` blocks; ``dilations`` are those of the first block and of all the others."""
+    out_channels = channels * block.expansion
+    downsample = None
+    if stride != 1 or in_channels != out_channels:
+        downsample = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+    first, others = dilations
+    blocks = [block(in_channels, channels, stride=stride, dilation=first, downsample=downsample)]
+    blocks += [block(out_channels, channels, dilation=others) for _ in range(1, depth)]
+    return nn.Sequential(*blocks)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every knob of a training run, in one dataclass that goes to JSON and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from fastproto.errors import ArgumentError
+
+_CHOICES = {
+    "plane": ("axial", "coronal", "sagittal"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "superpixel_source": ("slice", "neighbours"),
+}
+_AT_LEAST_ONE = (
+    *("ways", "shots", "queries", "batch", "min_pixels", "image_size"),
+    *("steps", "checkpoint_every", "validate_every"),
+)
+_FROM_ZERO = ("seed", "validation_episodes")
+_NOT_NEGATIVE = ("weight_decay", "ce", "align", "cycle", "final_learning_rate")
+_ABOVE_ZERO = ("learning_rate", "clip_norm", "temperature", "background_weight")
+_FRACTION = ("superpixel_fraction", "mask_threshold", "warmup_fraction")
+
+# What may differ between a run and its continuation: none of it changes a computed number.
+_FREE_ON_RESUME = ("data", "output", "checkpoint_every", "progress", "tensorboard")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train on, what to train, and how long.
+
+    Args:
+        data: Data set folder (``dataset.json`` inside).
+        output: Run folder; gets ``model.safetensors``, ``state.safetensors``, ``log.jsonl`` and
+            ``config.json``.
+        holdout: Classes (names or label numbers) that must never be a foreground: the ones to be
+            segmented later without having been trained.
+        classes: Base classes (names or label numbers) to train on; empty = all not held out.
+        drop_excluded_slices: "Setting 2": drop every slice with a held-out class, so that it is not
+            even seen as background. Off ("setting 1"), it is part of the background.
+        holdout_cases: Case ids that training never reads.
+        validation_cases: Case ids for the validation Dice; not trained on. Empty = the validation
+            episodes come from the training cases.
+        superpixel_fraction: Probability that an episode is made of superpixels instead of labels,
+            0 to 1; 1 needs no label map at all.
+        superpixel_source: "slice" = support and query are two augmentations of one slice;
+            "neighbours" = two neighbouring slices, superpixels linked by their overlap.
+        ways: Foreground classes in an episode.
+        shots: Support slices of each class.
+        queries: Query slices in an episode.
+        batch: Episodes in a step.
+        min_pixels: Pixels of the prepared slice that a class must cover for the slice to count.
+        augment: Random affine, elastic and gamma changes of the training slices.
+        image_size: Side of the prepared slices, in pixels.
+        plane: Slicing plane.
+        crop: Crop to the body's bounding box before resampling.
+        encoder: Encoder name, "resnet34" by default.
+        weights: Encoder weights to start from: None, "imagenet" or a file.
+        temperature: Softmax temperature over prototypes, no unit.
+        mask_threshold: Share of a bottleneck cell that a class must cover to give a prototype,
+            0 to 1.
+        append_global: Add each class's mean feature to its prototypes.
+        steps: Optimiser steps.
+        learning_rate: Peak learning rate of Adam.
+        final_learning_rate: Learning rate at the last step, as a share of the peak.
+        warmup_fraction: Share of the steps in which the rate rises linearly; then it falls along
+            half a cosine.
+        weight_decay: Decoupled weight decay of Adam, per unit of learning rate.
+        clip_norm: Largest 2-norm of all gradients together.
+        ce: Weight of the cross-entropy.
+        align: Weight of the alignment loss.
+        cycle: Weight of the cyclic consistency loss.
+        background_weight: Class weight of the background in the losses; foregrounds have 1.
+        precision: "float32", "bfloat16" (autocast; weights and Adam stay float32) or "auto":
+            bfloat16 where the hardware computes in it, float32 elsewhere.
+        device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
+        seed: Seed of initial weights and episodes. Episode i is a pure function of (seed, i).
+        checkpoint_every: Steps between checkpoints; the last step always makes one.
+        validate_every: Steps between validations; the last step always makes one.
+        validation_episodes: Episodes in a validation; 0 = none.
+        progress: Show a progress bar on stderr.
+        tensorboard: Write TensorBoard events beside the JSONL log (extra ``tensorboard``).
+
+    Raises:
+        ArgumentError: A value out of its range, named.
+    """
+
+    data: str
+    output: str
+    holdout: tuple[str | int, ...] = ()
+    classes: tuple[str | int, ...] = ()
+    drop_excluded_slices: bool = False
+    holdout_cases: tuple[str, ...] = ()
+    validation_cases: tuple[str, ...] = ()
+    superpixel_fraction: float = 0.0
+    superpixel_source: Literal["slice", "neighbours"] = "slice"
+    ways: int = 1
+    shots: int = 1
+    queries: int = 1
+    batch: int = 1
+    min_pixels: int = 30
+    augment: bool = True
+    image_size: int = 256
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    crop: bool = True
+    encoder: str = "resnet34"
+    weights: str | None = None
+    temperature: float = 0.05
+    mask_threshold: float = 0.5
+    append_global: bool = False
+    steps: int = 10_000
+    learning_rate: float = 3e-4
+    final_learning_rate: float = 0.01
+    warmup_fraction: float = 0.02
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    ce: float = 1.0
+    align: float = 1.0
+    cycle: float = 1.0
+    background_weight: float = 0.1
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    checkpoint_every: int = 500
+    validate_every: int = 500
+    validation_episodes: int = 16
+    progress: bool = True
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("data", "output", "weights"):  # a Path goes in, JSON takes only text
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        for name in ("holdout", "classes", "holdout_cases", "validation_cases"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in _CHOICES.items():
+            _check(name, getattr(self, name) in choices, self, f"one of {', '.join(choices)}")
+        for name in _AT_LEAST_ONE:
+            _check(name, _is_integer(getattr(self, name), 1), self, "an integer of at least 1")
+        for name in _NOT_NEGATIVE:
+            _check(name, _is_number(getattr(self, name), 0), self, "a finite number of at least 0")
+        for name in _ABOVE_ZERO:
+            value = getattr(self, name)
+            _check(name, _is_number(value, 0) and value > 0, self, "a finite number above 0")
+        for name in _FRACTION:
+            value = getattr(self, name)
+            _check(name, _is_number(value, 0) and value <= 1, self, "a number from 0 to 1")
+        for name in _FROM_ZERO:
+            _check(name, _is_integer(getattr(self, name), 0), self, "an integer of at least 0")
+        _check("ce", self.ce + self.align + self.cycle > 0, self, "a loss weight above 0 somewhere")
+        shared = sorted(set(self.holdout_cases) & set(self.validation_cases))
+        _check("validation_cases", not shared, self, f"cases outside holdout_cases (not {shared})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, in a form that JSON keeps."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The reverse of ``to_dict``; absent values get their defaults.
+
+        Raises:
+            ArgumentError: An unknown name, or a value out of its range.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ArgumentError(
+                    name, found="an unknown option", allowed=", ".join(sorted(known))
+                )
+        for name in ("data", "output"):
+            if not isinstance(values.get(name), str):
+                raise ArgumentError(name, found=repr(values.get(name)), allowed="a path")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TrainConfig:
+        """Read a ``config.json``.
+
+        Raises:
+            ArgumentError: The file cannot be read as a configuration.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArgumentError(
+                path, found=f"no readable JSON ({error})", allowed="a config.json of a run"
+            ) from error
+        if not isinstance(values, dict):
+            raise ArgumentError(path, found=type(values).__name__, allowed="a JSON object")
+        return cls.from_dict(values)
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What makes this another run than ``other``, a ``to_dict``: "name: old -> new"."""
+        return [
+            f"{name}: {other.get(name)!r} -> {value!r}"
+            for name, value in self.to_dict().items()
+            if name not in _FREE_ON_RESUME and other.get(name) != value
+        ]
+
+
+def _check(name: str, valid: bool, config: TrainConfig, allowed: str) -> None:
+    if not valid:
+        raise ArgumentError(name, found=repr(getattr(config, name)), allowed=allowed)
+
+
+def _is_number(value: object, low: float) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value >= low
+
+
+def _is_integer(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

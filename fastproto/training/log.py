@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log of a run: one JSON object a line, and TensorBoard events if wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastproto._files import atomic_write
+from fastproto.errors import ArgumentError, OutputError
+
+
+class RunLog:
+    """Appends records to ``log.jsonl``; each has a ``step``, and none appears twice.
+
+    A resumed run repeats the steps after its checkpoint, so records after ``step`` (and a last
+    line that a killed process left unfinished) are dropped first.
+
+    Args:
+        folder: Run folder.
+        step: Last step that is done; 0 begins an empty log.
+        tensorboard: Write the numbers as TensorBoard events under ``folder/tensorboard`` too.
+
+    Raises:
+        ArgumentError: TensorBoard is wanted and not installed.
+        OutputError: The log cannot be written.
+    """
+
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool = False):
+        self.path = folder / "log.jsonl"
+        self._events = _open_events(folder / "tensorboard", step) if tensorboard else None
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step and step > 0]
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with self._reporting():
+            self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one record; its numbers become TensorBoard scalars."""
+        with self._reporting():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._events.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Return when every record is on the disk, so that no checkpoint is ahead of its log."""
+        with self._reporting():
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                self.path,
+                found=f"that it cannot be written ({error.strerror or error})",
+                allowed="a writable folder with free space",
+                fix="Free some space and resume the run.",
+            ) from error
+
+    def __enter__(self) -> RunLog:
+        """Nothing to open: the constructor did."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The finished lines of a log."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def _open_events(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ArgumentError(
+            "tensorboard",
+            found="no installed TensorBoard",
+            allowed="the extra that brings it",
+            fix="Run: pip install 'fastproto[tensorboard]'.",
+        ) from error
+    return SummaryWriter(folder, purge_step=step + 1)

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: episodes in, a run folder out, resumable bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from fastproto._files import write_text
+from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError
+from fastproto.losses import EpisodeLoss
+from fastproto.nn import FewShotUNet
+from fastproto.training.checkpoint import load_metadata, load_state, save_state
+from fastproto.training.config import TrainConfig
+from fastproto.training.log import RunLog
+from fastproto.training.sources import TrainingData, read_training_data
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Train a ``FewShotUNet``, or carry an interrupted training on.
+
+    The run folder holds ``config.json``, ``log.jsonl`` (a record for each step and validation),
+    ``state.safetensors`` (the last checkpoint, complete) and ``model.safetensors`` (the weights of
+    that checkpoint, to use). At the end these are the *last* weights, not those of the best
+    validation: the schedule ends near zero, and the validation classes are base classes, whose Dice
+    can still rise while that of unseen classes falls.
+
+    A resumed run computes the same bits as one that was never interrupted, on the same machine
+    with the same number of threads; on a GPU as far as its operators are deterministic
+    (``torch.use_deterministic_algorithms``).
+
+    Args:
+        config: See ``TrainConfig``.
+        resume: Carry on from the last checkpoint in ``config.output``. A run that was killed before
+            its first checkpoint begins again.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        OutputError: The folder holds a run and ``resume`` is off, or it cannot be written.
+        CheckpointError: Nothing to resume, a damaged state, or one of another configuration.
+        TrainingError: The loss or its gradient is not finite; the last checkpoint stays as it was.
+        InputError: Data or options that cannot be used.
+    """
+    folder = Path(config.output)
+    state = folder / "state.safetensors"
+    saved = _saved_run(config, folder, state, resume)
+    device = _device(config.device)
+    data = read_training_data(config, device)
+    if saved is not None and saved["slices"] != data.slices:
+        raise CheckpointError(
+            state,
+            found="a run on other cases or slices",
+            allowed="the data set that the run began with",
+            fix=f"Restore the data set in {config.data}, or start a new run in another folder.",
+        )
+    for partial in folder.glob(".partial-*"):  # what a killed process was writing
+        partial.unlink()
+    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        model = FewShotUNet(
+            encoder=config.encoder,
+            weights=config.weights if saved is None else None,
+            temperature=config.temperature,
+            mask_threshold=config.mask_threshold,
+            append_global=config.append_global,
+        ).to(device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        step = 0 if saved is None else load_state(state, model, optimizer)["step"]
+        with RunLog(folder, step, tensorboard=config.tensorboard) as log:
+            _Run(config, folder, data, model, optimizer, log).go(step)
+    return folder
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of step 1..steps: linear warm-up, then half a cosine down to the final share."""
+    warmup = math.ceil(config.warmup_fraction * config.steps)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    falling = 0.5 * (1 + math.cos(math.pi * progress))
+    final = config.final_learning_rate
+    return config.learning_rate * (final + (1 - final) * falling)
+
+
+def episode_dice(logits: Tensor, target: Tensor) -> float:
+    """Mean Dice of the foreground classes that the target holds; NaN where it holds none.
+
+    Args:
+        logits: [E, Q, K, H, W].
+        target: [E, Q, H, W] integers 0..K-1.
+    """
+    prediction = logits.argmax(dim=2)
+    scores = []
+    for label in range(1, logits.shape[2]):
+        mine, truth = prediction == label, target == label
+        size = int(truth.sum())
+        if size > 0:
+            scores.append(2 * int((mine & truth).sum()) / (int(mine.sum()) + size))
+    return sum(scores) / len(scores) if scores else math.nan
+
+
+class _Run:
+    """The loop and what it needs."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        data: TrainingData,
+        model: FewShotUNet,
+        optimizer: torch.optim.Optimizer,
+        log: RunLog,
+    ):
+        self.config = config
+        self.folder = folder
+        self.data = data
+        self.model = model
+        self.optimizer = optimizer
+        self.log = log
+        weights = [config.background_weight] + [1.0] * config.ways
+        self.loss = EpisodeLoss(
+            ce=config.ce, align=config.align, cycle=config.cycle, class_weights=weights
+        )
+        self.device = next(model.parameters()).device
+        self.low_precision = _bfloat16_wanted(config.precision, self.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.validation_dice = math.nan
+        self.saved_step = 0
+
+    def go(self, done: int) -> None:
+        """Train from step ``done`` + 1 to the end."""
+        config = self.config
+        if done == 0:
+            self.checkpoint(0)
+        else:
+            self.save_model(done)  # the process may have died between the state and the model
+        self.model.train()
+        with tqdm(
+            initial=done, total=config.steps, unit="step", disable=not config.progress
+        ) as bar:
+            for step in range(done + 1, config.steps + 1):
+                loss = self.step(step)
+                last = step == config.steps
+                if last or step % config.validate_every == 0:
+                    self.validate(step)
+                if last or step % config.checkpoint_every == 0:
+                    self.checkpoint(step)
+                shown = {"loss": f"{loss:.3f}"}
+                if not math.isnan(self.validation_dice):
+                    shown["validation_dice"] = f"{self.validation_dice:.3f}"
+                bar.set_postfix(shown, refresh=False)
+                bar.update()
+
+    def step(self, step: int) -> float:
+        """One optimiser step; returns the loss."""
+        began = time.perf_counter()
+        rate = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        size = self.config.batch
+        indices = range((step - 1) * size, step * size)
+        episode = self.data.training.batch(indices)
+        with self.autocast():
+            total, parts, _ = self.loss(self.model, episode)
+        total.backward()
+        norm = clip_grad_norm_(self.parameters, self.config.clip_norm)
+        names = ["loss", "grad_norm", *parts]
+        numbers = [total, norm, *parts.values()]
+        values = [torch.as_tensor(n, device=self.device).detach().float() for n in numbers]
+        # the one synchronisation of a step
+        record = dict(zip(names, torch.stack(values).tolist(), strict=True))
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            self.stop(step, episode.description, record)
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # here, so that gradients do not live beside the activations
+        seconds = round(time.perf_counter() - began, 4)
+        self.log.write(step, **record, learning_rate=rate, seconds=seconds)
+        return record["loss"]
+
+    def stop(self, step: int, description: str, record: dict[str, float]) -> NoReturn:
+        """Give up before the weights are touched."""
+        state = self.folder / "state.safetensors"
+        raise TrainingError(
+            f"step {step}",
+            found=f"loss {record['loss']}, gradient norm {record['grad_norm']} in {description}",
+            allowed="finite numbers",
+            fix=f"The weights of step {self.saved_step} are in "
+            f"{self.folder / 'model.safetensors'}, and {state} can be resumed. Look at the slices "
+            "named; a lower learning rate or clip_norm, or precision float32, may help.",
+        )
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """Log the mean Dice over the fixed validation episodes, if there are any."""
+        source = self.data.validation
+        if source is None:
+            return
+        self.model.eval()
+        scores = []
+        for index in range(self.config.validation_episodes):
+            episode = source.episode(index)
+            with self.autocast():
+                logits = self.model(
+                    episode.support_images,
+                    episode.support_masks,
+                    episode.query_images,
+                    num_classes=episode.num_classes,
+                )
+            scores.append(episode_dice(logits, episode.query_masks))
+        self.model.train()
+        self.validation_dice = sum(scores) / len(scores)
+        self.log.write(step, validation_dice=self.validation_dice)
+
+    def checkpoint(self, step: int) -> None:
+        """Write the state, then the model made from it; only the state is read on resume."""
+        self.log.sync()
+        metadata = {"step": step, "config": self.config.to_dict(), "slices": self.data.slices}
+        save_state(self.folder / "state.safetensors", self.model, self.optimizer, metadata)
+        self.save_model(step)
+
+    def save_model(self, step: int) -> None:
+        """Write the weights to use, with what is needed to use them."""
+        extra = {**self.data.extra, "step": step}
+        self.model.save(self.folder / "model.safetensors", extra)
+        self.saved_step = step
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Bfloat16 where it is wanted."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
+
+
+def _saved_run(
+    config: TrainConfig, folder: Path, state: Path, resume: bool
+) -> dict[str, Any] | None:
+    """The metadata of the checkpoint to carry on from; None to begin at step 0."""
+    if not resume:
+        if state.exists():
+            raise OutputError(
+                folder,
+                found="a training run",
+                allowed="a new or empty folder",
+                fix="Resume it, or choose another output folder.",
+            )
+        return None
+    if not state.exists():
+        if not (folder / "config.json").exists():
+            raise CheckpointError(
+                folder,
+                found="no training run",
+                allowed="the output folder of an earlier run",
+                fix="Check the path, or start without resuming.",
+            )
+        return None
+    saved = load_metadata(state)
+    differences = config.differences(saved["config"])
+    if differences:
+        raise CheckpointError(
+            state,
+            found=f"a run with another configuration ({'; '.join(differences)})",
+            allowed="the configuration that the run began with",
+            fix=f"Take it from {folder / 'config.json'}, or start a new run in another folder.",
+        )
+    return saved
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(
+            "device",
+            found=f"{name!r} ({str(error).splitlines()[0]})",
+            allowed="auto, cpu, or a GPU that this PyTorch can use",
+        ) from error
+
+
+def _bfloat16_wanted(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without bfloat16 instructions the CPU would convert back and forth and be slower than float32.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

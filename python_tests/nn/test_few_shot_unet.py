@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network as users call it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto.errors import ArgumentError, CheckpointError
+from fastproto.nn import FewShotUNet, ProtoAttention, PrototypeNet, Prototypes
+from fastproto.nn.weights import read_safetensors, write_safetensors
+
+
+@pytest.fixture(scope="module")
+def model() -> FewShotUNet:
+    torch.manual_seed(0)
+    return FewShotUNet("resnet18").eval()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(1)
+
+
+def blobs(episodes: int, shots: int, classes: int, height: int, width: int) -> Tensor:
+    """Label maps ``[E, S, H, W]`` of vertical stripes, one a class, of random widths."""
+    position = torch.arange(width).expand(episodes, shots, height, width) / width
+    edges = torch.rand(episodes, shots, classes - 1).sort(dim=2).values
+    return (position.unsqueeze(2) > edges[..., None, None]).sum(dim=2)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_table_of_shapes() -> None:
+    """Every row of the network's table, for a 256 x 256 image, and the size of the network."""
+    model = FewShotUNet().eval()
+    shapes: dict[str, list[int]] = {}
+
+    def record(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(
+            lambda _module, _inputs, out: shapes.__setitem__(name, list(out.shape))
+        )
+
+    names = ("lift_proto", "up1", "lift2", "up2", "lift3", "up3")
+    for name in names:
+        record(name, getattr(model.decoder, name))
+    images, masks = torch.randn(1, 1, 3, 256, 256), blobs(1, 1, 2, 256, 256)
+    with torch.no_grad():
+        features = model.encode(images)
+        prototypes = model.extract(features, masks)
+        enhanced = ProtoAttention()(features.bottleneck, prototypes)
+        logits = model.decode(features, prototypes)
+    assert [list(level.shape[2:]) for level in features.maps] == [
+        [64, 128, 128],
+        [64, 64, 64],
+        [128, 32, 32],
+        [256, 16, 16],
+        [512, 16, 16],
+    ]
+    assert list(enhanced.shape) == [1, 1, 2, 1024, 16, 16]
+    assert torch.equal(enhanced[:, :, 0, :512], features.bottleneck)
+    assert shapes == {
+        "lift_proto": [2, 256, 32, 32],
+        "up1": [2, 256, 32, 32],
+        "lift2": [2, 128, 64, 64],
+        "up2": [2, 128, 64, 64],
+        "lift3": [2, 64, 128, 128],
+        "up3": [2, 64, 128, 128],
+    }
+    assert list(model.decoder.up4.conv_up.weight.shape) == [32, 64, 3, 3]
+    assert list(model.decoder.head.weight.shape) == [1, 32, 1, 1]
+    assert list(logits.shape) == [1, 1, 2, 256, 256]
+
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert encoder == 21_284_672
+    assert total == 24_085_249
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 33), (96, 80), (31, 64)])
+def test_any_height_and_width(model: FewShotUNet, size: tuple[int, int]) -> None:
+    images, masks = torch.randn(1, 2, 3, *size), blobs(1, 2, 2, *size)
+    with torch.no_grad():
+        logits = model(images, masks, images[:, :1])
+    assert logits.shape == (1, 1, 2, *size)
+    assert logits.isfinite().all()
+
+
+def test_padding_is_replicated_and_belongs_to_no_class(model: FewShotUNet) -> None:
+    images, masks = torch.randn(1, 1, 3, 20, 36), blobs(1, 1, 2, 20, 36)
+    rows = torch.arange(32).clamp(max=19)
+    columns = torch.arange(48).clamp(max=35)
+    padded = images[..., rows, :][..., columns]
+    nowhere = torch.zeros(1, 1, 2, 32, 48)
+    for k in range(2):
+        nowhere[:, :, k, :20, :36] = masks == k
+    with torch.no_grad():
+        features = model.encode(padded)
+        close(model.encode(images).bottleneck, features.bottleneck)
+        found = model.encode_support(images, masks)
+        expected = torch.nn.functional.avg_pool2d(nowhere[0], 16) > 0.5
+        close(model(images, masks, images), model.segment(padded, found)[..., :20, :36])
+    assert found.counts() == [[max(1, int(expected[0, k].sum())) for k in range(2)]]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_relabelling_permutes_the_output(model: FewShotUNet, training: bool) -> None:
+    images, masks = torch.randn(2, 2, 3, 32, 48), blobs(2, 2, 3, 32, 48)
+    queries = torch.randn(2, 2, 3, 32, 48)
+    permutation = torch.tensor([2, 0, 1])
+    model.train(training)
+    try:
+        with torch.no_grad():
+            logits = model(images, masks, queries, num_classes=3)
+            permuted = model(images, permutation[masks], queries, num_classes=3)
+    finally:
+        model.eval()
+    assert logits.std(dim=2).mean() > 1e-3
+    torch.testing.assert_close(permuted[:, :, permutation], logits, rtol=1e-3, atol=2e-3)
+
+
+def test_support_encoded_once_for_many_queries(model: FewShotUNet) -> None:
+    images, masks = torch.randn(2, 3, 3, 48, 32), blobs(2, 3, 2, 48, 32)
+    queries = torch.randn(2, 4, 3, 48, 32)
+    with torch.no_grad():
+        joint = model(images, masks, queries)
+        prototypes = model.encode_support(images, masks)
+        close(model.segment(queries, prototypes), joint)
+        close(model.segment(queries[:, 2:3], prototypes.trim()), joint[:, 2:3])
+        # Another size needs no other support.
+        assert model.segment(torch.randn(2, 1, 3, 64, 64), prototypes).shape[-2:] == (64, 64)
+
+
+def test_episodes_do_not_mix(model: FewShotUNet) -> None:
+    images, masks = torch.randn(2, 1, 3, 32, 32), blobs(2, 1, 2, 32, 32)
+    with torch.no_grad():
+        both = model(images, masks, images)
+        for e in range(2):
+            close(model(images[e : e + 1], masks[e : e + 1], images[e : e + 1]), both[e : e + 1])
+
+
+def test_many_shots_and_many_ways(model: FewShotUNet) -> None:
+    images, masks = torch.randn(1, 5, 3, 32, 64), blobs(1, 5, 7, 32, 64)
+    queries = torch.randn(1, 2, 3, 32, 64)
+    with torch.no_grad():
+        logits = model(images, masks, queries, num_classes=7)
+        assert logits.shape == (1, 2, 7, 32, 64)
+        # A class more that nobody shows changes nothing for the others.
+        more = model(images, masks, queries, num_classes=8)
+        close(more[:, :, :7], logits)
+        # The order of the shots does not matter.
+        order = torch.tensor([3, 1, 4, 0, 2])
+        close(model(images[:, order], masks[:, order], queries, num_classes=7), logits)
+
+
+def test_empty_masks(model: FewShotUNet) -> None:
+    images = torch.randn(1, 1, 3, 32, 32)
+    masks = torch.zeros(1, 1, 32, 32, dtype=torch.long)
+    prototypes = model.encode_support(images, masks, num_classes=3)
+    assert prototypes.counts() == [[4, 0, 0]]
+    logits = model.segment(images, prototypes)
+    assert logits.isfinite().all()
+    close(logits[:, :, 1], logits[:, :, 2])
+    logits[:, :, 1].sum().backward()
+    assert model.encoder.conv1.weight.grad is not None
+    assert model.encoder.conv1.weight.grad.isfinite().all()
+    model.zero_grad()
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = FewShotUNet("resnet18").train()
+    images, masks = torch.randn(1, 1, 3, 32, 32), blobs(1, 1, 2, 32, 32)
+    model(images, masks, torch.randn(1, 1, 3, 32, 32)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_options_reach_the_prototypes() -> None:
+    images, masks = torch.randn(1, 1, 3, 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.long)
+    masks[..., :6] = 1  # 6 of the 16 columns of two cells
+    counts = []
+    for options in ({}, {"mask_threshold": 0.25}, {"append_global": True}):
+        torch.manual_seed(3)
+        model = FewShotUNet("resnet18", **options).eval()
+        with torch.no_grad():
+            counts.append(model.encode_support(images, masks).counts())
+    assert counts == [[[4, 1]], [[4, 2]], [[5, 1]]]
+    with torch.no_grad():
+        prototypes = model.encode_support(images, masks)
+        cold = model.segment(images, prototypes)
+        model.temperature = 10.0
+        assert not torch.allclose(model.segment(images, prototypes), cold)
+
+
+def test_autocast(model: FewShotUNet) -> None:
+    images, masks = torch.randn(1, 1, 3, 32, 32), blobs(1, 1, 2, 32, 32)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model.train()(images, masks, images)
+            logits.float().square().mean().backward()
+    finally:
+        model.eval()
+    assert logits.isfinite().all()
+    assert model.decoder.up4.norm_up.weight.grad is not None
+    assert model.decoder.up4.norm_up.weight.grad.isfinite().all()
+    model.zero_grad()
+
+
+def test_other_encoders() -> None:
+    model = FewShotUNet("resnet50").eval()
+    images, masks = torch.randn(1, 1, 3, 32, 32), blobs(1, 1, 2, 32, 32)
+    with torch.no_grad():
+        assert model(images, masks, images).shape == (1, 1, 2, 32, 32)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model = FewShotUNet("resnet18", temperature=0.1, mask_threshold=0.25, append_global=True)
+    images, masks = torch.randn(1, 2, 3, 32, 32), blobs(1, 2, 2, 32, 32)
+    with torch.no_grad():
+        model.train()(images, masks, images)  # so that the running statistics are not the initial
+        expected = model.eval()(images, masks, images)
+    extra = {"classes": {"1": "liver"}, "mean": 0.5}
+    path = tmp_path / "model.safetensors"
+    model.save(path, extra)
+    state = torch.get_rng_state()
+    loaded = FewShotUNet.load(path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loaded.extra == extra
+    assert loaded.config == model.config
+    assert loaded.config == {
+        "encoder": "resnet18",
+        "temperature": 0.1,
+        "mask_threshold": 0.25,
+        "append_global": True,
+    }
+    assert not loaded.training
+    assert loaded.fingerprint() == model.fingerprint()
+    with torch.no_grad():
+        assert torch.equal(loaded(images, masks, images), expected)
+    loaded.temperature = 0.2
+    assert loaded.fingerprint() != model.fingerprint()
+    with torch.no_grad():
+        model.decoder.head.bias.add_(1e-6)
+    changed = model.fingerprint()
+    model.save(path)
+    assert FewShotUNet.load(path).fingerprint() == changed
+    assert FewShotUNet.load(path).extra == {}
+
+
+def test_files_of_something_else(tmp_path: Path, model: FewShotUNet) -> None:
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    with pytest.raises(CheckpointError, match="file of FewShotUNet"):
+        PrototypeNet.load(path)
+    with pytest.raises(CheckpointError, match="kind 'model'"):
+        Prototypes.load(path)
+    tensors, header = read_safetensors(path)
+    for config in (
+        {**header["config"], "encoder": "resnet34"},  # other shapes than the weights
+        {**header["config"], "encoder": "resnet99"},
+        {**header["config"], "encoder": ["resnet18"]},
+        {**header["config"], "temperature": "warm"},
+        {**header["config"], "temperature": -1},
+        {**header["config"], "weights": "imagenet"},
+        {},
+        None,
+    ):
+        write_safetensors(path, tensors, {**header, "config": config})
+        with pytest.raises(CheckpointError):
+            FewShotUNet.load(path)
+    write_safetensors(path, {"a": torch.ones(1)}, header)
+    with pytest.raises(CheckpointError, match="missing"):
+        FewShotUNet.load(path)
+    Prototypes(torch.ones(1, 2), torch.tensor([0, 1, 1], dtype=torch.int32), 2).save(path)
+    with pytest.raises(CheckpointError, match="file of prototypes"):
+        FewShotUNet.load(path)
+
+
+IMAGES, MASKS = torch.randn(1, 2, 3, 16, 16), torch.zeros(1, 2, 16, 16, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "queries", "classes", "subject"),
+    [
+        (IMAGES[0], MASKS, IMAGES, 2, "support_images"),
+        (IMAGES[:, :, :1], MASKS, IMAGES, 2, "support_images"),
+        (IMAGES[:, :0], MASKS[:, :0], IMAGES, 2, "support_images"),
+        (IMAGES.to(torch.uint8), MASKS, IMAGES, 2, "support_images"),
+        (IMAGES.double(), MASKS, IMAGES, 2, "support_images"),
+        (IMAGES.to("meta"), MASKS, IMAGES, 2, "support_images"),
+        (IMAGES, MASKS, IMAGES[:, :, :2], 2, "query_images"),
+        (IMAGES, MASKS, IMAGES.expand(2, -1, -1, -1, -1), 2, "query_images"),
+        (IMAGES, MASKS, IMAGES[..., :8], 2, "query_images"),
+        (IMAGES, MASKS[:, :1], IMAGES, 2, "support_masks"),
+        (IMAGES, MASKS[..., :8], IMAGES, 2, "support_masks"),
+        (IMAGES, MASKS.float(), IMAGES, 2, "support_masks"),
+        (IMAGES, MASKS + 2, IMAGES, 2, "support_masks"),
+        (IMAGES, MASKS - 1, IMAGES, 2, "support_masks"),
+        (IMAGES, MASKS, IMAGES, 1, "num_classes"),
+        (IMAGES, MASKS, IMAGES, 2.0, "num_classes"),
+    ],
+)
+def test_bad_arguments(
+    model: FewShotUNet,
+    images: Tensor,
+    masks: Tensor,
+    queries: Tensor,
+    classes: int,
+    subject: str,
+) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        model(images, masks, queries, classes)
+    assert caught.value.subject == subject
+
+
+def test_bad_prototypes(model: FewShotUNet) -> None:
+    offsets = torch.tensor([0, 1, 2], dtype=torch.int32)
+    two = torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32)
+    for prototypes in (
+        Prototypes(torch.ones(2, 256), offsets, 2),
+        Prototypes(torch.ones(4, 512), two, 2),
+        Prototypes(torch.ones(2, 512, device="meta"), offsets.to("meta"), 2),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            model.segment(IMAGES, prototypes)
+        assert caught.value.subject == "prototypes"
+
+
+@pytest.mark.parametrize(
+    ("options", "subject"),
+    [
+        ({"encoder": "unet"}, "encoder"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"mask_threshold": 1.0}, "mask_threshold"),
+    ],
+)
+def test_bad_options(options: dict[str, object], subject: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        FewShotUNet(**options)
+    assert caught.value.subject == subject

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights from files: what is read, what is refused, and that nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastproto.errors import ArgumentError, CheckpointError, OutputError
+from fastproto.nn import FewShotUNet, Prototypes, ResNetEncoder, weights
+from fastproto.nn.weights import (
+    checksum,
+    load_encoder_weights,
+    load_state,
+    read_safetensors,
+    write_safetensors,
+)
+
+
+class Payload:
+    """Unpickling this makes a folder: the trace a test looks for."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+def hostile_files(folder: Path, trace: Path) -> dict[str, bytes]:
+    """A pickle with a payload, bare and in the zip that torch.save makes."""
+    torch.save({"conv1.weight": Payload(trace)}, folder / "hostile.zip")
+    archive = (folder / "hostile.zip").read_bytes()
+    assert zipfile.is_zipfile(io.BytesIO(archive))
+    return {"bare": pickle.dumps({"conv1.weight": Payload(trace)}, protocol=2), "zip": archive}
+
+
+def test_the_payload_would_run(tmp_path: Path) -> None:
+    """The danger is real: otherwise the tests below could not fail."""
+    pickle.loads(hostile_files(tmp_path, tmp_path / "trace")["bare"])
+    assert (tmp_path / "trace").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["bare", "zip"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors", ".pkl", ""])
+def test_payload_never_runs(tmp_path: Path, kind: str, suffix: str) -> None:
+    trace = tmp_path / "trace"
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(hostile_files(tmp_path, trace)[kind])
+    encoder = ResNetEncoder("resnet18")
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder_weights(encoder, path)
+    assert caught.value.subject == str(path)
+    for reader in (FewShotUNet.load, Prototypes.load, read_safetensors):
+        with pytest.raises(CheckpointError):
+            reader(path)
+    assert not trace.exists()
+
+
+@pytest.fixture(scope="module")
+def torchvision_state() -> dict[str, torch.Tensor]:
+    """What torchvision's file of resnet18 holds: with a classifier, without batch counters."""
+    torch.manual_seed(1)
+    state = ResNetEncoder("resnet18").state_dict()
+    state = {key: value for key, value in state.items() if "num_batches" not in key}
+    return {**state, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_torchvision_file(
+    tmp_path: Path, torchvision_state: dict[str, torch.Tensor], suffix: str
+) -> None:
+    path = tmp_path / f"resnet18{suffix}"
+    if suffix == ".pth":
+        torch.save(torchvision_state, path)
+    else:
+        save_file(torchvision_state, path)
+    torch.manual_seed(2)
+    model = FewShotUNet("resnet18", weights=path)
+    state = model.encoder.state_dict()
+    for key, value in torchvision_state.items():
+        if not key.startswith("fc."):
+            assert torch.equal(state[key], value), key
+
+
+def test_wrong_encoder_files(tmp_path: Path, torchvision_state: dict[str, torch.Tensor]) -> None:
+    encoder = ResNetEncoder("resnet34")
+    path = tmp_path / "weights.safetensors"
+    save_file(torchvision_state, path)
+    with pytest.raises(CheckpointError, match=r"missing \(layer1\.2\.conv1\.weight"):
+        load_encoder_weights(encoder, path)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        load_encoder_weights(ResNetEncoder("resnet50"), path)
+    before = checksum(encoder.state_dict())
+    state = encoder.state_dict()
+    save_file({**state, "conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
+    with pytest.raises(CheckpointError, match=r"conv1.weight of shape \[64, 1, 7, 7\]"):
+        load_encoder_weights(encoder, path)
+    assert checksum(encoder.state_dict()) == before
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="state dict"):
+        load_encoder_weights(encoder, tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_encoder_weights(encoder, tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError, match="a folder"):
+        load_encoder_weights(encoder, make_folder(tmp_path / "folder.pth"))
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_truncated_pth(tmp_path: Path, torchvision_state: dict[str, torch.Tensor]) -> None:
+    torch.save(torchvision_state, tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    path = tmp_path / "weights.pth"
+    for size in (0, 10, len(content) // 2, len(content) - 100):
+        path.write_bytes(content[:size])
+        with pytest.raises(CheckpointError):
+            load_encoder_weights(ResNetEncoder("resnet18"), path)
+
+
+def test_damaged_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    tensors = {"a": torch.arange(12.0).view(3, 4), "n": torch.tensor(3)}
+    write_safetensors(path, tensors, {"kind": "test"})
+    found, header = read_safetensors(path)
+    assert header == {"kind": "test"}
+    assert torch.equal(found["a"], tensors["a"])
+    content = path.read_bytes()
+    for size in range(0, len(content), 7):
+        path.write_bytes(content[:size])
+        with pytest.raises(CheckpointError):
+            read_safetensors(path)
+    for position in (len(content) - 1, len(content) - 20):  # a flipped bit among the values
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :]
+        )
+        with pytest.raises(CheckpointError, match="checksum"):
+            read_safetensors(path)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="header"):
+        read_safetensors(path)
+    save_file(tensors, path, metadata={"fastproto": "[1]"})
+    with pytest.raises(CheckpointError, match="header"):
+        read_safetensors(path)
+
+
+def test_checksum_sees_names_shapes_types_and_values() -> None:
+    base = {"a": torch.zeros(2, 3), "b": torch.ones(2)}
+    different = [
+        {"a": torch.zeros(3, 2), "b": torch.ones(2)},
+        {"a": torch.zeros(2, 3), "c": torch.ones(2)},
+        {"a": torch.zeros(2, 3), "b": torch.ones(2).bfloat16()},
+        {"a": torch.zeros(2, 3), "b": torch.tensor([1.0, 1.0000001])},
+    ]
+    assert checksum(dict(reversed(base.items()))) == checksum(base)
+    assert len({checksum(state) for state in [base, *different]}) == 5
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.safetensors"
+    write_safetensors(path, {"a": torch.ones(1)}, {})
+    before = path.read_bytes()
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise weights.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full_disk)
+    with pytest.raises(OutputError, match="No space left"):
+        write_safetensors(path, {"a": torch.zeros(1)}, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ArgumentError, match="JSON"):
+        write_safetensors(path, {}, {"extra": {"path": tmp_path}})
+
+
+def test_load_state_names_the_module() -> None:
+    with pytest.raises(CheckpointError, match=r"1 missing \(bias\) and 1 unknown \(scale\) keys"):
+        load_state(nn.Linear(2, 2), {"weight": torch.ones(2, 2), "scale": torch.ones(2)}, "file")
+
+
+def test_imagenet_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def no_network(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setenv("FASTPROTO_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(CheckpointError) as caught:
+        FewShotUNet("resnet34", weights="imagenet")
+    url = "https://download.pytorch.org/models/resnet34-b627a593.pth"
+    assert asked == [url]
+    message = str(caught.value)
+    assert url in message
+    assert str(tmp_path / "cache" / "resnet34-b627a593.pth") in message
+    assert "FASTPROTO_CACHE" in message
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_imagenet_file_names() -> None:
+    assert weights.IMAGENET_FILES == {
+        "resnet18": "resnet18-f37072fd.pth",
+        "resnet34": "resnet34-b627a593.pth",
+        "resnet50": "resnet50-0676ba61.pth",
+        "resnet101": "resnet101-63fe2227.pth",
+    }
+
+
+def test_imagenet_download_and_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torchvision_state: dict[str, torch.Tensor]
+) -> None:
+    server, cache = make_folder(tmp_path / "server"), tmp_path / "cache"
+    torch.save(torchvision_state, server / "file")
+    digest = hashlib.sha256((server / "file").read_bytes()).hexdigest()
+    name = f"resnet18-{digest[:8]}.pth"
+    (server / "file").rename(server / name)
+    monkeypatch.setenv("FASTPROTO_CACHE", str(cache))
+    monkeypatch.setitem(weights.IMAGENET_FILES, "resnet18", name)
+    monkeypatch.setattr(weights, "IMAGENET_URL", f"{server.as_uri()}/")
+    encoder = ResNetEncoder("resnet18")
+    load_encoder_weights(encoder, "imagenet")
+    assert torch.equal(encoder.conv1.weight, torchvision_state["conv1.weight"])
+    assert [path.name for path in cache.iterdir()] == [name]
+
+    (server / name).unlink()  # from now on only the cache can answer
+    load_encoder_weights(ResNetEncoder("resnet18"), "imagenet")
+
+    (cache / name).write_bytes(b"tampered")
+    with pytest.raises(CheckpointError, match="SHA-256") as caught:
+        load_encoder_weights(encoder, "imagenet")
+    assert caught.value.subject == str(cache / name)
+
+    (cache / name).unlink()
+    (server / name).write_bytes(b"tampered")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load_encoder_weights(encoder, "imagenet")
+    assert list(cache.iterdir()) == []  # a wrong download never gets into the cache

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny data set on disk and a store of synthetic slices in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastproto.data.phantom import write_phantom
+from fastproto.training.slices import CaseSlices, SliceStore
+
+SIZE = 48
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three CT patients with all organs."""
+    return write_phantom(tmp_path_factory.mktemp("phantom") / "ct", patients=3, shape=(16, 64, 64))
+
+
+@pytest.fixture
+def store() -> SliceStore:
+    """Three patients of 12 slices; class c is the square number c, in slices c..c+7 only.
+
+    Classes 1 and 2 are in all patients, class 3 in patient "c" alone, class 4 in one slice of one
+    patient. Every pixel of an image is 100 * patient + slice, so an image says where it is from.
+    """
+    cases = []
+    for number, name in enumerate("abc"):
+        labels = torch.zeros(12, SIZE, SIZE, dtype=torch.uint8)
+        for label in (1, 2, 3):
+            if label < 3 or name == "c":
+                labels[label : label + 8, 10 * label : 10 * label + 8, 5:15] = label
+        if name == "a":
+            labels[0, 40:48, 40:48] = 4
+        images = (100.0 * number + torch.arange(12)).view(12, 1, 1).expand(12, SIZE, SIZE)
+        numbers = [2 * i if name == "b" else i for i in range(12)]
+        cases.append(CaseSlices(name, numbers, images.half(), labels, threshold=0.0))
+    return SliceStore(cases)
