@@ -21,7 +21,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     it was. Missing parent folders are made.
 
     Raises:
-        OutputError: The folder cannot be made or written, the disk is full, or ``path`` is a folder.
+        OutputError: The folder cannot be made or written, the disk is full, or ``path`` is one.
     """
     path = Path(path)
     if path.is_dir():

@@ -43,7 +43,10 @@ def _load(name: str) -> str | None:
         return "FASTPROTO_NATIVE=0 is set"
     path = _FOLDER / f"lib{name}{_SUFFIX}"
     if not path.is_file():
-        return f"the package was installed without {path.name}; reinstall it where torch and a C++ compiler are found"
+        return (
+            f"the package was installed without {path.name}; reinstall it where torch and a C++ "
+            "compiler are found"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:

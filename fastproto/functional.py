@@ -78,7 +78,7 @@ def proto_attention(
         try:
             return ops.proto_attention(feat, protos, offsets, temperature, eps, concat)
         except RuntimeError:
-            # Values are the library's to check, and its words may be lost on the way (torch < 2.13).
+            # Values are the library's to check; its words may be lost on the way (torch < 2.13).
             _check_values(offsets, protos, temperature)
             raise
     _check_values(offsets, protos, temperature)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak resident memory of training and of segmenting a volume, each in a process of its own.
+"""Peak resident memory of training and of segmenting, each in a process of its own; file sizes.
 
-    python scripts/measure_memory.py          # prints and writes benchmarks/results/DATE-memory.json
+    python scripts/measure_memory.py --write   # prints, and writes benchmarks/results
 
 Training: steps on one 256 x 256 episode (1 way, 1 shot, all three losses, Adam, ResNet-34).
 Segmenting: `fastproto segment` of CT volumes of 512 x 512 with 50, 100 and 200 slices.
@@ -18,6 +18,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastproto.nn.base import FewShotModel
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
@@ -26,10 +30,12 @@ def train_steps(precision: str) -> None:
     """Three optimiser steps on a random episode."""
     import torch
 
+    from fastproto._memory import return_large_buffers
     from fastproto.losses import EpisodeLoss
     from fastproto.nn import FewShotUNet
     from fastproto.training.episodes import Episode
 
+    return_large_buffers()  # as fastproto.training.train does
     model = FewShotUNet().train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     masks = torch.zeros(1, 1, 256, 256, dtype=torch.long)
@@ -46,9 +52,9 @@ def train_steps(precision: str) -> None:
     for _ in range(3):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             total, _, _ = loss(model, episode)
-        optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
 
 def segment(slices: int) -> None:
@@ -90,6 +96,15 @@ def segment(slices: int) -> None:
             sys.exit(status)
 
 
+def network_size(model: FewShotModel) -> dict[str, float]:
+    """Parameters, and megabytes of the saved file."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "model.safetensors"
+        model.save(path)
+        size = path.stat().st_size
+    return {"parameters": sum(p.numel() for p in model.parameters()), "file_mb": size / 1e6}
+
+
 CASES = {
     "train float32": lambda: train_steps("float32"),
     "train bfloat16": lambda: train_steps("bfloat16"),
@@ -111,12 +126,18 @@ def main() -> None:
         return
     import torch
 
+    from fastproto.nn import FewShotUNet, PrototypeNet
+
     peaks = {}
     for case in CASES:
         command = [sys.executable, __file__, "--case", case]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[case] = round(float(output.splitlines()[-1]))
         print(f"{case:<20} {peaks[case]:>6} MiB", flush=True)
+    networks = {
+        "FewShotUNet, ResNet-34": network_size(FewShotUNet()),
+        "baseline, ResNet-101": network_size(PrototypeNet()),
+    }
     if args.write:
         today = datetime.date.today().isoformat()
         record = {
@@ -125,6 +146,7 @@ def main() -> None:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "peak_resident_mib": peaks,
+            "networks": networks,
         }
         path = RESULTS / f"{today}-memory.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

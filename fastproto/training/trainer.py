@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from fastproto._files import write_text
+from fastproto._memory import return_large_buffers
 from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError
 from fastproto.losses import EpisodeLoss
 from fastproto.nn import FewShotUNet
@@ -52,6 +53,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         TrainingError: The loss or its gradient is not finite; the last checkpoint stays as it was.
         InputError: Data or options that cannot be used.
     """
+    return_large_buffers()
     folder = Path(config.output)
     state = folder / "state.safetensors"
     saved = _saved_run(config, folder, state, resume)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastproto evaluate``: compare label maps with the truth."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastproto.cli.options import Subparsers, add_label_options, new_parser, read_labels
+
+EXAMPLE = """\
+  fastproto evaluate --prediction results --truth phantom-ct \\
+      --labels spleen=2 gallbladder=9 --json scores.json"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the subcommand."""
+    parser = new_parser(
+        subparsers,
+        "evaluate",
+        run,
+        help="compare label maps with the truth: Dice, HD95, ASSD, NSD",
+        description="Compare label maps with the truth, per organ and per patient. Distances are "
+        "in mm between surfaces; the report says how each metric is defined, and how organs count "
+        "that only one of the two shows.",
+        example=EXAMPLE,
+    )
+    parser.add_argument(
+        "--prediction",
+        type=Path,
+        required=True,
+        metavar="MASK",
+        help="label map, or a folder of them named as the cases",
+    )
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        required=True,
+        metavar="MASK",
+        help="label map, folder of them, or data set",
+    )
+    add_label_options(parser)
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=2.0,
+        metavar="MM",
+        help="distance at which NSD still counts a surface as right (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--z-margin",
+        type=int,
+        metavar="N",
+        help="count only the slices of the organ's extent in the truth and N beyond it "
+        "(default: every slice)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report."""
+    from fastproto.evaluation import evaluate_folder
+
+    report = evaluate_folder(
+        args.prediction,
+        args.truth,
+        labels=read_labels(args.labels) if args.labels else None,
+        nsd_tolerance=args.tolerance,
+        z_margin=args.z_margin,
+    )
+    if args.json:
+        report.write_json(args.json)
+    print(report.to_text())
+    return 0

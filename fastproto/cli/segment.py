@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastproto segment``: find a task's organs in new scans."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastproto.cli.options import (
+    Subparsers,
+    add_runtime_options,
+    add_series_option,
+    new_parser,
+    positive,
+    runtime,
+)
+from fastproto.cli.register import add_model_option, add_support_options, register_support
+from fastproto.errors import ArgumentError, InputError, VolumeError
+
+if TYPE_CHECKING:
+    from fastproto.nn.base import FewShotModel
+    from fastproto.segmentation import Segmentation, Task
+
+EXAMPLE = """\
+  fastproto segment --model run --task organs.task -i phantom-ct/images/ct_007.nii.gz \\
+      -o ct_007-organs.nii.gz
+  fastproto segment --model run --task organs.task -i phantom-ct/images -o results --overlay
+  fastproto segment --model run --support-image phantom-ct/images/ct_000.nii.gz \\
+      --support-label phantom-ct/labels/ct_000.nii.gz -i phantom-ct/images -o results"""
+
+EXIT_SOME_FAILED = 2
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the subcommand."""
+    parser = new_parser(
+        subparsers,
+        "segment",
+        run,
+        help="find a task's organs in new scans",
+        description="Segment one scan, a DICOM series, or every scan of a folder. The result has "
+        "the grid of its scan (size, spacing, origin, direction) and the label values of the "
+        "annotated scan. Where one scan of a folder fails, the others still go on.",
+        example=EXAMPLE,
+    )
+    add_model_option(parser)
+    source = parser.add_argument_group("what to find (one of the two)")
+    source.add_argument(
+        "--task", type=Path, metavar="TASK", help="task file of `fastproto register`"
+    )
+    source.add_argument(
+        "--support-image", type=Path, metavar="SCAN", help="annotated scan: register it on the spot"
+    )
+    source.add_argument(
+        "--support-label", type=Path, metavar="MASK", help="label map of the annotated scan"
+    )
+    add_support_options(source)
+    parser.add_argument(
+        "-i",
+        "--input",
+        type=Path,
+        required=True,
+        metavar="SCAN",
+        help="image file, DICOM series folder, or folder of these",
+    )
+    add_series_option(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="label map to write (.nii.gz, .nii, .nrrd, .mha) or, for several scans, the folder "
+        "for SCAN.nii.gz; an older result is replaced only by a complete new one",
+    )
+    parser.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="also write OUT-probabilities/VALUE-ORGAN.nii.gz, one float32 volume per organ: "
+        "3-D files open in every viewer, and only one organ at a time needs to be loaded",
+    )
+    parser.add_argument(
+        "--overlay", action="store_true", help="also write OUT.png: slices with coloured organs"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="slices at once (default: as many as suit the number of organs)",
+    )
+    add_runtime_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Segment all scans; report those that fail and go on with the next."""
+    from fastproto.data.volume import read_volume
+    from fastproto.segmentation import Task, load_model
+
+    _check_source(args)
+    jobs = plan_outputs(args.input, find_scans(args.input), args.output)
+    with runtime(args) as device:
+        model = load_model(args.model, backend=args.backend).to(device)
+        if args.task:
+            task = Task.load(args.task)
+            task.check_model(model)
+        else:
+            support = read_volume(args.support_image)
+            task = register_support(model, support, args.support_label, args)
+        failed = 0
+        for scan, output in jobs:
+            try:
+                _segment_scan(model, task, scan, output, args)
+            except InputError as error:
+                if len(jobs) == 1:
+                    raise
+                failed += 1
+                print(f"fastproto: error: {error}", file=sys.stderr)
+    if failed:
+        print(f"fastproto: {failed} of {len(jobs)} scans failed", file=sys.stderr)
+        return EXIT_SOME_FAILED
+    return 0
+
+
+def find_scans(path: Path) -> list[Path]:
+    """Scans that ``path`` stands for: itself, or the image files and DICOM series in the folder.
+
+    Raises:
+        VolumeError: There is no scan.
+    """
+    from fastproto.data.volume import READABLE, volume_suffix
+
+    if not path.is_dir():
+        return [path]
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    scans = [
+        entry
+        for entry in entries
+        if (entry.is_file() and volume_suffix(entry)) or (entry.is_dir() and _holds_dicom(entry))
+    ]
+    if scans:
+        return scans
+    if any(entry.is_file() for entry in entries):
+        return [path]  # `read_volume` says whether it is a DICOM series, and what is wrong with it
+    raise VolumeError(
+        path,
+        found="no image file and no DICOM series",
+        allowed=f"files ending in {', '.join(READABLE)}, or folders of DICOM slices",
+    )
+
+
+def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+    """Pair every scan with the label map to write for it.
+
+    Args:
+        source: What the user asked for; where it is the one scan, ``output`` may be a file.
+        scans: The scans found there.
+        output: A file or a folder.
+
+    Raises:
+        ArgumentError: Several scans for one file, two scans of one name, a result that would
+            overwrite a scan, or a format that is not written.
+    """
+    from fastproto.data.volume import WRITABLE, volume_suffix
+
+    if suffix := volume_suffix(output):
+        if suffix not in WRITABLE:
+            raise ArgumentError("--output", found=str(output), allowed=", ".join(WRITABLE))
+        if list(scans) != [source]:
+            raise ArgumentError(
+                "--output",
+                found=f"the file {output} for the {len(scans)} scans of a folder",
+                allowed="a folder",
+            )
+        jobs = [(source, output)]
+    else:
+        jobs = [(scan, output / f"{stem(scan)}.nii.gz") for scan in scans]
+    inputs = {scan.resolve() for scan in scans}
+    taken: set[Path] = set()
+    for scan, target in jobs:
+        if target.resolve() in inputs | taken:
+            raise ArgumentError(
+                "--output",
+                found=f"that the result of {scan} would overwrite another file of this command",
+                allowed="a name of its own for each result",
+                fix="Choose another output folder, or rename one of the scans.",
+            )
+        taken.add(target.resolve())
+    return jobs
+
+
+def stem(path: Path) -> str:
+    """A file's name without its image suffix; a folder's whole name."""
+    from fastproto.data.volume import volume_suffix
+
+    name = path.resolve().name
+    suffix = volume_suffix(path)
+    return name[: -len(suffix)] if suffix else name
+
+
+def _segment_scan(
+    model: FewShotModel, task: Task, scan: Path, output: Path, args: argparse.Namespace
+) -> None:
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from fastproto.data.volume import read_volume, write_volume
+    from fastproto.segmentation import segment_volume, write_overlay
+
+    started = time.perf_counter()
+    volume = read_volume(scan, series=args.series)
+    with tqdm(desc=stem(scan), unit="slice", leave=False, disable=None) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = segment_volume(
+            model,
+            task,
+            volume,
+            batch_size=args.batch_size,
+            probabilities=args.probabilities,
+            progress=advance,
+        )
+    write_volume(output, result.labels, like=volume)
+    base = output.parent / stem(output)
+    if result.probabilities is not None:
+        for value, probability in result.probabilities.items():
+            name = re.sub(r"[^\w-]+", "_", task.labels[value])
+            folder = base.with_name(f"{base.name}-probabilities")
+            write_volume(folder / f"{value}-{name}.nii.gz", probability, like=volume)
+    if args.overlay:
+        write_overlay(
+            base.with_name(f"{base.name}.png"),
+            volume,
+            replace(volume, array=result.labels, path=output),
+            task.preprocessing,
+            task.labels,
+        )
+    print(f"{scan} -> {output} ({_describe(task, result)}; {time.perf_counter() - started:.1f} s)")
+
+
+def _describe(task: Task, result: Segmentation) -> str:
+    """Which organs were found, for the line that reports a scan."""
+    import numpy as np
+
+    found = [task.labels[int(value)] for value in np.unique(result.labels) if value]
+    return f"{len(found)} of {len(task.labels)} organs found"
+
+
+def _check_source(args: argparse.Namespace) -> None:
+    """Exactly one of a task file and an annotated scan with its label map."""
+    if args.task and (args.support_image or args.support_label):
+        raise ArgumentError(
+            "--task",
+            found="a task file and an annotated scan",
+            allowed="--task, or --support-image with --support-label",
+        )
+    if args.task and (args.labels or args.classes):
+        raise ArgumentError(
+            "--labels and --classes",
+            found="that they are given with --task",
+            allowed="them with --support-image; a task file has its own labels",
+        )
+    if not args.task and not (args.support_image and args.support_label):
+        raise ArgumentError(
+            "--task",
+            found="neither a task file nor an annotated scan with its label map",
+            allowed="--task, or --support-image with --support-label",
+        )
+
+
+def _holds_dicom(folder: Path) -> bool:
+    """Whether a folder has a DICOM file: 128 bytes of preamble, then ``DICM``."""
+    for entry in folder.iterdir():
+        if entry.is_file():
+            with entry.open("rb") as file:
+                if file.read(132)[128:] == b"DICM":
+                    return True
+    return False

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One picture that shows whether a segmentation is plausible: slices with coloured organs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from fastproto._files import atomic_write
+from fastproto.data.preprocessing import Preprocessing
+from fastproto.data.volume import Volume
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, then lighter and darker ones.
+COLOURS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (213, 94, 0),
+    (204, 121, 167),
+    (0, 114, 178),
+    (178, 223, 138),
+    (251, 154, 153),
+    (202, 178, 214),
+    (166, 86, 40),
+    (141, 211, 199),
+)
+OPACITY = 0.45
+TILE = 256  # pixels per slice
+LINE = 22  # height of a line of text in pixels
+
+
+def write_overlay(
+    path: str | Path,
+    image: Volume,
+    label: Volume,
+    preprocessing: Preprocessing,
+    names: dict[int, str],
+    *,
+    slices: int = 12,
+    columns: int = 4,
+) -> None:
+    """Write `draw_overlay` to a PNG file, atomically.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
+    picture = draw_overlay(image, label, preprocessing, names, slices=slices, columns=columns)
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def draw_overlay(
+    image: Volume,
+    label: Volume,
+    preprocessing: Preprocessing,
+    names: dict[int, str],
+    *,
+    slices: int = 12,
+    columns: int = 4,
+) -> Image.Image:
+    """Draw a montage of slices, each organ in its colour, above a legend with their names.
+
+    The slices are spread evenly over the extent of the labels, or over the whole volume where
+    nothing is labelled. They appear as the network sees them: in canonical orientation, with true
+    proportions and the grey values of the preprocessing.
+
+    Args:
+        image: The scan.
+        label: Its label map, on the same grid.
+        preprocessing: Says plane, crop and grey values.
+        names: Label value -> name, for the legend.
+        slices: Number of slices at most.
+        columns: Slices per row.
+    """
+    preprocessing = dataclasses.replace(preprocessing, image_size=TILE)
+    prepared = preprocessing.prepare(image)
+    label_map = prepared.labels(label).numpy()
+    shown = _spread(label_map, slices)
+    colours = {value: COLOURS[index % len(COLOURS)] for index, value in enumerate(names)}
+
+    columns = min(columns, len(shown))
+    rows = -(-len(shown) // columns)
+    font = ImageFont.load_default(14)
+    legend = _legend(names, colours, columns * TILE, font)
+    picture = Image.new("RGB", (columns * TILE, rows * TILE + legend.height))
+    draw = ImageDraw.Draw(picture)
+    for position, index in enumerate(shown):
+        left, top = position % columns * TILE, position // columns * TILE
+        grey = prepared.images(index, index + 1)[0, 0].numpy()
+        picture.paste(Image.fromarray(_tile(grey, label_map[index], colours)), (left, top))
+        caption = f"{index + 1} / {len(prepared)}"
+        draw.text((left + 6, top + 4), caption, fill="white", font=font)
+    picture.paste(legend, (0, rows * TILE))
+    return picture
+
+
+def _spread(label_map: np.ndarray, number: int) -> list[int]:
+    """Up to ``number`` slice indices, evenly over the labelled slices of ``[n, S, S]``."""
+    occupied = np.flatnonzero([labels.any() for labels in label_map])
+    first, last = (occupied[0], occupied[-1]) if len(occupied) else (0, len(label_map) - 1)
+    return np.unique(np.linspace(first, last, number).round().astype(int)).tolist()
+
+
+def _tile(
+    grey: np.ndarray, labels: np.ndarray, colours: dict[int, tuple[int, int, int]]
+) -> np.ndarray:
+    """One slice ``[S, S]`` as RGB ``[S, S, 3]`` uint8, organs tinted over the grey values."""
+    low, high = np.percentile(grey, (1, 99))
+    grey = (grey - low) / max(high - low, 1e-6)
+    picture = np.repeat(np.clip(grey * 255, 0, 255)[..., None], 3, axis=2)
+    for value, colour in colours.items():
+        organ = labels == value
+        picture[organ] = (1 - OPACITY) * picture[organ] + OPACITY * np.array(colour)
+    return picture.astype(np.uint8)
+
+
+def _legend(
+    names: dict[int, str],
+    colours: dict[int, tuple[int, int, int]],
+    width: int,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> Image.Image:
+    """Coloured squares with the organs' names, in as many lines as ``width`` needs."""
+    placed = list(_flow(names.items(), width, font))
+    height = (placed[-1][1] + LINE if placed else 0) + 8
+    legend = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(legend)
+    for left, top, value, name in placed:
+        draw.rectangle((left, top + 4, left + 12, top + 16), fill=colours[value])
+        draw.text((left + 18, top + 2), name, fill="white", font=font)
+    return legend
+
+
+def _flow(
+    names: Iterable[tuple[int, str]],
+    width: int,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> Iterable[tuple[int, int, int, str]]:
+    """Place each name, yielding left, top, label value and name."""
+    left, top = 8, 6
+    for value, name in names:
+        length = 18 + int(font.getlength(name)) + 16
+        if left > 8 and left + length > width:
+            left, top = 8, top + LINE
+        yield left, top, value, name
+        left += length
