@@ -24,9 +24,10 @@ ROOT = Path(__file__).parent.resolve()
 def find_torch() -> Path | None:
     """Folder of the torch of the environment installed into, also under pip's build isolation.
 
-    Torch is no build requirement: pip would download a second one, the newest for CUDA, and build
-    against that. pip's isolated environment keeps the interpreter of the environment it installs
-    into, so the torch there is found through sysconfig.
+    Torch is no fixed build requirement: pip would download a second one, the newest for CUDA, and
+    build against that. pip's isolated environment keeps the interpreter of the environment it
+    installs into, so a torch there is found through sysconfig. Where there is none, torch is asked
+    for (``setup_requires``, which pip reads first); the stable ABI fits whichever it then installs.
     """
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
@@ -51,10 +52,7 @@ def why_pure() -> str | None:
     if os.environ.get("FASTPROTO_NATIVE") == "0":
         return "FASTPROTO_NATIVE=0 is set"
     if find_torch() is None:
-        return (
-            "no torch is installed in this environment to build against; "
-            "install torch first, then run pip install again, or use --no-build-isolation"
-        )
+        return "there is no torch to build against; install it first"
     compiler = os.environ.get("CXX", "c++").split()[0]
     if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
         return "no C++ compiler was found"
@@ -96,11 +94,11 @@ class CMakeBuild(build_ext):
 
 
 reason = why_pure()
+wants_torch = os.environ.get("FASTPROTO_NATIVE") != "0" and find_torch() is None
 if reason is not None:
-    print(
-        f"fastproto: installing without native code ({reason}); the plain PyTorch reference is used"
-    )
+    print(f"fastproto: no native code, plain PyTorch is used: {reason}")
 setup(
+    setup_requires=["torch>=2.10"] if wants_torch else [],
     ext_modules=[] if reason else [Extension("fastproto._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

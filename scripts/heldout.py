@@ -64,7 +64,7 @@ def main() -> None:
     organs = {value: dataset.labels[value] for value in classes}
     image, label = read_volume(annotated.image), read_label(annotated.label)
     methods = {"fastproto": model, "baseline": PrototypeNet.from_unet(model).eval()}
-    reports: dict[str, Report] = {}
+    reports: dict[str, dict[str, Report]] = {}
     for name, network in methods.items():
         task = register(
             network,
@@ -79,16 +79,18 @@ def main() -> None:
             volume = read_volume(case.image)
             found = segment_volume(network, task, volume).labels
             write_volume(run / name / f"{case.id}.nii.gz", found, like=volume)
-        reports[name] = evaluate_folder(
-            run / name, dataset.root, labels=organs, z_margin=args.z_margin
-        )
-        print(f"\n{name}\n{reports[name].to_text()}")
+        reports[name] = {
+            "organ_slices": evaluate_folder(run / name, dataset.root, labels=organs, z_margin=0),
+            "all_slices": evaluate_folder(run / name, dataset.root, labels=organs),
+        }
+        for counted, report in reports[name].items():
+            print(f"\n{name}, {counted}\n{report.to_text()}")
 
     today = datetime.date.today().isoformat()
     record = {
         "date": today,
         "command": shlex.join(["python", *sys.argv]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {
             "fastproto": fastproto.__version__,
             "torch": torch.__version__,
@@ -101,7 +103,10 @@ def main() -> None:
         "base_classes": [name for value, name in dataset.labels.items() if value not in classes],
         "training": config.to_dict() | {"data": Path(args.data).name, "output": "-"},
         "training_minutes": round(minutes, 1),
-        "methods": {name: json.loads(report.to_json()) for name, report in reports.items()},
+        "methods": {
+            name: {counted: json.loads(report.to_json()) for counted, report in both.items()}
+            for name, both in reports.items()
+        },
     }
     if args.out is not None:
         target = RESULTS / f"{today}-{args.out}.json"
@@ -119,7 +124,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slices", type=int, default=10, help="support slices of the annotation")
-    parser.add_argument("--z-margin", type=int, help="count slices near the organ only")
     parser.add_argument("--set", nargs="*", default=[], help="other fields of TrainConfig")
     parser.add_argument("--run", type=Path, help="run folder; an existing model is used again")
     parser.add_argument("--out", help="name of the result file in benchmarks/results")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program as a whole: speed of help, errors, exit statuses, examples."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+
+import fastproto
+from fastproto.cli import _parser, main
+from fastproto.errors import InputError
+
+COMMANDS = ("phantom", "train", "register", "segment", "evaluate", "info")
+
+
+def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastproto.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["segment", "--help"], ["train", "--help"]])
+def test_help_needs_no_heavy_import(arguments):
+    script = (
+        "import sys\n"
+        "from fastproto.cli import main\n"
+        "try:\n"
+        f"    main({arguments!r})\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "heavy = {'torch', 'numpy', 'SimpleITK', 'scipy', 'PIL', 'tqdm'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: fastproto" in done.stdout
+
+
+def test_help_appears_at_once():
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert run_module("segment", "--help").returncode == 0
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.3, f"--help took {min(times):.2f} s at best"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_parse(command, capsys):
+    module = importlib.import_module(f"fastproto.cli.{command}")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert capsys.readouterr().out.endswith(f"example:\n{module.EXAMPLE}\n")
+    lines = module.EXAMPLE.replace("\\\n", " ").splitlines()
+    assert any(line.split()[1] == command for line in lines)
+    for line in lines:
+        program, *arguments = shlex.split(line.split(">")[0])
+        assert program == "fastproto"
+        _parser().parse_args(arguments)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fastproto {fastproto.__version__}\n"
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+
+
+def test_input_error_prints_one_line_and_exits_with_2(tmp_path):
+    arguments = ["evaluate", "--prediction", str(tmp_path / "no.nii"), "--truth", str(tmp_path)]
+    done = run_module(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("fastproto: error: ")
+    assert done.stderr.count("\n") == 1
+    assert "no.nii" in done.stderr
+    done = run_module(*arguments, "--verbose")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_ctrl_c_exits_with_130(monkeypatch, capsys, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastproto.data.phantom.write_phantom", interrupt)
+    assert main(["phantom", "--out", str(tmp_path / "phantom")]) == 130
+    assert capsys.readouterr().err == "fastproto: interrupted\n"
+
+
+def test_other_errors_are_not_hidden(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("fastproto.data.phantom.write_phantom", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["phantom", "--out", str(tmp_path / "phantom")])
+
+
+def test_error_family_is_public():
+    assert issubclass(fastproto.InputError, ValueError)
+    assert fastproto.InputError is InputError
+
+
+def test_phantom_writes_a_data_set(tmp_path, capsys, monkeypatch):
+    calls = {}
+    monkeypatch.setattr(
+        "fastproto.data.phantom.write_phantom",
+        lambda folder, **options: calls.update(options) or folder,
+    )
+    arguments = ["--patients", "3", "--modality", "mr", "--seed", "5"]
+    assert main(["phantom", "--out", str(tmp_path), *arguments]) == 0
+    assert calls == {"patients": 3, "modality": "mr", "seed": 5}
+    assert capsys.readouterr().out == f"{tmp_path}: 3 MR patients\n"
+
+
+def test_info_as_text_and_json(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fastproto"] == fastproto.__version__
+    assert facts["cpu"]["cores"] >= 1
+    available = {backend["name"]: backend["available"] for backend in facts["backends"]}
+    assert available["reference (cpu)"] is True
+    for backend in facts["backends"]:
+        assert backend["available"] or backend["reason"]
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for name in ("fastproto", "torch", "SimpleITK", "processor", "backend reference"):
+        assert name in text

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from fastproto.cli.options import (
+    add_runtime_options,
+    choose_classes,
+    choose_device,
+    read_labels,
+    runtime,
+)
+from fastproto.errors import ArgumentError, LabelError
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"0": "background", "1": "liver", "7": "left kidney"},
+        {"background": 0, "liver": 1, "left kidney": 7},
+        {"name": "a data set", "labels": {"0": "background", "1": "liver", "7": "left kidney"}},
+    ],
+)
+def test_label_table_from_json(tmp_path, content):
+    path = tmp_path / "organs.json"
+    path.write_text(json.dumps(content))
+    assert read_labels([str(path)]) == {1: "liver", 7: "left kidney"}
+
+
+def test_label_table_from_pairs():
+    assert read_labels(["liver=1", "left kidney=7"]) == {1: "liver", 7: "left kidney"}
+    assert read_labels(["a=b=3"]) == {3: "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("items", "found"),
+    [
+        (["liver=one"], "value 'one'"),
+        (["liver=-1"], "value '-1'"),
+        (["liver=1", "spleen=1"], "'1' for 'spleen'"),
+        (["background=0"], "no label"),
+        (["liver=1", "organs.json"], "organs.json"),
+        (["absent.json"], "no readable JSON"),
+    ],
+)
+def test_unusable_label_tables(items, found):
+    with pytest.raises(LabelError, match=found):
+        read_labels(items)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", '{"1": "liver", "liver": 1}', "{}"])
+def test_unusable_label_files(tmp_path, text):
+    path = tmp_path / "organs.json"
+    path.write_text(text)
+    with pytest.raises(LabelError, match=r"organs\.json"):
+        read_labels([str(path)])
+
+
+def test_choose_classes_by_name_and_value():
+    labels = {1: "Liver", 7: "left kidney"}
+    assert choose_classes(["LEFT KIDNEY", "1"], labels, "--classes") == [7, 1]
+    with pytest.raises(LabelError, match="heart"):
+        choose_classes(["heart"], labels, "--classes")
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_runtime_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_runtime_options_apply_and_are_set_back():
+    before = torch.get_num_threads()
+    with runtime(parse("--threads", str(before + 1), "--device", "cpu")) as device:
+        assert device == torch.device("cpu")
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    with runtime(parse()):
+        assert torch.get_num_threads() == before
+
+
+def test_choose_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(ArgumentError, match="no CUDA device"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cuda"
+    assert choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_threads_must_be_a_whole_number_above_0(text, capsys):
+    with pytest.raises(SystemExit):
+        parse("--threads", text)
+    assert "whole number above 0" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The overlay picture: slices, colours, legend."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastproto.errors import OutputError
+from fastproto.segmentation import draw_overlay, write_overlay
+from fastproto.segmentation.overlay import COLOURS, OPACITY, TILE, _flow, _spread, _tile
+
+NAMES = {7: "spleen", 300: "tumour"}
+
+
+def test_montage_has_a_tile_per_slice_and_a_legend(scan, preprocessing):
+    picture = draw_overlay(*scan, preprocessing, NAMES, slices=6, columns=3)
+    assert picture.width == 3 * TILE
+    assert 2 * TILE < picture.height < 2.5 * TILE
+    pixels = np.asarray(picture)
+    legend = pixels[2 * TILE :].reshape(-1, 3)
+    for colour in COLOURS[:2]:
+        assert (legend == colour).all(axis=1).any()
+    tiles = pixels[: 2 * TILE].astype(int)
+    assert (np.ptp(tiles, axis=2) > 50).any(), "no organ is coloured"
+
+
+def test_nothing_labelled_gives_plain_grey_slices(scan, preprocessing):
+    image, label = scan
+    empty = dataclasses.replace(label, array=np.zeros_like(label.array))
+    pixels = np.asarray(draw_overlay(image, empty, preprocessing, NAMES, slices=3)).astype(int)
+    assert pixels[:TILE].max() > 0
+    assert np.ptp(pixels[:TILE], axis=2).max() == 0
+
+
+def test_slices_are_spread_over_the_labelled_extent():
+    labels = np.zeros((50, 2, 2), dtype=np.uint8)
+    labels[10:31, 0, 0] = 1
+    assert _spread(labels, 5) == [10, 15, 20, 25, 30]
+    assert _spread(np.zeros((9, 2, 2)), 3) == [0, 4, 8]
+    assert _spread(labels[10:12], 5) == [0, 1]
+
+
+def test_organs_are_tinted_over_their_grey_value():
+    grey = np.zeros((10, 10), dtype=np.float32)
+    grey[5:] = 1
+    labels = np.zeros((10, 10), dtype=np.uint8)
+    labels[0] = labels[9] = 4
+    picture = _tile(grey, labels, {4: (200, 100, 0)})
+    assert picture[1, 0].tolist() == [0, 0, 0]
+    assert picture[8, 0].tolist() == [255, 255, 255]
+    assert picture[0, 0].tolist() == [int(OPACITY * 200), int(OPACITY * 100), 0]
+    assert picture[9, 0, 2] == int((1 - OPACITY) * 255)
+
+
+def test_a_long_legend_wraps():
+    class Font:
+        def getlength(self, text: str) -> float:
+            return 10.0 * len(text)
+
+    placed = list(_flow(dict.fromkeys(range(1, 9), "organ").items(), 200, Font()))
+    assert len({top for _, top, _, _ in placed}) == 4
+    assert all(left + 68 <= 200 for left, _, _, _ in placed)
+
+
+def test_write_overlay_is_atomic(scan, preprocessing, tmp_path):
+    path = tmp_path / "scan.png"
+    write_overlay(path, *scan, preprocessing, NAMES)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["scan.png"]
+    with pytest.raises(OutputError):
+        write_overlay(tmp_path, *scan, preprocessing, NAMES)
