@@ -86,12 +86,11 @@ def segment(slices: int) -> None:
         preprocessing = Preprocessing("ct", mean=20.0, std=60.0).to_dict()
         FewShotUNet().save(folder / "model.safetensors", extra={"preprocessing": preprocessing})
         del array, mask
-        status = program(
-            ["segment", "--model", str(folder / "model.safetensors")]
-            + ["--support-image", str(folder / "support.nii.gz")]
-            + ["--support-label", str(folder / "mask.nii.gz")]
-            + ["-i", str(folder / "query.nii.gz"), "-o", str(folder / "out.nii.gz")]
-        )
+        command = f"""
+            segment --model {folder}/model.safetensors --support-image {folder}/support.nii.gz
+            --support-label {folder}/mask.nii.gz -i {folder}/query.nii.gz -o {folder}/out.nii.gz
+        """
+        status = program(command.split())
         if status:
             sys.exit(status)
 

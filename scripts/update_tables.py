@@ -46,24 +46,38 @@ def heldout() -> str:
     """Organs and patients that training never saw, per data set, beside the baseline."""
     blocks = []
     for record in newest("heldout"):
-        training = record["training"]
+        training, methods = record["training"], record["methods"]
+        columns = [(metric, "organ_slices", title) for metric, title in METRICS.items()]
+        columns.append(("dice", "all_slices", "Dice, all slices"))
         lines = [
             f"**{record['data']}**: trained on {', '.join(record['base_classes'])} "
-            f"({training['steps']} steps at {training['image_size']} px, "
-            f"{record['training_minutes']:.0f} minutes); the organs below were annotated in one "
-            f"patient and segmented in {len(record['queries'])} patients training never read. "
-            "Baseline: prototype scores and bilinear upsampling, same encoder, no decoder.",
+            f"({training['encoder']}, {training['steps']} steps at {training['image_size']} px, "
+            f"{record['training_minutes']:.0f} minutes). The organs below were annotated in one "
+            f"patient and segmented, one at a time, in {len(record['queries'])} patients training "
+            "never read. Each cell: fastproto / baseline (prototype scores and bilinear "
+            "upsampling, same encoder, no decoder), in the slices that hold the organ.",
             "",
-            "| organ | " + " | ".join(f"{m} | baseline" for m in METRICS.values()) + " |",
-            "|---" * (1 + 2 * len(METRICS)) + "|",
+            "| organ | " + " | ".join(title for *_, title in columns) + " |",
+            "|---" * (1 + len(columns)) + "|",
         ]
-        ours, base = (record["methods"][name] for name in ("fastproto", "baseline"))
-        for row, other in zip(ours["organs"], base["organs"], strict=True):
-            cells = [f"{cell(row[m]['mean'])} | {cell(other[m]['mean'])}" for m in METRICS]
+        means: dict[tuple[str, str], list[Any]] = {}
+        for index, row in enumerate(methods["fastproto"]["all_slices"]):
+            cells = []
+            for metric, counted, _ in columns:
+                values = [
+                    methods[name][counted][index][metric]["mean"]
+                    for name in ("fastproto", "baseline")
+                ]
+                means.setdefault((metric, counted), []).append(values)
+                cells.append(" / ".join(map(cell, values)))
             lines.append(f"| {row['organ']} | " + " | ".join(cells) + " |")
-        cells = [f"{cell(ours['overall'][m])} | {cell(base['overall'][m])}" for m in METRICS]
-        lines += ["| **mean** | " + " | ".join(cells) + " |", "", provenance(record)]
-        blocks.append("\n".join(lines))
+        dice = " | ".join(
+            " / ".join(cell(sum(column) / len(column)) for column in zip(*values, strict=True))
+            if metric in ("dice", "nsd")
+            else ""
+            for (metric, _), values in means.items()
+        )
+        blocks.append("\n".join([*lines, f"| **mean** | {dice} |", "", provenance(record)]))
     return "\n\n".join(blocks)
 
 

@@ -90,8 +90,8 @@ def add_support_options(parser: argparse._ActionsContainer) -> None:
         type=positive,
         default=10,
         metavar="N",
-        help="annotated slices to learn from, spread evenly over every organ; an organ always "
-        "gets at least one (default: %(default)s)",
+        help="slices to learn from, spread evenly over every organ, of which each gets at least "
+        "one; as many slices without organs show what else there is (default: %(default)s)",
     )
 
 

@@ -133,7 +133,8 @@ def register(
             None names them ``label 3``.
         classes: Label values to register, the mask's other values counting as background. None
             registers all of them.
-        slices: How many annotated slices to use. See `choose_slices`.
+        slices: How many slices with an organ to use, see `choose_slices`. As many of the slices
+            without any are used as well, for what else the body looks like.
         preprocessing: Replaces the model's own.
 
     Raises:
@@ -157,7 +158,9 @@ def register(
                 allowed="organs larger than a pixel of the network's image",
                 fix="Use a model trained at a larger image size, or leave this label out.",
             )
-    chosen = choose_slices(present[:, 1:], slices)
+    annotated = choose_slices(present[:, 1:], slices)
+    empty = np.flatnonzero(~present[:, 1:].any(axis=1))
+    chosen = annotated + _spread(empty, min(len(annotated), len(empty)))
     device = next(model.parameters()).device
     images = torch.cat([prepared.images(index, index + 1) for index in chosen])
     with torch.inference_mode():
@@ -199,7 +202,8 @@ def choose_slices(present: np.ndarray, budget: int) -> list[int]:
 
     A class that occupies ``m`` slices and gets ``n`` of them gives the middles of ``n`` equal
     parts of those ``m``. ``n`` is the largest number for which all classes together need at most
-    ``budget`` slices, and at least 1: with more classes than ``budget``, the budget gives way.
+    ``budget`` slices, and at least 1: with more classes than ``budget``, the budget gives way. What
+    is left of the budget goes to some of the slices that ``n + 1`` would take.
 
     Args:
         present: ``[slices, classes]`` bool, whether a class occurs in a slice; each occurs once.
@@ -211,15 +215,18 @@ def choose_slices(present: np.ndarray, budget: int) -> list[int]:
     occupied = [np.flatnonzero(column) for column in present.T]
     chosen: set[int] = set()
     for number in range(1, budget + 1):
-        wider = {
-            int(slices[int((part + 0.5) * len(slices) / number)])
-            for slices in occupied
-            for part in range(number)
-        }
+        wider = {index for slices in occupied for index in _spread(slices, number)}
         if chosen and len(wider) > budget:
+            more = np.array(sorted(wider - chosen))
+            chosen.update(_spread(more, budget - len(chosen)))
             break
         chosen = wider
     return sorted(chosen)
+
+
+def _spread(slices: np.ndarray, number: int) -> list[int]:
+    """The middles of ``number`` equal parts of ``slices``; some come twice if there are fewer."""
+    return [int(slices[int((part + 0.5) * len(slices) / number)]) for part in range(number)]
 
 
 def class_indices(label_map: Tensor, values: Sequence[int]) -> Tensor:

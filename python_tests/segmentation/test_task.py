@@ -35,6 +35,23 @@ def test_register_keeps_one_bag_per_label_and_the_background(task):
     assert task.label_values.dtype == np.uint16
 
 
+def test_register_also_learns_from_slices_without_organs(grey_model, scan, preprocessing):
+    image, label = scan
+    bright = image.array.copy()
+    bright[~label.array.any(axis=(1, 2))] = 500
+    image = dataclasses.replace(image, array=bright)
+    seen = []
+    encode_support = grey_model.encode_support
+    grey_model.encode_support = lambda images, masks, **options: (
+        seen.append((images, masks)) or encode_support(images, masks, **options)
+    )
+    register(grey_model, image, label, slices=3, preprocessing=preprocessing)
+    ((images, masks),) = seen
+    with_organ = masks[0].flatten(1).any(dim=1)
+    assert with_organ.tolist() == [True, True, True, False, False, False]
+    assert images[0, 3:].mean() > images[0, :3].mean()
+
+
 def test_register_counts_unchosen_labels_as_background(grey_model, scan, preprocessing):
     task = register(
         grey_model, *scan, labels=NAMES, classes=[7], slices=3, preprocessing=preprocessing
@@ -184,6 +201,9 @@ def test_choose_slices_is_even_and_reaches_every_class():
     assert choose_slices(present[:, :1], 4) == [20, 40, 60, 80]
     assert choose_slices(present, 5) == [20, 40, 60, 80, 95]
     assert choose_slices(present, 1) == [50, 95]
+    assert choose_slices(present, 4) == [23, 50, 76, 95]
+    present[50:, 1] = True
+    assert len(choose_slices(present, 9)) == 9
 
 
 @given(
