@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastproto.data.preprocessing import Preprocessing
-from fastproto.data.volume import Volume, check_labels, check_same_grid
+from fastproto.data.volume import Volume, check_labels
 from fastproto.errors import ArgumentError, CheckpointError, LabelError
 from fastproto.nn import FewShotUNet, Prototypes
 from fastproto.nn.base import FewShotModel
@@ -127,7 +127,7 @@ def register(
     Args:
         model: A trained model; it also says how to preprocess, unless ``preprocessing`` does.
         image: The scan.
-        label: Its label map, on the same grid.
+        label: Its label map, of the same voxels; the axes may be stored in another order.
         labels: Label value -> name. It must name every value of the mask that is registered or,
             without ``classes``, that occurs; names of values that do not occur are not used.
             None names them ``label 3``.
@@ -144,11 +144,11 @@ def register(
     """
     if slices < 1:
         raise ArgumentError("slices", found=str(slices), allowed="a whole number above 0")
-    check_same_grid(image, label)
-    names = _choose_labels(label, labels, classes)
     preprocessing = preprocessing or _model_preprocessing(model)
     prepared = preprocessing.prepare(image)
-    class_maps = class_indices(prepared.labels(label), list(names))
+    label_map = prepared.labels(label)
+    names = _choose_labels(label, labels, classes)
+    class_maps = class_indices(label_map, list(names))
     present = _classes_per_slice(class_maps, len(names) + 1)
     for index, (value, name) in enumerate(names.items(), start=1):
         if not present[:, index].any():

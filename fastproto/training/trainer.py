@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -156,7 +157,12 @@ class _Run:
             self.save_model(done)  # the process may have died between the state and the model
         self.model.train()
         with tqdm(
-            initial=done, total=config.steps, unit="step", disable=not config.progress
+            initial=done,
+            total=config.steps,
+            unit="step",
+            # Redrawn rarely where it goes to a file.
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not config.progress,
         ) as bar:
             for step in range(done + 1, config.steps + 1):
                 loss = self.step(step)

@@ -62,6 +62,15 @@ def test_unknown_backend_argument() -> None:
         )
 
 
+def test_importing_the_package_costs_little_more_than_torch() -> None:
+    code = (
+        "import sys, time, torch; began = time.process_time(); import fastproto; "
+        "fastproto.FewShotUNet, fastproto.proto_attention; "
+        "assert 'torch._dynamo' not in sys.modules; print(time.process_time() - began)"
+    )
+    assert min(float(python(code).stdout) for _ in range(2)) < 0.2
+
+
 def test_describe_lists_every_backend_with_a_reason() -> None:
     rows = backends.describe()
     assert {name for name, _, _ in rows} >= {"native (cpu)", "native (cuda)", "reference (cpu)"}

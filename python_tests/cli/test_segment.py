@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastproto.cli import main
 from fastproto.cli.segment import find_scans, plan_outputs, stem
-from fastproto.data import read_label, read_volume
+from fastproto.data import Preprocessing, read_label, read_volume
 from fastproto.data.volume import check_same_grid, write_volume
 from fastproto.errors import ArgumentError, VolumeError
 from fastproto.nn import FewShotUNet
@@ -251,3 +251,20 @@ def test_real_dicom_series(model_file, test_data, tmp_path):
     arguments = ["--model", str(model_file), *support, "-i", str(series.parent)]
     assert main(["segment", *arguments, "-o", str(tmp_path / "results"), "--overlay"]) == 0
     check_same_grid(volume, read_label(tmp_path / "results" / "series.nii.gz"))
+
+
+@pytest.mark.data
+def test_dicom_series_with_a_nifti_annotation_in_other_axes(test_data, tmp_path):
+    folder = test_data / "dicom" / "totalseg_ct_jpeg2000"
+    preprocessing = Preprocessing("ct", image_size=64, mean=20.0, std=80.0)
+    model = tmp_path / "model.safetensors"
+    FewShotUNet(encoder="resnet18").save(model, {"preprocessing": preprocessing.to_dict()})
+    series, annotation = folder / "series", folder / "seg.nii.gz"
+    value = int(read_label(annotation).array.max())
+    support = ["--support-image", str(series), "--support-label", str(annotation)]
+    out = tmp_path / "out.nii.gz"
+    arguments = ["segment", "--model", str(model), *support, "--labels", f"organ={value}"]
+    assert main([*arguments, "-i", str(series), "-o", str(out)]) == 0
+    result = read_label(out)
+    check_same_grid(read_volume(series), result)
+    assert set(np.unique(result.array)) <= {0, value}
