@@ -51,8 +51,6 @@ def why_pure() -> str | None:
     """Why no native code can be built here, in a sentence; None where it can."""
     if os.environ.get("FASTPROTO_NATIVE") == "0":
         return "FASTPROTO_NATIVE=0 is set"
-    if find_torch() is None:
-        return "there is no torch to build against; install it first"
     compiler = os.environ.get("CXX", "c++").split()[0]
     if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
         return "no C++ compiler was found"
@@ -94,7 +92,9 @@ class CMakeBuild(build_ext):
 
 
 reason = why_pure()
-wants_torch = os.environ.get("FASTPROTO_NATIVE") != "0" and find_torch() is None
+wants_torch = reason is None and find_torch() is None
+if wants_torch and any(word.endswith("_wheel") for word in sys.argv):  # pip did not get it
+    reason = "there is no torch to build against; install it first, or build with isolation"
 if reason is not None:
     print(f"fastproto: no native code, plain PyTorch is used: {reason}")
 setup(

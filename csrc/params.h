@@ -73,7 +73,7 @@ struct TaskQueue {
   int64_t grain = 1;
 
   // The next run of tasks [*begin, *stop); false when none is left.
-  bool take(int64_t* begin, int64_t* stop) {
+  __attribute__((always_inline)) bool take(int64_t* begin, int64_t* stop) {
     *begin = __atomic_fetch_add(&next, grain, __ATOMIC_RELAXED);
     *stop = *begin + grain < end ? *begin + grain : end;
     return *begin < end;

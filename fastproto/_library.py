@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastproto.errors import ArgumentError
+
 logger = logging.getLogger("fastproto")
 
 _FOLDER = Path(__file__).parent / "lib"
@@ -22,7 +24,10 @@ _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 @functools.cache
 def why_not_cpu() -> str | None:
     """Loads the CPU library; why it cannot be used, in a sentence, or None when it can."""
-    return _load("fastproto_cpu")
+    reason = _load("fastproto_cpu")
+    if reason is None:
+        cpu_level()
+    return reason
 
 
 @functools.cache
@@ -65,9 +70,20 @@ def build_info() -> dict[str, Any]:
 
 
 def cpu_level() -> str | None:
-    """Instruction set of the CPU kernels: "baseline", "avx2", "avx512"; None when pure."""
+    """Instruction set of the CPU kernels: "baseline", "avx2", "avx512"; None when pure.
+
+    Raises:
+        ArgumentError: FASTPROTO_CPU_LEVEL names none that this CPU has.
+    """
     module = _bindings()
-    return module.cpu_level() if module is not None else None
+    try:
+        return module.cpu_level() if module is not None else None
+    except RuntimeError as error:
+        raise ArgumentError(
+            "FASTPROTO_CPU_LEVEL",
+            found=repr(os.environ.get("FASTPROTO_CPU_LEVEL")),
+            allowed="baseline, avx2 or avx512, as far as this CPU and this build have it",
+        ) from error
 
 
 def _bindings() -> Any:

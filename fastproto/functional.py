@@ -127,13 +127,13 @@ def _check(
     if (
         offsets.dim() != 1
         or episodes == 0
-        or offsets.shape[0] == 0
+        or offsets.shape[0] < 2
         or (offsets.shape[0] - 1) % episodes != 0
     ):
         raise ArgumentError(
             "offsets",
             found=f"shape {tuple(offsets.shape)} for {episodes} episodes",
-            allowed="[E*K + 1] with the E of feat, at least 1",
+            allowed="[E*K + 1] with the E of feat, E and K at least 1",
         )
     for name, tensor in (("protos", protos), ("offsets", offsets)):
         if tensor.device != feat.device:
@@ -141,6 +141,12 @@ def _check(
                 name, found=str(tensor.device), allowed=f"the device of feat, {feat.device}"
             )
     if isinstance(temperature, Tensor):
+        if temperature.device != feat.device:
+            raise ArgumentError(
+                "temperature",
+                found=f"a tensor on {temperature.device}",
+                allowed=f"a number, or a tensor on the device of feat, {feat.device}",
+            )
         if temperature.numel() != 1:
             raise ArgumentError(
                 "temperature",

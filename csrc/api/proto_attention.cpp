@@ -95,6 +95,8 @@ struct Checked {
 double temperature_of(const std::optional<Tensor>& tensor, double number) {
   double t = number;
   if (tensor.has_value()) {
+    FP_CHECK(tensor->is_cpu(),
+             "temperature: found another device than that of feat; allowed: the same.");
     FP_CHECK(tensor->numel() == 1, "temperature: found a tensor of ", tensor->numel(),
              " elements; allowed: one.");
     if (tensor->scalar_type() == ScalarType::Double)
@@ -123,8 +125,8 @@ Checked check(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
            "protos, offsets: found another device than that of feat; allowed: the same.");
   FP_CHECK(feat.size(2) >= 1 && protos.size(1) == feat.size(2), "protos: found ", protos.size(1),
            " channels; allowed: those of feat, ", feat.size(2), ", at least 1.");
-  FP_CHECK(bags >= 0 && (episodes == 0 ? bags == 0 : bags % episodes == 0), "offsets: found ",
-           bags + 1, " entries; allowed: E*K + 1 with E = ", episodes, ".");
+  FP_CHECK(episodes >= 1 && bags >= 1 && bags % episodes == 0, "offsets: found ", bags + 1,
+           " entries; allowed: E*K + 1 with E = ", episodes, ", E and K at least 1.");
   FP_CHECK(eps > 0, "eps: found ", eps, "; allowed: a number above 0.");
 
   Checked c;
@@ -147,7 +149,7 @@ Checked check(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
            " last; allowed: at most the rows of protos, ", protos.size(0), ".");
   c.shape = {episodes,
              feat.size(1),
-             episodes > 0 ? bags / episodes : 0,
+             bags / episodes,
              feat.size(2),
              feat.size(3) * feat.size(4),
              protos.size(0),

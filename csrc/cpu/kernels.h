@@ -12,7 +12,7 @@ namespace fastproto::cpu {
 constexpr int64_t kTilePixels = 64;
 constexpr int64_t kBlockProtos = 64;
 
-inline int64_t pixel_tiles(const ProtoAttnShape& s) {
+static inline int64_t pixel_tiles(const ProtoAttnShape& s) {
   return (s.pixels + kTilePixels - 1) / kTilePixels;
 }
 
@@ -24,12 +24,12 @@ struct ProtoBlock {
 };
 
 // Scratch memory of one worker, in bytes; `backward` needs more panels than forward.
-inline int64_t scratch_bytes(DType dtype, int64_t dim, bool backward) {
+static inline int64_t scratch_bytes(DType dtype, int64_t dim, bool backward) {
   const int64_t item = dtype == DType::kFloat64 ? 8 : 4;
   const int64_t panel = dim * kTilePixels * item, square = kBlockProtos * kTilePixels * item;
   const int64_t stats = 8 * kTilePixels * item;
   // Every piece is rounded up to a cache line.
-  return (backward ? 7 * panel + 3 * square : 4 * panel + square) + stats + 16 * 64;
+  return (backward ? 7 * panel + 4 * square : 4 * panel + square) + stats + 16 * 64;
 }
 
 // Each entry is one worker's loop: it takes tasks until the queue is empty.

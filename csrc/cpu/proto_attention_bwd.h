@@ -259,7 +259,7 @@ void backward_protos(const ProtoAttnBwdParams& p, const ProtoBlock* blocks, Task
   const BwdScratch<Acc> s(memory, p.shape.dim);
   Scratch more(s.transposed + kBlockProtos * kT);
   Acc* acc = more.take<Acc>(p.shape.dim * kT);
-  Acc* weighted = more.take<Acc>(p.shape.dim * kT);
+  Acc* weighted = more.take<Acc>(kBlockProtos * kT);
   int64_t begin, stop;
   while (queue.take(&begin, &stop))
     for (int64_t task = begin; task < stop; ++task)

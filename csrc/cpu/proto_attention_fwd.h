@@ -15,9 +15,9 @@
 namespace fastproto::cpu {
 namespace {
 
-// Smallest t for which exp((c - 1)/t) stays a normal number for every c >= -1.
+// Smallest t for which exp((c - 1)/t), times a prototype, stays a normal number for every c >= -1.
 template <class Acc>
-constexpr double kSmallestStaticT = sizeof(Acc) == 4 ? 2.0 / 87.0 : 2.0 / 700.0;
+constexpr double kSmallestStaticT = sizeof(Acc) == 4 ? 2.0 / 60.0 : 2.0 / 600.0;
 
 template <class Acc>
 struct FwdScratch {

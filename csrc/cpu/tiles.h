@@ -114,7 +114,8 @@ void store_tile(const AccOf<T>* panel, int64_t dim, TileView<T> dst) {
 
 template <class T>
 void copy_tile(TileView<const T> src, int64_t dim, TileView<T> dst) {
-  if (src.pixels_contiguous()) {
+  // The layout is that of dst, which is dense; both strides of an overlapping src may be 1.
+  if (dst.pixels_contiguous()) {
     for (int64_t d = 0; d < dim; ++d)
       std::memcpy(dst.data + d * dst.stride_channel, src.data + d * src.stride_channel,
                   size_t(src.count) * sizeof(T));

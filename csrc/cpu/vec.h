@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of one register, through the compiler's vector extension: the same source is compiled
-// once per instruction set. Everything is in an unnamed namespace: a function compiled for AVX-512
-// must never be the copy the linker keeps for a CPU without it.
+// once per instruction set. Everything compiled this way is in an unnamed namespace, static or
+// always inlined: a function compiled for AVX-512 must never be the copy the linker keeps for a CPU
+// without it.
 #pragma once
 
 #include <cmath>

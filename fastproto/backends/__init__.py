@@ -26,7 +26,7 @@ def why_not(name: str, device: str) -> str | None:
         return None
     if device == "cuda":
         return _library.why_not_cuda() or "its CUDA kernels are not written yet"
-    if device in ("cpu", "meta"):
+    if device == "cpu":
         return _library.why_not_cpu()
     return f"it has no kernels for device type {device!r}"
 

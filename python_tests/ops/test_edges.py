@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -114,6 +117,42 @@ def test_no_queries_and_no_pixels() -> None:
     assert torch.equal(protos.grad, torch.zeros(3, 8))
 
 
+@pytest.mark.parametrize(("dim", "count"), [(1, 8), (4, 600), (8, 200), (63, 64)])
+def test_more_prototypes_than_channels_stay_in_their_scratch(dim: int, count: int) -> None:
+    """In a process of its own: scratch memory is kept per thread and only ever grows."""
+    code = (
+        "import torch; torch.set_num_threads(1); from fastproto import proto_attention\n"
+        f"feat = torch.rand(1, 1, {dim}, 8, 8, requires_grad=True)\n"
+        f"protos = torch.rand({count}, {dim}, requires_grad=True)\n"
+        f"offsets = torch.tensor([0, {count}], dtype=torch.int32)\n"
+        "for _ in 'abc': proto_attention(feat, protos, offsets).sum().backward()\n"
+        "junk = [torch.rand(n) for n in range(1000)]; print('fine')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.strip() == "fine", result.stderr
+
+
+def test_overlapping_pixels() -> None:
+    windows = torch.randn(40).unfold(0, 4, 1)  # both strides are 1
+    feat = windows.T[None, None, :, None, :]
+    protos = torch.randn(3, 4)
+    ours, truth = (proto_attention(feat, protos, offsets_of(3), backend=b) for b in BACKENDS)
+    assert torch.allclose(ours, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [2 / 87, 0.0231, 2 / 60, 0.034])
+def test_weights_far_below_the_bound_keep_their_digits(temperature: float) -> None:
+    feat = torch.rand(1, 1, 64, 4, 4, generator=torch.Generator().manual_seed(0))
+    protos = (-1e-4 * feat).flatten(3)[0, 0].T[:5].contiguous()
+    ours = proto_attention(feat, protos, offsets_of(5), temperature=temperature, concat=False)
+    truth = proto_attention(
+        feat.double(), protos.double(), offsets_of(5), temperature=temperature, concat=False
+    )
+    assert torch.allclose(ours.double(), truth, rtol=2e-5, atol=0)
+
+
 def good() -> dict[str, object]:
     return {
         "feat": torch.rand(2, 1, 8, 3, 3),
@@ -139,7 +178,9 @@ def good() -> dict[str, object]:
         ("protos", torch.rand(6, 7), "D of feat, 8"),
         ("protos", torch.rand(6, 8, dtype=torch.float64), "torch.float64"),
         ("offsets", torch.tensor([0, 2, 6]), "torch.int32"),
+        ("temperature", torch.tensor(0.05, device="meta"), "device of feat"),
         ("offsets", torch.tensor([0, 6], dtype=torch.int32), "E*K + 1"),
+        ("offsets", torch.tensor([0], dtype=torch.int32), "E and K at least 1"),
         ("offsets", torch.tensor([0, 4, 2], dtype=torch.int32), "never fall"),
         ("offsets", torch.tensor([1, 4, 6], dtype=torch.int32), "first 0"),
         ("offsets", torch.tensor([0, 4, 7], dtype=torch.int32), "rows of protos, 6"),
