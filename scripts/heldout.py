@@ -55,10 +55,7 @@ def main() -> None:
             **dict(setting(pair) for pair in args.set),
         }
     )
-    if not (run / "model.safetensors").is_file():
-        train(config)
-    elif changes := config.differences(TrainConfig.load(run / "config.json").to_dict()):
-        raise SystemExit(f"{run} was trained otherwise: {', '.join(changes)}")
+    train(config, resume=(run / "state.safetensors").is_file())  # nothing is left of a finished run
     log = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     minutes = sum(json.loads(line).get("seconds", 0) for line in log) / 60
 

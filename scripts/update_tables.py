@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ def cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the numbers among ``values``."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
 def heldout() -> str:
     """Organs and patients that training never saw, per data set, beside the baseline."""
     blocks = []
@@ -72,7 +78,7 @@ def heldout() -> str:
                 cells.append(" / ".join(map(cell, values)))
             lines.append(f"| {row['organ']} | " + " | ".join(cells) + " |")
         dice = " | ".join(
-            " / ".join(cell(sum(column) / len(column)) for column in zip(*values, strict=True))
+            " / ".join(cell(mean(column)) for column in zip(*values, strict=True))
             if metric in ("dice", "nsd")
             else ""
             for (metric, _), values in means.items()

@@ -136,12 +136,18 @@ def find_scans(path: Path) -> list[Path]:
 
     if not path.is_dir():
         return [path]
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    scans = [
-        entry
-        for entry in entries
-        if (entry.is_file() and volume_suffix(entry)) or (entry.is_dir() and _holds_dicom(entry))
-    ]
+    try:
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        scans = [
+            entry
+            for entry in entries
+            if (entry.is_file() and volume_suffix(entry))
+            or (entry.is_dir() and _holds_dicom(entry))
+        ]
+    except OSError as error:
+        raise VolumeError(
+            path, found=f"what cannot be read ({error})", allowed="files and folders you may read"
+        ) from error
     if scans:
         return scans
     if any(entry.is_file() for entry in entries):
@@ -168,7 +174,7 @@ def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tupl
     from fastproto.data.volume import WRITABLE, volume_suffix
 
     if suffix := volume_suffix(output):
-        if suffix not in WRITABLE:
+        if suffix not in WRITABLE or not output.name.endswith(suffix):
             raise ArgumentError("--output", found=str(output), allowed=", ".join(WRITABLE))
         if list(scans) != [source]:
             raise ArgumentError(
@@ -178,26 +184,29 @@ def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tupl
             )
         jobs = [(source, output)]
     else:
-        jobs = [(scan, output / f"{stem(scan)}.nii.gz") for scan in scans]
+        names = [stem(scan) for scan in scans]
+        if all(name.endswith("_0000") for name in names):  # nnU-Net's mark of a single channel
+            names = [name.removesuffix("_0000") for name in names]
+        jobs = [(scan, output / f"{name}.nii.gz") for scan, name in zip(scans, names, strict=True)]
     inputs = {scan.resolve() for scan in scans}
     taken: set[Path] = set()
     for scan, target in jobs:
-        if target.resolve() in inputs | taken:
+        if target.resolve() in inputs or target in taken:
             raise ArgumentError(
                 "--output",
                 found=f"that the result of {scan} would overwrite another file of this command",
                 allowed="a name of its own for each result",
                 fix="Choose another output folder, or rename one of the scans.",
             )
-        taken.add(target.resolve())
+        taken.add(target)
     return jobs
 
 
 def stem(path: Path) -> str:
-    """A file's name without its image suffix; a folder's whole name."""
+    """A file's name without its image suffix, of a link its own; a folder's whole name."""
     from fastproto.data.volume import volume_suffix
 
-    name = path.resolve().name
+    name = path.name if path.name not in ("", "..") else path.resolve().name
     suffix = volume_suffix(path)
     return name[: -len(suffix)] if suffix else name
 

@@ -16,7 +16,11 @@ def quiet() -> Iterator[None]:
     ITK, MetaIO, GDCM and niftilib each write diagnostics there that no SimpleITK switch turns off.
     What they complain about is checked and reported by the caller, with the file's name.
     """
-    saved = os.dup(2)
+    try:
+        saved = os.dup(2)
+    except OSError:  # the process has no stderr
+        yield
+        return
     try:
         with open(os.devnull, "wb") as sink:
             os.dup2(sink.fileno(), 2)

@@ -24,7 +24,7 @@ from fastproto.nn.base import FewShotModel
 
 FORMAT = "fastproto-task-1"
 MAX_CLASSES = 256  # class indices, background included, travel as uint8
-MAX_LABEL = 2**31 - 1  # as in `read_label`
+MAX_LABEL = 2**16 - 1  # as in `read_label`
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fastproto.errors import ArgumentError
 
 _CHOICES = {
+    "encoder": ("resnet18", "resnet34", "resnet50", "resnet101"),
     "plane": ("axial", "coronal", "sagittal"),
     "precision": ("auto", "float32", "bfloat16"),
     "superpixel_source": ("slice", "neighbours"),
@@ -26,6 +27,13 @@ _FROM_ZERO = ("seed", "validation_episodes")
 _NOT_NEGATIVE = ("weight_decay", "ce", "align", "cycle", "final_learning_rate")
 _ABOVE_ZERO = ("learning_rate", "clip_norm", "temperature", "background_weight")
 _FRACTION = ("superpixel_fraction", "mask_threshold", "warmup_fraction")
+_SWITCHES = ("drop_excluded_slices", "augment", "crop", "append_global", "progress", "tensorboard")
+_LISTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("holdout", (str, int), "class names or label numbers"),
+    ("classes", (str, int), "class names or label numbers"),
+    ("holdout_cases", (str,), "case ids"),
+    ("validation_cases", (str,), "case ids"),
+)
 
 # What may differ between a run and its continuation: none of it changes a computed number.
 _FREE_ON_RESUME = ("data", "output", "checkpoint_every", "progress", "tensorboard")
@@ -138,8 +146,16 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
-        for name in ("holdout", "classes", "holdout_cases", "validation_cases"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, types, words in _LISTS:
+            value = getattr(self, name)
+            listed = isinstance(value, Collection) and not isinstance(value, (str, bytes))
+            valid = listed and all(
+                isinstance(entry, types) and not isinstance(entry, bool) for entry in value
+            )
+            _check(name, valid, self, f"a list of {words}")
+            object.__setattr__(self, name, tuple(value))
+        for name in _SWITCHES:
+            _check(name, isinstance(getattr(self, name), bool), self, "true or false")
         for name, choices in _CHOICES.items():
             _check(name, getattr(self, name) in choices, self, f"one of {', '.join(choices)}")
         for name in _AT_LEAST_ONE:
@@ -152,6 +168,7 @@ class TrainConfig:
         for name in _FRACTION:
             value = getattr(self, name)
             _check(name, _is_number(value, 0) and value <= 1, self, "a number from 0 to 1")
+        _check("mask_threshold", self.mask_threshold < 1, self, "a number from 0 to below 1")
         for name in _FROM_ZERO:
             _check(name, _is_integer(getattr(self, name), 0), self, "an integer of at least 0")
         _check("ce", self.ce + self.align + self.cycle > 0, self, "a loss weight above 0 somewhere")

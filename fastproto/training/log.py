@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from fastproto._files import atomic_write
-from fastproto.errors import ArgumentError, OutputError
+from fastproto.errors import ArgumentError, CheckpointError, OutputError
 
 
 class RunLog:
@@ -28,13 +28,14 @@ class RunLog:
 
     Raises:
         ArgumentError: TensorBoard is wanted and not installed.
+        CheckpointError: The log that is there is damaged.
         OutputError: The log cannot be written.
     """
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool = False):
         self.path = folder / "log.jsonl"
         self._events = _open_events(folder / "tensorboard", step) if tensorboard else None
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= step and step > 0]
+        kept = [line for line in _lines(self.path) if 0 < _step_of(self.path, line) <= step]
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         with self._reporting():
@@ -80,6 +81,18 @@ class RunLog:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _step_of(path: Path, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            path,
+            found=f"the line {line[:60]!r}",
+            allowed="one JSON object with a step in each line",
+            fix="Take that line out; the run itself is in state.safetensors.",
+        ) from error
 
 
 def _lines(path: Path) -> list[str]:

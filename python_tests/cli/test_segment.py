@@ -268,3 +268,15 @@ def test_dicom_series_with_a_nifti_annotation_in_other_axes(test_data, tmp_path)
     result = read_label(out)
     check_same_grid(read_volume(series), result)
     assert set(np.unique(result.array)) <= {0, value}
+
+
+def test_names_of_results(tmp_path):
+    blob = tmp_path / "blob_of_a_long_key.nii.gz"
+    blob.touch()
+    links = [tmp_path / f"case{n}_0000.nii.gz" for n in (1, 2)]
+    for link in links:
+        link.symlink_to(blob)
+    jobs = plan_outputs(tmp_path, links, tmp_path / "results")
+    assert [target.name for _, target in jobs] == ["case1.nii.gz", "case2.nii.gz"]
+    with pytest.raises(ArgumentError, match=r"OUT\.NII\.GZ"):
+        plan_outputs(blob, [blob], tmp_path / "OUT.NII.GZ")

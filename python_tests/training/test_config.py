@@ -69,3 +69,20 @@ def test_a_configuration_needs_no_torch():
         "assert ('torch' in sys.modules) == before and 'scipy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("classes", 3),
+        ("holdout", "spleen"),
+        ("holdout_cases", [1]),
+        ("augment", "no"),
+        ("encoder", "vgg"),
+        ("mask_threshold", 1.0),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused_by_name(name, value):
+    with pytest.raises(ArgumentError) as caught:
+        TrainConfig(data="d", output="o", **{name: value})
+    assert caught.value.subject == name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import ArgumentError, CheckpointError
 from fastproto.training.log import RunLog
 
 
@@ -51,3 +51,9 @@ def test_missing_tensorboard_names_the_extra(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ArgumentError, match=r"pip install 'fastproto\[tensorboard\]'"):
         RunLog(tmp_path, 0, tensorboard=True)
+
+
+def test_a_damaged_line_is_refused_by_name(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\nnot json\n')
+    with pytest.raises(CheckpointError, match="not json"):
+        RunLog(tmp_path, 1)
