@@ -6,9 +6,11 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES))
 
-.PHONY: install demo test bench lint format clean
+.PHONY: install develop demo test bench lint format clean
 
 install: $(VENV)/.installed
+
+develop: $(VENV)/.installed $(VENV)/.extras
 
 # torch comes first: the package builds against the torch it finds.
 $(VENV)/.torch: constraints.txt
@@ -17,6 +19,10 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.dependencies: $(VENV)/.torch pyproject.toml
+	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml)
+	touch $@
+
+$(VENV)/.extras: $(VENV)/.dependencies
 	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml test bench lint tensorboard)
 	touch $@
 
@@ -28,19 +34,19 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
 demo: install
 	$(BIN)/python scripts/demo.py
 
-test: install
-	$(BIN)/pytest 
+test: develop
+	$(BIN)/pytest
 
-bench: install
+bench: develop
 	$(BIN)/pytest benchmarks
 
-lint: install
+lint: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-format: install
+format: develop
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
