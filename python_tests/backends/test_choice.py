@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ CALL = (
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=tempfile.gettempdir(),  # not the sources, whose package has no native library
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -94,7 +97,7 @@ def test_every_instruction_set_of_this_cpu_passes_the_op_tests(level: str) -> No
         pytest.skip(f"this CPU has no {level}")
     if level == _library.cpu_level():
         pytest.skip("the level all other tests run on")
-    folder = os.path.join(os.path.dirname(__file__), "..", "ops")
+    folder = Path(__file__).resolve().parents[1] / "ops"
     result = subprocess.run(
         [
             sys.executable,
@@ -104,10 +107,11 @@ def test_every_instruction_set_of_this_cpu_passes_the_op_tests(level: str) -> No
             "-x",
             "-p",
             "no:cacheprovider",
-            folder,
+            str(folder),
             "-k",
             "against_reference or edges or gradcheck or bits",
         ],
+        cwd=tempfile.gettempdir(),
         env=os.environ | {"FASTPROTO_CPU_LEVEL": level},
         capture_output=True,
         text=True,

@@ -8,6 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -16,12 +17,14 @@ import fastproto
 from fastproto.cli import _parser, main
 from fastproto.errors import InputError
 
+# Not the sources: the installed package.
+ELSEWHERE = tempfile.gettempdir()
 COMMANDS = ("phantom", "train", "register", "segment", "evaluate", "info")
 
 
 def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fastproto.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ELSEWHERE, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["segment", "--help"], ["train", "--help"]])
@@ -36,7 +39,9 @@ def test_help_needs_no_heavy_import(arguments):
         "heavy = {'torch', 'numpy', 'SimpleITK', 'scipy', 'PIL', 'tqdm'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ELSEWHERE, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "usage: fastproto" in done.stdout
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,9 +44,14 @@ print(json.dumps({"segment": segment, "train": peak()}))
 
 
 @pytest.mark.slow
-def test_resident_memory() -> None:
+def test_resident_memory(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", SCRIPT],
+        cwd=tmp_path,  # not the sources: the installed package
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     peak = json.loads(result.stdout)  # MiB
     assert peak["segment"] < 400  # on top of the network: four images, two classes

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,7 +119,9 @@ def test_no_queries_and_no_pixels() -> None:
 
 
 @pytest.mark.parametrize(("dim", "count"), [(1, 8), (4, 600), (8, 200), (63, 64)])
-def test_more_prototypes_than_channels_stay_in_their_scratch(dim: int, count: int) -> None:
+def test_more_prototypes_than_channels_stay_in_their_scratch(
+    dim: int, count: int, tmp_path: Path
+) -> None:
     """In a process of its own: scratch memory is kept per thread and only ever grows."""
     code = (
         "import torch; torch.set_num_threads(1); from fastproto import proto_attention\n"
@@ -129,7 +132,11 @@ def test_more_prototypes_than_channels_stay_in_their_scratch(dim: int, count: in
         "junk = [torch.rand(n) for n in range(1000)]; print('fine')"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.stdout.strip() == "fine", result.stderr
 

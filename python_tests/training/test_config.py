@@ -61,14 +61,14 @@ def test_differences_name_what_changes_the_numbers():
     assert old.differences(json.loads(json.dumps(old.to_dict()))) == []
 
 
-def test_a_configuration_needs_no_torch():
+def test_a_configuration_needs_no_torch(tmp_path: Path):
     """Unless ``import fastproto`` itself brings it."""
     code = (
         "import sys, fastproto; before = 'torch' in sys.modules\n"
         "import fastproto.training.config\n"
         "assert ('torch' in sys.modules) == before and 'scipy' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_kill_minus_nine_at_a_random_time(phantom: Path, reference: Path, run: P
     process = subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(config.to_dict())],
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        cwd=run.parent,  # not the sources: the installed package, as in this process
     )
     assert process.stdout is not None
     for _ in range(random.randint(1, 4)):  # far enough from the end
