@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import locale
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,19 +46,8 @@ def write_slice(
     writer.KeepOriginalImageUIDOn()
     writer.SetImageIO("GDCMImageIO")
     writer.SetFileName(str(path.with_suffix(".dcm")))
-    with kept_locale():
-        writer.Execute(image)
+    writer.Execute(image)
     path.with_suffix(".dcm").rename(path)
-
-
-@contextlib.contextmanager
-def kept_locale() -> Iterator[None]:
-    """Writing DICOM through ITK leaves the locale "C" behind: open() would then read ASCII."""
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture
@@ -226,8 +213,7 @@ class TestBadSeries:
 
     def test_colour_slices(self, tmp_path: Path):
         image = sitk.GetImageFromArray(np.zeros((1, 8, 9, 3), np.uint8), isVector=True)
-        with kept_locale():
-            sitk.WriteImage(image, str(tmp_path / "rgb.dcm"))
+        sitk.WriteImage(image, str(tmp_path / "rgb.dcm"))
         with pytest.raises(VolumeError, match="colour"):
             read_volume(tmp_path)
 
