@@ -163,6 +163,12 @@ def evaluate_folder(
         present = check_labels(predicted_map, needed=False)
         if strangers := [value for value in present if value not in named]:
             unknown[case] = strangers
+    if all(row["status"] == "absent" for row in rows):
+        raise LabelError(
+            "labels",
+            found=f"that none of {', '.join(map(str, known))} occurs in {truth}",
+            allowed="labels that some patient has",
+        )
     return Report(
         rows=rows,
         nsd_tolerance=nsd_tolerance,

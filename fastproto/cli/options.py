@@ -146,7 +146,7 @@ def read_labels(items: Sequence[str]) -> dict[int, str]:
         raise LabelError(
             path,
             found=f"no readable JSON ({error})",
-            allowed='a JSON file such as {"1": "liver", "2": "spleen"}',
+            allowed='NAME=VALUE pairs, or a JSON file such as {"1": "liver", "2": "spleen"}',
         ) from error
     if isinstance(content, dict) and isinstance(content.get("labels"), dict):
         content = content["labels"]

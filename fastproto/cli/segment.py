@@ -23,6 +23,7 @@ from fastproto.cli.register import add_model_option, add_support_options, regist
 from fastproto.errors import ArgumentError, InputError, VolumeError
 
 if TYPE_CHECKING:
+    from fastproto.data import Volume
     from fastproto.nn.base import FewShotModel
     from fastproto.segmentation import Segmentation, Task
 
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(args.model, backend=args.backend).to(device)
         if args.task:
             task = Task.load(args.task)
-            task.check_model(model)
+            task.check_model(model, name=args.task)
         else:
             support = read_volume(args.support_image)
             task = register_support(model, support, args.support_label, args)
@@ -252,15 +253,19 @@ def _segment_scan(
             task.preprocessing,
             task.labels,
         )
-    print(f"{scan} -> {output} ({_describe(task, result)}; {time.perf_counter() - started:.1f} s)")
+    seconds = time.perf_counter() - started
+    print(f"{scan} -> {output} ({_describe(task, result, volume)}; {seconds:.1f} s)")
 
 
-def _describe(task: Task, result: Segmentation) -> str:
-    """Which organs were found, for the line that reports a scan."""
-    import numpy as np
+def _describe(task: Task, result: Segmentation, volume: Volume) -> str:
+    """The volume of every organ in the result, for the line that reports a scan."""
+    import math
 
-    found = [task.labels[int(value)] for value in np.unique(result.labels) if value]
-    return f"{len(found)} of {len(task.labels)} organs found"
+    millilitres = math.prod(volume.spacing) / 1000
+    return ", ".join(
+        f"{name} {(result.labels == value).sum() * millilitres:.1f} ml"
+        for value, name in task.labels.items()
+    )
 
 
 def _check_source(args: argparse.Namespace) -> None:

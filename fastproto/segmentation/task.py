@@ -49,8 +49,12 @@ class Task:
         values = np.array([0, *self.labels])
         return values.astype(np.min_scalar_type(int(values.max())))
 
-    def check_model(self, model: FewShotModel) -> None:
+    def check_model(self, model: FewShotModel, *, name: str | Path = "task") -> None:
         """Raise unless ``model`` is the one this task was registered with.
+
+        Args:
+            model: The model to use it with.
+            name: What to call the task in the error, e.g. its file.
 
         Raises:
             CheckpointError: The model's configuration or weights differ.
@@ -58,7 +62,7 @@ class Task:
         found = model.fingerprint()
         if found != self.fingerprint:
             raise CheckpointError(
-                "task",
+                name,
                 found=f"prototypes of another model (fingerprint {self.fingerprint[:12]})",
                 allowed=f"a task registered with this model (fingerprint {found[:12]})",
                 fix="Register the annotated scan again with this model, or use the other model.",
@@ -88,6 +92,13 @@ class Task:
             CheckpointError: The file is damaged or not a task.
         """
         path = Path(path)
+        if not path.is_file():
+            raise CheckpointError(
+                path,
+                found="no such file",
+                allowed="a task file",
+                fix="Make one with `fastproto register`.",
+            )
         prototypes, extra = Prototypes.load(path)
         found = extra.get("format") if isinstance(extra, dict) else None
         if found != FORMAT:
