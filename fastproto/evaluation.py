@@ -34,6 +34,7 @@ from fastproto.data.volume import (
     check_same_grid,
     read_label,
     volume_suffix,
+    without_suffix,
 )
 from fastproto.errors import ArgumentError, DatasetError, LabelError
 from fastproto.metrics import DEFINITIONS, dice, surface_metrics
@@ -335,8 +336,7 @@ def _names_beside(folder: Path) -> dict[int, str] | None:
 
 def _case_id(path: Path) -> str | None:
     """File name without its suffix, None where it is not that of a volume."""
-    suffix = volume_suffix(path)
-    return None if suffix is None else path.name[: -len(suffix)]
+    return without_suffix(path.name) if volume_suffix(path) else None
 
 
 def _labels_in(files: Iterable[Path]) -> dict[int, str]:

@@ -205,11 +205,9 @@ def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tupl
 
 def stem(path: Path) -> str:
     """A file's name without its image suffix, of a link its own; a folder's whole name."""
-    from fastproto.data.volume import volume_suffix
+    from fastproto.data.volume import without_suffix
 
-    name = path.name if path.name not in ("", "..") else path.resolve().name
-    suffix = volume_suffix(path)
-    return name[: -len(suffix)] if suffix else name
+    return path.resolve().name if path.name in ("", "..") else without_suffix(path.name)
 
 
 def _segment_scan(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastproto.data.volume import READABLE, volume_suffix
+from fastproto.data.volume import READABLE, volume_suffix, without_suffix
 from fastproto.errors import DatasetError, LabelError
 
 _MR_CHANNELS = ("mr", "t1", "t2", "flair", "pd", "dwi", "adc", "swi")
@@ -281,8 +281,7 @@ def _volumes(folder: Path) -> list[Path]:
 
 
 def _case_id(path: Path) -> str:
-    suffix = volume_suffix(path) if not path.is_dir() else None
-    return path.name[: -len(suffix)] if suffix else path.name
+    return path.name if path.is_dir() else without_suffix(path.name)
 
 
 def _find(folder: Path, id_: str) -> Path | None:

@@ -64,6 +64,12 @@ def volume_suffix(path: str | os.PathLike[str]) -> str | None:
     return next((suffix for suffix in READABLE if name.endswith(suffix)), None)
 
 
+def without_suffix(name: str) -> str:
+    """A file name without the suffix of a readable volume; any other name as it is."""
+    suffix = volume_suffix(name)
+    return name[: -len(suffix)] if suffix else name
+
+
 def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
     """Read an image file or a DICOM series folder, or say what is wrong with it.
 
