@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(fastproto, m) {
       "Tensor? temperature_tensor, Tensor agg, Tensor stats, float temperature, float eps, "
       "bool concat, bool needs_protos, bool needs_temperature) "
       "-> (Tensor grad_feat, Tensor grad_protos, Tensor grad_temperature)");
+  // `rounds` rounds of float32 multiply-adds on registers, on each of torch's threads; `operations`
+  // (one float64) receives how many floating-point operations that was. For benchmarks.
+  m.def("fma_loop(Tensor(a!) operations, int rounds) -> ()");
   // The template op of csrc/template: see CONTRIBUTING.md.
   m.def("null(Tensor input) -> Tensor");
 }

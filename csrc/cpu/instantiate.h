@@ -2,6 +2,7 @@
 // The kernels for all types, compiled with the flags of the including file.
 #pragma once
 
+#include "fma_loop.h"
 #include "proto_attention_bwd.h"
 
 namespace fastproto::cpu {
@@ -25,6 +26,7 @@ constexpr KernelTable make_table() {
           backward_protos<std::remove_pointer_t<decltype(type)>>(p, blocks, queue, scratch);
         });
       },
+      fma_loop,
   };
 }
 

@@ -41,6 +41,7 @@ struct KernelTable {
   // Tasks: entries of `blocks`; writes grad_protos rows [begin, end) of one bag each.
   void (*backward_protos)(DType, const ProtoAttnBwdParams&, const ProtoBlock*, TaskQueue&,
                           void* scratch);
+  int64_t (*fma_loop)(int64_t rounds, float* sum);
 };
 
 enum class Level : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
