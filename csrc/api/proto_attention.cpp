@@ -191,6 +191,9 @@ void run_tasks(int64_t tasks, int64_t grain, int64_t scratch_bytes, const Worker
   });
 }
 
+// Bytes of a number in the kernels' panels.
+int64_t item_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
 ScalarType accumulate_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
@@ -220,32 +223,28 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor proto
     p.agg = maps_of(agg, c.channels_last);
     p.stats = stats.data_ptr();
   }
-  const int64_t images = s.episodes * s.queries, tiles = cpu::pixel_tiles(s);
-  if (images * tiles * s.ways > 0) {
+  const int64_t images = s.episodes * s.queries, threads = torch::stable::get_num_threads();
+  const cpu::Tiling tiling = cpu::plan_forward(s, threads, item_bytes(c.dtype));
+  const int64_t tiles = images * tiling.tiles(s);
+  if (tiles * s.ways > 0) {
     const auto& table = cpu::kernels(cpu::current_level());
     // All classes of a tile in a row reuse its panels; shared out singly when tiles are few.
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t grain = images * tiles >= 2 * threads ? s.ways : 1;
-    run_tasks(images * tiles * s.ways, grain, cpu::scratch_bytes(c.dtype, s.dim, false),
-              [&](TaskQueue& queue, void* scratch) { table.forward(c.dtype, p, queue, scratch); });
+    const int64_t grain = tiles >= 2 * threads ? s.ways : 1;
+    run_tasks(tiles * s.ways, grain, table.forward_scratch(c.dtype, s, tiling),
+              [&](TaskQueue& queue, void* scratch) {
+                table.forward(c.dtype, p, tiling, queue, scratch);
+              });
   }
   return {out, agg, stats};
 }
 
-// Blocks of prototypes for the prototype pass, small enough to occupy all threads.
-std::vector<cpu::ProtoBlock> proto_blocks(const Checked& c) {
-  const int32_t* starts = static_cast<const int32_t*>(c.offsets.data_ptr());
-  const int64_t bags = c.shape.episodes * c.shape.ways;
-  const int64_t wanted = 2 * int64_t(torch::stable::get_num_threads());
-  const int64_t used = bags > 0 ? starts[bags] : 0;
-  constexpr int64_t kSmallest = 8;
-  int64_t rows = cpu::kBlockProtos;
-  while (rows > kSmallest && used / rows < wanted) rows /= 2;
-  std::vector<cpu::ProtoBlock> blocks;
-  for (int64_t bag = 0; bag < bags; ++bag)
-    for (int64_t n = starts[bag]; n < starts[bag + 1]; n += rows)
-      blocks.push_back({bag, n, std::min<int64_t>(n + rows, starts[bag + 1])});
-  return blocks;
+// Runs one pass of the backward over all tasks.
+void run_backward(const cpu::KernelTable& table, DType dtype, const ProtoAttnBwdParams& p,
+                  cpu::BackwardPass pass, int64_t tasks, int64_t scratch) {
+  std::vector<int32_t> done(size_t(tasks), 0);
+  pass.done = done.data();
+  run_tasks(tasks, 1, scratch,
+            [&](TaskQueue& queue, void* memory) { table.backward(dtype, p, pass, queue, memory); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor feat, Tensor protos,
@@ -278,7 +277,9 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                                 ? torch::stable::new_zeros(*temperature_tensor, {1})
                                 : torch::stable::new_empty(feat, {0}, accumulate_type(c.dtype));
 
-  const int64_t tasks = s.episodes * s.queries * cpu::pixel_tiles(s);
+  const int64_t threads = torch::stable::get_num_threads();
+  const cpu::Tiling tiling = cpu::plan_backward(s, item_bytes(c.dtype));
+  const int64_t tasks = s.episodes * s.queries * tiling.tiles(s);
   std::vector<double> parts(needs_temperature ? size_t(tasks) : 0);
   const ProtoAttnBwdParams p{s,
                              c.features(),
@@ -289,25 +290,34 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                              maps_of(grad_feat, c.channels_last),
                              needs_protos ? grad_protos.data_ptr() : nullptr,
                              needs_temperature ? parts.data() : nullptr};
-  const auto& table = cpu::kernels(cpu::current_level());
-  const int64_t bytes = cpu::scratch_bytes(c.dtype, s.dim, true);
-  if (tasks > 0)
-    run_tasks(tasks, 1, bytes, [&](TaskQueue& queue, void* scratch) {
-      table.backward_feat(c.dtype, p, queue, scratch);
-    });
-  if (needs_protos) {
-    // Rows past the last bag are unused capacity.
-    const int64_t bags = s.episodes * s.ways;
-    const int64_t used = static_cast<const int32_t*>(c.offsets.data_ptr())[bags];
-    if (used < s.total) {
-      Tensor unused = torch::stable::narrow(grad_protos, 0, used, s.total - used);
-      torch::stable::zero_(unused);
+  // Rows past the last bag are unused capacity.
+  const int64_t bags = s.episodes * s.ways;
+  const int64_t used = tasks > 0 ? static_cast<const int32_t*>(c.offsets.data_ptr())[bags] : 0;
+  if (needs_protos && used < s.total) {
+    Tensor unused = torch::stable::narrow(grad_protos, 0, used, s.total - used);
+    torch::stable::zero_(unused);
+  }
+  if (tasks > 0) {
+    const auto& table = cpu::kernels(cpu::current_level());
+    const int64_t scratch = table.backward_scratch(c.dtype, s, tiling);
+    const int64_t item = item_bytes(c.dtype), row = s.dim * item;
+    // Sums of half types need a wider buffer; where it would outgrow what the threads have left of
+    // their MiB, the prototypes get passes of their own.
+    const bool in_place = grad_protos.element_size() == item;
+    const int64_t spare = threads * std::max<int64_t>((int64_t(1) << 20) - scratch, 0) / row;
+    const int64_t chunk = !needs_protos ? 0
+                          : in_place    ? used
+                                        : std::min(used, std::max<int64_t>(spare, 128));
+    std::vector<char> along(size_t(chunk * item)), sums(in_place ? size_t(0) : size_t(chunk * row));
+    void* target = in_place ? grad_protos.data_ptr() : sums.data();
+    cpu::BackwardPass pass{tiling, true,         0,      chunk == used ? used : 0,
+                           target, along.data(), nullptr};
+    run_backward(table, c.dtype, p, pass, tasks, scratch);
+    pass.want_feat = false;
+    for (pass.begin = pass.end; chunk > 0 && pass.begin < used; pass.begin = pass.end) {
+      pass.end = std::min(pass.begin + chunk, used);
+      run_backward(table, c.dtype, p, pass, tasks, scratch);
     }
-    const auto blocks = proto_blocks(c);
-    if (!blocks.empty())
-      run_tasks(int64_t(blocks.size()), 1, bytes, [&](TaskQueue& queue, void* scratch) {
-        table.backward_protos(c.dtype, p, blocks.data(), queue, scratch);
-      });
   }
   if (needs_temperature) {
     double sum = 0;

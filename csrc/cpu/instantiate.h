@@ -10,20 +10,27 @@ namespace {
 
 constexpr KernelTable make_table() {
   return {
-      [](DType dtype, const ProtoAttnFwdParams& p, TaskQueue& queue, void* scratch) {
-        with_type(dtype, [&](auto* type) {
-          forward<std::remove_pointer_t<decltype(type)>>(p, queue, scratch);
+      [](DType dtype, const ProtoAttnShape& s, Tiling tiling) {
+        return with_type(dtype, [&](auto* type) {
+          return FwdScratch<AccOf<std::remove_pointer_t<decltype(type)>>>(nullptr, s.dim, tiling)
+              .bytes;
         });
       },
-      [](DType dtype, const ProtoAttnBwdParams& p, TaskQueue& queue, void* scratch) {
-        with_type(dtype, [&](auto* type) {
-          backward_feat<std::remove_pointer_t<decltype(type)>>(p, queue, scratch);
+      [](DType dtype, const ProtoAttnShape& s, Tiling tiling) {
+        return with_type(dtype, [&](auto* type) {
+          return BwdScratch<AccOf<std::remove_pointer_t<decltype(type)>>>(nullptr, s.dim, tiling)
+              .bytes;
         });
       },
-      [](DType dtype, const ProtoAttnBwdParams& p, const ProtoBlock* blocks, TaskQueue& queue,
+      [](DType dtype, const ProtoAttnFwdParams& p, Tiling tiling, TaskQueue& queue, void* scratch) {
+        with_type(dtype, [&](auto* type) {
+          forward<std::remove_pointer_t<decltype(type)>>(p, tiling, queue, scratch);
+        });
+      },
+      [](DType dtype, const ProtoAttnBwdParams& p, const BackwardPass& pass, TaskQueue& queue,
          void* scratch) {
         with_type(dtype, [&](auto* type) {
-          backward_protos<std::remove_pointer_t<decltype(type)>>(p, blocks, queue, scratch);
+          backward<std::remove_pointer_t<decltype(type)>>(p, pass, queue, scratch);
         });
       },
       fma_loop,

@@ -5,42 +5,32 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "plan.h"
 
 namespace fastproto::cpu {
 
-// Pixels per task. Backward prototype tasks hold at most as many prototypes.
-constexpr int64_t kTilePixels = 64;
-constexpr int64_t kBlockProtos = 64;
-
-static inline int64_t pixel_tiles(const ProtoAttnShape& s) {
-  return (s.pixels + kTilePixels - 1) / kTilePixels;
-}
-
-// Rows [begin, end) of `protos`, all of bag `bag`.
-struct ProtoBlock {
-  int64_t bag;
+// What one run over the tasks of the backward computes. Prototypes [begin, end) of `protos` get
+// their gradient; begin == end: none does.
+struct BackwardPass {
+  Tiling tiling;
+  bool want_feat;  // writes grad_feat and grad_temperature_parts[task]
   int64_t begin;
   int64_t end;
+  void* sums;     // [end - begin, D] of Acc; grad_protos itself where that is of type Acc
+  void* along;    // [end - begin] of Acc
+  int32_t* done;  // [tasks] zeros: blocks whose gradient a task has added to `sums`
 };
-
-// Scratch memory of one worker, in bytes; `backward` needs more panels than forward.
-static inline int64_t scratch_bytes(DType dtype, int64_t dim, bool backward) {
-  const int64_t item = dtype == DType::kFloat64 ? 8 : 4;
-  const int64_t panel = dim * kTilePixels * item, square = kBlockProtos * kTilePixels * item;
-  const int64_t stats = 8 * kTilePixels * item;
-  // Every piece is rounded up to a cache line.
-  return (backward ? 7 * panel + 4 * square : 4 * panel + square) + stats + 16 * 64;
-}
 
 // Each entry is one worker's loop: it takes tasks until the queue is empty.
 struct KernelTable {
+  // Scratch memory of one worker, in bytes.
+  int64_t (*forward_scratch)(DType, const ProtoAttnShape&, Tiling);
+  int64_t (*backward_scratch)(DType, const ProtoAttnShape&, Tiling);
   // Tasks: ((episode*Q + query)*tiles + tile)*K + class.
-  void (*forward)(DType, const ProtoAttnFwdParams&, TaskQueue&, void* scratch);
-  // Tasks: (episode*Q + query)*tiles + tile; writes grad_feat and grad_temperature_parts[task].
-  void (*backward_feat)(DType, const ProtoAttnBwdParams&, TaskQueue&, void* scratch);
-  // Tasks: entries of `blocks`; writes grad_protos rows [begin, end) of one bag each.
-  void (*backward_protos)(DType, const ProtoAttnBwdParams&, const ProtoBlock*, TaskQueue&,
-                          void* scratch);
+  void (*forward)(DType, const ProtoAttnFwdParams&, Tiling, TaskQueue&, void* scratch);
+  // Tasks: (episode*Q + query)*tiles + tile.
+  void (*backward)(DType, const ProtoAttnBwdParams&, const BackwardPass&, TaskQueue&,
+                   void* scratch);
   int64_t (*fma_loop)(int64_t rounds, float* sum);
 };
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of proto_attention for one tile of pixels and one bag. Symbols as in docs/math.md.
 //
-//     S^T[N, T] = Pc[N, D] . Fc[D, T]      blocks of kBlockProtos prototypes
+//     S^T[N, W] = Pc[N, D] . Fc[D, W]      blocks of kBlockProtos prototypes, strips of W pixels
 //     w = exp((c - bound)/t),  sums over prototypes
-//     O^T[D, T] += Pc^T . w                G = O/L + (sum_j w_j mean_j)/L
+//     O^T[D, W] += Pc^T . w                G = O/L + (sum_j w_j mean_j)/L
 //
-// Both operands are centred on the way into cache, once per tile and block: in float32 the
-// algebraic form (<q,p> - D mq mp) loses mean^2/std^2 in accuracy. The bound is 1 (|c| <= 1), so
-// sums over blocks just add; where exp(-2/t) would underflow, a first pass finds the row maximum.
+// Both operands are centred on the way into cache, pixels once per tile, prototypes once per tile
+// and block: in float32 the algebraic form (<q,p> - D mq mp) loses mean^2/std^2 in accuracy. The
+// bound is 1 (|c| <= 1), so sums over blocks just add; where exp(-2/t) would underflow, a first
+// pass finds the row maximum.
 #pragma once
 
 #include "tiles.h"
@@ -19,177 +20,221 @@ namespace {
 template <class Acc>
 constexpr double kSmallestStaticT = sizeof(Acc) == 4 ? 2.0 / 60.0 : 2.0 / 600.0;
 
+// A strip of pixels and what one bag has added up for it.
+template <class Acc>
+struct Strip {
+  Acc* centred;  // [D][width]
+  Acc* out;      // [D][width]
+  int64_t pixel;
+  int64_t count;
+  PixelStats<Acc> stats;
+  Acc bound[kMostPixels];
+  Acc sum[kMostPixels];       // of weights
+  Acc mean_sum[kMostPixels];  // of weights times the prototypes' means
+};
+
 template <class Acc>
 struct FwdScratch {
-  Acc* raw;      // [D][kT] features
-  Acc* centred;  // [D][kT]
-  Acc* protos;   // [kBlockProtos][D] centred
-  Acc* out;      // [D][kT]
-  Acc* scores;   // [kBlockProtos][kT]
-  PixelStats<Acc>* pixels;
+  static constexpr int64_t kMostStrips = 2;
+  Tiling tiling;
+  Strip<Acc>* strips;
+  Acc* protos;  // [kBlockProtos][row_stride(D)] centred
+  Acc* scores;  // [kBlockProtos][width]
   ProtoStats<Acc>* block;
+  int64_t bytes;
 
-  FwdScratch(void* memory, int64_t dim) {
+  FwdScratch(void* memory, int64_t dim, Tiling t) : tiling(t) {
     Scratch scratch(memory);
-    raw = scratch.take<Acc>(dim * kT);
-    centred = scratch.take<Acc>(dim * kT);
-    protos = scratch.take<Acc>(kBlockProtos * dim);
-    out = scratch.take<Acc>(dim * kT);
-    scores = scratch.take<Acc>(kBlockProtos * kT);
-    pixels = scratch.take<PixelStats<Acc>>(1);
+    strips = scratch.take<Strip<Acc>>(t.strips);
+    for (int64_t i = 0; i < t.strips; ++i) {
+      Acc* centred = scratch.take<Acc>(dim * t.width);
+      Acc* out = scratch.take<Acc>(dim * t.width);
+      if (memory != nullptr) {
+        strips[i].centred = centred;
+        strips[i].out = out;
+      }
+    }
+    protos = scratch.take<Acc>(kBlockProtos * row_stride<Acc>(dim));
+    scores = scratch.take<Acc>(kBlockProtos * t.width);
     block = scratch.take<ProtoStats<Acc>>(1);
+    bytes = scratch.bytes();
   }
 };
 
-// Cosines of `rows` prototypes starting at `begin` with every pixel of the tile, into s.scores.
-template <class T>
-void cosines(const Bags& bags, int64_t begin, int64_t rows, int64_t dim, AccOf<T> eps,
-             const FwdScratch<AccOf<T>>& s) {
-  using Acc = AccOf<T>;
-  load_protos<T>(bags, begin, rows, dim, eps, s.protos, s.block);
-  gemm<Acc>(rows, kT, dim, {s.protos, dim, 1}, s.centred, kT, s.scores, kT, false);
-  for (int64_t n = 0; n < rows; ++n) {
-    const Acc rnorm = s.block->rnorm[n];
-    Acc* row = s.scores + n * kT;
-    for (int64_t i = 0; i < kT; ++i) row[i] *= rnorm * s.pixels->rnorm[i];
-  }
+// The softmax weight but for its normalisation; the backward must get the same bits.
+template <class Acc>
+inline Vec<Acc> cosine(Vec<Acc> score, Acc proto_rnorm, Vec<Acc> pixel_rnorm) {
+  return score * (proto_rnorm * pixel_rnorm);
+}
+template <class Acc>
+inline Vec<Acc> softmax_term(Vec<Acc> cos, Vec<Acc> bound, Acc inv_t) {
+  return exp_nonpositive((cos - bound) * inv_t);
 }
 
 // Mean over channels of the bag's first prototype: means are summed relative to it, because the
 // backward takes differences of them.
 template <class T>
-AccOf<T> mean_origin(const Bags& bags, int64_t begin, int64_t dim, AccOf<T>* row) {
-  load_run(static_cast<const T*>(bags.protos) + begin * dim, row, dim);
-  return row_mean(row, dim);
+AccOf<T> mean_origin(const Bags& bags, int64_t begin, int64_t dim) {
+  return row_mean(static_cast<const T*>(bags.protos) + begin * dim, dim);
 }
 
-// The bag's O^T in s.out, its sum of weights and of weighted prototype means per pixel.
+// The bag's O^T and sums in every strip.
 template <class T>
-void attend(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, const FwdScratch<AccOf<T>>& s,
-            AccOf<T> origin, AccOf<T>* bound, AccOf<T>* sum, AccOf<T>* mean_sum) {
+void attend(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, AccOf<T> origin,
+            const FwdScratch<AccOf<T>>& s) {
+  using Acc = AccOf<T>;
+  constexpr int L = kLanes<Acc>;
+  const int64_t dim = p.shape.dim, width = s.tiling.width, stride = row_stride<Acc>(dim);
+  const Acc eps = Acc(p.shape.eps);
+  const Acc inv_t = Acc(1.0 / p.shape.temperature);
+  const bool search = p.shape.temperature < kSmallestStaticT<Acc>;
+  for (int64_t i = 0; i < s.tiling.strips; ++i)
+    for (int64_t x = 0; x < width; ++x) {
+      s.strips[i].bound[x] = search ? Acc(-2) : Acc(1);
+      s.strips[i].sum[x] = 0;
+      s.strips[i].mean_sum[x] = 0;
+    }
+  // Calls f(strip, rows, begin) with the scores of each block and strip.
+  const auto for_scores = [&](auto&& f) {
+    for (int64_t n = begin; n < end; n += kBlockProtos) {
+      const int64_t rows = end - n < kBlockProtos ? end - n : kBlockProtos;
+      load_protos<T>(p.bags, n, rows, dim, eps, s.protos, s.block);
+      Ahead ahead = rows_ahead<T>(p.bags, n + rows, end, dim);
+      for (int64_t i = 0; i < s.tiling.strips; ++i) {
+        if (s.strips[i].count == 0) break;
+        gemm<Acc>(rows, width, dim, {s.protos, stride, 1}, s.strips[i].centred, width, s.scores,
+                  width, false);
+        f(s.strips[i], rows, n, ahead);
+      }
+    }
+  };
+  if (search)
+    for_scores([&](Strip<Acc>& strip, int64_t rows, int64_t, Ahead&) {
+      for (int64_t x = 0; x < width; x += L) {
+        const Vec<Acc> pixel_rnorm = load(strip.stats.rnorm + x);
+        Vec<Acc> most = load(strip.bound + x);
+        for (int64_t r = 0; r < rows; ++r) {
+          const Vec<Acc> c =
+              cosine<Acc>(load(s.scores + r * width + x), s.block->rnorm[r], pixel_rnorm);
+          most = c > most ? c : most;
+        }
+        store(strip.bound + x, most);
+      }
+    });
+  for_scores([&](Strip<Acc>& strip, int64_t rows, int64_t n, Ahead& ahead) {
+    for (int64_t x = 0; x < width; x += L) {
+      const Vec<Acc> pixel_rnorm = load(strip.stats.rnorm + x), bound = load(strip.bound + x);
+      Vec<Acc> sum = load(strip.sum + x), mean_sum = load(strip.mean_sum + x);
+      for (int64_t r = 0; r < rows; ++r) {
+        Acc* at = s.scores + r * width + x;
+        const Vec<Acc> c = cosine<Acc>(load(at), s.block->rnorm[r], pixel_rnorm);
+        const Vec<Acc> w = softmax_term<Acc>(c, bound, inv_t);
+        store(at, w);
+        sum += w;
+        mean_sum += w * (s.block->mean[r] - origin);
+      }
+      store(strip.sum + x, sum);
+      store(strip.mean_sum + x, mean_sum);
+    }
+    gemm<Acc>(dim, width, rows, {s.protos, 1, stride}, s.scores, width, strip.out, width, n > begin,
+              &ahead);
+  });
+}
+
+// out[d][x] = value of channel d, for a bag of one: w = 1 exactly, whatever the cosine. G is not
+// centred, so that it is P to the bit; NaN and Inf reach every pixel, as they do through the cosine
+// of the definition.
+template <class T>
+void copy_prototype(const T* proto, int64_t dim, int64_t width, Strip<AccOf<T>>& strip) {
+  using Acc = AccOf<T>;
+  Acc poison = 0;
+  for (int64_t d = 0; d < dim; ++d) poison += to_acc(proto[d]) - to_acc(proto[d]);
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t x = 0; x < width; ++x)
+      strip.out[d * width + x] =
+          to_acc(proto[d]) + (poison + (strip.stats.rnorm[x] - strip.stats.rnorm[x]));
+}
+
+// Y, and what the backward needs, of one strip whose O^T is complete.
+template <class T>
+void finish_strip(const ProtoAttnFwdParams& p, int64_t bag_size, int64_t map, AccOf<T> origin,
+                  TileView<const T> feat, int64_t width, Strip<AccOf<T>>& strip) {
   using Acc = AccOf<T>;
   constexpr int L = kLanes<Acc>;
   const int64_t dim = p.shape.dim;
-  const Acc eps = Acc(p.shape.eps);
-  const Acc inv_t = Acc(1.0 / p.shape.temperature);
-  for (int64_t i = 0; i < kT; ++i) {
-    bound[i] = 1;
-    sum[i] = 0;
-    mean_sum[i] = 0;
+  Acc scale[kMostPixels], mean[kMostPixels];
+  for (int64_t x = 0; x < width; ++x) {
+    scale[x] = bag_size > 1 ? Acc(1) / strip.sum[x] : Acc(1);
+    mean[x] = bag_size > 1 ? strip.mean_sum[x] * scale[x] : Acc(0);
   }
-  if (p.shape.temperature < kSmallestStaticT<Acc>) {
-    for (int64_t i = 0; i < kT; ++i) bound[i] = Acc(-2);
-    for (int64_t n = begin; n < end; n += kBlockProtos) {
-      const int64_t rows = end - n < kBlockProtos ? end - n : kBlockProtos;
-      cosines<T>(p.bags, n, rows, dim, eps, s);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < kT; ++i) {
-          const Acc c = s.scores[r * kT + i];
-          bound[i] = c > bound[i] ? c : bound[i];
-        }
-    }
-  }
-  for (int64_t n = begin; n < end; n += kBlockProtos) {
-    const int64_t rows = end - n < kBlockProtos ? end - n : kBlockProtos;
-    cosines<T>(p.bags, n, rows, dim, eps, s);
-    for (int64_t i = 0; i < kT; i += L) {
-      Vec<Acc> total = load(sum + i), mean_total = load(mean_sum + i);
-      const Vec<Acc> top = load(bound + i);
-      for (int64_t r = 0; r < rows; ++r) {
-        const Vec<Acc> w = exp_nonpositive((load(s.scores + r * kT + i) - top) * inv_t);
-        store(s.scores + r * kT + i, w);
-        total += w;
-        mean_total += w * (s.block->mean[r] - origin);
-      }
-      store(sum + i, total);
-      store(mean_sum + i, mean_total);
-    }
-    gemm<Acc>(dim, kT, rows, {s.protos, 1, dim}, s.scores, kT, s.out, kT, n > begin);
-  }
-}
-
-// s.out = G - origin - mean; bound, 1/sum and mean per pixel; returns origin.
-template <class T>
-AccOf<T> aggregate_tile(const ProtoAttnFwdParams& p, int64_t begin, int64_t end,
-                        const FwdScratch<AccOf<T>>& s, AccOf<T>* bound, AccOf<T>* rsum,
-                        AccOf<T>* mean) {
-  using Acc = AccOf<T>;
-  const int64_t dim = p.shape.dim;
-  for (int64_t i = 0; i < kT; ++i) {
-    bound[i] = 0;
-    rsum[i] = 0;
-    mean[i] = 0;
-  }
-  if (end == begin) {
-    for (int64_t i = 0; i < dim * kT; ++i) s.out[i] = 0;
-    return 0;
-  }
-  if (end - begin == 1) {
-    // One prototype: w = 1 exactly, whatever the cosine. G is not centred, so that it is P to the
-    // bit; NaN and Inf reach every pixel, as they do through the cosine of the definition.
-    load_run(static_cast<const T*>(p.bags.protos) + begin * dim, s.protos, dim);
-    Acc poison = 0;
-    for (int64_t d = 0; d < dim; ++d) poison += s.protos[d] - s.protos[d];
-    for (int64_t d = 0; d < dim; ++d)
-      for (int64_t i = 0; i < kT; ++i)
-        s.out[d * kT + i] = s.protos[d] + (poison + (s.pixels->rnorm[i] - s.pixels->rnorm[i]));
-    return 0;
-  }
-  const Acc origin = mean_origin<T>(p.bags, begin, dim, s.protos);
-  attend<T>(p, begin, end, s, origin, bound, rsum, mean);
-  for (int64_t i = 0; i < kT; ++i) {
-    rsum[i] = Acc(1) / rsum[i];
-    mean[i] *= rsum[i];
-  }
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t i = 0; i < kT; ++i) s.out[d * kT + i] *= rsum[i];
-  return origin;
-}
-
-template <class T>
-void forward_tile(const ProtoAttnFwdParams& p, int64_t bag, int64_t map, int64_t pixel,
-                  TileView<const T> feat, const FwdScratch<AccOf<T>>& s) {
-  using Acc = AccOf<T>;
-  const int64_t dim = p.shape.dim, count = feat.count;
-  Acc bound[kT], rsum[kT], mean[kT];
-  const Acc origin =
-      aggregate_tile<T>(p, p.bags.offsets[bag], p.bags.offsets[bag + 1], s, bound, rsum, mean);
   if (p.stats != nullptr) {
-    store_tile<Acc>(s.out, dim, tile_of<Acc>(p.agg, map, 0, pixel, count));
-    Acc* stats = static_cast<Acc*>(p.stats) + 3 * map * p.shape.pixels + pixel;
-    for (int64_t i = 0; i < count; ++i) {
-      stats[i] = bound[i];
-      stats[p.shape.pixels + i] = rsum[i];
-      stats[2 * p.shape.pixels + i] = mean[i];
+    Acc* stats = static_cast<Acc*>(p.stats) + 3 * map * p.shape.pixels + strip.pixel;
+    for (int64_t x = 0; x < strip.count; ++x) {
+      stats[x] = bag_size > 1 ? strip.bound[x] : Acc(0);
+      stats[p.shape.pixels + x] = bag_size > 1 ? scale[x] : Acc(0);
+      stats[2 * p.shape.pixels + x] = mean[x];
     }
   }
-  for (int64_t i = 0; i < kT; ++i) mean[i] += origin;
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t i = 0; i < kT; ++i)
-      s.out[d * kT + i] = (s.out[d * kT + i] + mean[i]) * s.raw[d * kT + i];
-  if (p.shape.concat) copy_tile<T>(feat, dim, tile_of<T>(p.out, map, 0, pixel, count));
-  store_tile<T>(s.out, dim, tile_of<T>(p.out, map, p.shape.concat ? dim : 0, pixel, count));
+  for (int64_t x = 0; x < width; ++x) mean[x] += origin;
+  const auto out = tile_of<T>(p.out, map, p.shape.concat ? dim : 0, strip.pixel, strip.count);
+  const auto agg =
+      p.stats == nullptr ? TileView<Acc>{} : tile_of<Acc>(p.agg, map, 0, strip.pixel, strip.count);
+  for_blocks<Acc>(dim, width, [&](int64_t d, int64_t x, auto channels) {
+    Vec<Acc> f[L], g[L];
+    load_block<T>(feat, d, x, channels, f);
+    const Vec<Acc> by = load(scale + x), plus = load(mean + x);
+    repeat(channels, [&](int i) {
+      g[i] = load(strip.out + (d + i) * width + x) * by;
+      f[i] *= g[i] + plus;
+    });
+    store_block<T>(f, d, x, channels, out);
+    if (p.stats != nullptr) store_block<Acc>(g, d, x, channels, agg);
+  });
+  if (p.shape.concat) copy_tile<T>(feat, dim, tile_of<T>(p.out, map, 0, strip.pixel, strip.count));
 }
 
 template <class T>
-void forward(const ProtoAttnFwdParams& p, TaskQueue& queue, void* memory) {
+void forward(const ProtoAttnFwdParams& p, Tiling tiling, TaskQueue& queue, void* memory) {
   using Acc = AccOf<T>;
-  const FwdScratch<Acc> s(memory, p.shape.dim);
-  const int64_t tiles = pixel_tiles(p.shape), ways = p.shape.ways;
-  int64_t loaded = -1, begin, stop;
-  while (queue.take(&begin, &stop)) {
-    for (int64_t task = begin; task < stop; ++task) {
+  const int64_t dim = p.shape.dim, width = tiling.width, ways = p.shape.ways;
+  const int64_t tiles = tiling.tiles(p.shape);
+  const FwdScratch<Acc> s(memory, dim, tiling);
+  int64_t loaded = -1, first, stop;
+  while (queue.take(&first, &stop)) {
+    for (int64_t task = first; task < stop; ++task) {
       const int64_t way = task % ways, tile = task / ways % tiles, image = task / ways / tiles;
       const int64_t episode = image / p.shape.queries, query = image % p.shape.queries;
-      const int64_t pixel = tile * kT;
-      const int64_t count = p.shape.pixels - pixel < kT ? p.shape.pixels - pixel : kT;
-      const auto feat = tile_of<T>(p.feat, episode, query, pixel, count);
+      const int64_t bag = episode * ways + way, map = image * ways + way;
+      const int64_t begin = p.bags.offsets[bag], end = p.bags.offsets[bag + 1];
+      const auto feat_of = [&](const Strip<Acc>& strip) {
+        return tile_of<T>(p.feat, episode, query, strip.pixel, strip.count);
+      };
       if (task / ways != loaded) {
-        load_tile<T>(feat, p.shape.dim, s.raw);
-        centre_pixels<Acc>(s.raw, p.shape.dim, Acc(p.shape.eps), s.centred, s.pixels);
+        for (int64_t i = 0; i < tiling.strips; ++i) {
+          Strip<Acc>& strip = s.strips[i];
+          strip.pixel = (tile * tiling.strips + i) * width;
+          const int64_t left = p.shape.pixels - strip.pixel;
+          strip.count = left < 0 ? 0 : left < width ? left : width;
+          if (strip.count > 0)
+            centre_pixels<T>(feat_of(strip), dim, width, Acc(p.shape.eps), strip.centred,
+                             &strip.stats);
+        }
         loaded = task / ways;
       }
-      forward_tile<T>(p, episode * ways + way, image * ways + way, pixel, feat, s);
+      Acc origin = 0;
+      if (end - begin > 1) {
+        origin = mean_origin<T>(p.bags, begin, dim);
+        attend<T>(p, begin, end, origin, s);
+      }
+      for (int64_t i = 0; i < tiling.strips; ++i) {
+        Strip<Acc>& strip = s.strips[i];
+        if (strip.count == 0) break;
+        if (end == begin)
+          for (int64_t at = 0; at < dim * width; ++at) strip.out[at] = 0;
+        if (end - begin == 1)
+          copy_prototype<T>(static_cast<const T*>(p.bags.protos) + begin * dim, dim, width, strip);
+        finish_strip<T>(p, end - begin, map, origin, feat_of(strip), width, strip);
+      }
     }
   }
 }

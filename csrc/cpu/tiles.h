@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Moving tiles between memory (any type, either layout) and the panels the kernels compute on.
+// Moving strips of pixels and blocks of prototypes between memory (any type, either layout) and the
+// panels the kernels compute on.
 //
-// A pixel panel is [D][kTilePixels] of Acc: one row per channel, pixels contiguous; columns past
-// the image's last pixel are zero. A prototype panel is [rows][D] of Acc.
+// A pixel panel is [D][width] of Acc: one row per channel, pixels contiguous; columns past the
+// strip's last pixel are zero. A prototype panel is [rows][row_stride(D)] of Acc.
 #pragma once
 
 #include <type_traits>
@@ -13,37 +14,15 @@
 namespace fastproto::cpu {
 namespace {
 
-constexpr int64_t kT = kTilePixels;
+// Rows this long are read down a column: a stride of a power of two would use but a few sets of
+// the first-level cache.
+template <class Acc>
+inline int64_t row_stride(int64_t dim) {
+  constexpr int64_t L = kLanes<Acc>, kPad = 64 / int64_t(sizeof(Acc));
+  return (dim + L - 1) / L * L + kPad;
+}
 
-template <class T>
-using AccOf = typename Storage<T>::Acc;
-
-template <class T>
-inline void load_run(const T* src, AccOf<T>* dst, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) dst[i] = to_acc(src[i]);
-}
-template <class T>
-inline void store_run(const AccOf<T>* src, T* dst, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) from_acc(src[i], dst + i);
-}
-#if defined(__F16C__)
-inline void load_run(const Float16* src, float* dst, int64_t count) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(dst + i,
-                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
-  for (; i < count; ++i) dst[i] = to_acc(src[i]);
-}
-inline void store_run(const float* src, Float16* dst, int64_t count) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
-  for (; i < count; ++i) from_acc(src[i], dst + i);
-}
-#endif
-
-// One tile of one feature map in memory: channels [0, dim), pixels [0, count).
+// One strip of one feature map in memory: channels [0, dim), pixels [0, count).
 template <class T>
 struct TileView {
   T* data;
@@ -69,47 +48,92 @@ inline TileView<const T> tile_of(const Features& feat, int64_t episode, int64_t 
           feat.stride_channel, feat.stride_pixel, count};
 }
 
-template <class T>
-void load_tile(TileView<const T> src, int64_t dim, AccOf<T>* panel) {
-  using Acc = AccOf<T>;
+// Calls f(channel, pixel, channels) for each block of one vector of pixels x as many channels;
+// `channels` is a compile-time constant for whole blocks.
+template <class Acc, class F>
+inline void for_blocks(int64_t dim, int64_t width, F&& f) {
+  constexpr int L = kLanes<Acc>;
+  int64_t d = 0;
+  for (; d + L <= dim; d += L)
+    for (int64_t p = 0; p < width; p += L) f(d, p, std::integral_constant<int, L>());
+  if (d < dim)
+    for (int64_t p = 0; p < width; p += L) f(d, p, int(dim - d));
+}
+
+// f(0) ... f(n - 1), unrolled where n is a constant, so that arrays indexed by it stay in
+// registers.
+template <int N, class F>
+__attribute__((always_inline)) inline void repeat(std::integral_constant<int, N>, F&& f) {
+  [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
+    (f(int(I)), ...);
+  }(std::make_index_sequence<std::size_t(N)>());
+}
+template <class F>
+inline void repeat(int n, F&& f) {
+  for (int i = 0; i < n; ++i) f(i);
+}
+
+// rows[i] = channel `channel` + i of one vector of pixels.
+template <class T, class N>
+inline void load_block(TileView<std::add_const_t<T>> src, int64_t channel, int64_t pixel,
+                       N channels, Vec<AccOf<T>>* rows) {
+  constexpr int L = kLanes<AccOf<T>>;
+  const int64_t count = src.count - pixel;
   if (src.pixels_contiguous()) {
-    for (int64_t d = 0; d < dim; ++d) {
-      Acc* row = panel + d * kT;
-      load_run(src.data + d * src.stride_channel, row, src.count);
-      for (int64_t i = src.count; i < kT; ++i) row[i] = 0;
+    const T* at = src.data + channel * src.stride_channel + pixel;
+    if (count >= L) {
+      repeat(channels, [&](int i) { rows[i] = load_as(at + i * src.stride_channel); });
+    } else {
+      repeat(channels, [&](int i) { rows[i] = load_as(at + i * src.stride_channel, count); });
     }
     return;
   }
-  constexpr int64_t kChunk = 16;  // channels: one or two cache lines of a pixel at a time
-  Acc run[kChunk];
-  for (int64_t d = 0; d < dim; d += kChunk) {
-    const int64_t width = dim - d < kChunk ? dim - d : kChunk;
-    for (int64_t p = 0; p < src.count; ++p) {
-      load_run(src.data + p * src.stride_pixel + d, run, width);
-      for (int64_t i = 0; i < width; ++i) panel[(d + i) * kT + p] = run[i];
+  const T* at = src.data + pixel * src.stride_pixel + channel;
+  if (count >= L && channels == L) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = load_as(at + i * src.stride_pixel);
+  } else {
+    for (int i = 0; i < L; ++i)
+      rows[i] = i < count ? load_as(at + i * src.stride_pixel, int64_t(channels)) : Vec<AccOf<T>>{};
+  }
+  transpose(rows);
+}
+
+// The same back; `rows` is overwritten.
+template <class T, class N>
+inline void store_block(Vec<AccOf<T>>* rows, int64_t channel, int64_t pixel, N channels,
+                        TileView<T> dst) {
+  constexpr int L = kLanes<AccOf<T>>;
+  const int64_t count = dst.count - pixel;
+  if (dst.pixels_contiguous()) {
+    T* at = dst.data + channel * dst.stride_channel + pixel;
+    if (count >= L) {
+      repeat(channels, [&](int i) { store_as(rows[i], at + i * dst.stride_channel); });
+    } else {
+      repeat(channels, [&](int i) { store_as(rows[i], at + i * dst.stride_channel, count); });
     }
-    for (int64_t i = 0; i < width; ++i)
-      for (int64_t p = src.count; p < kT; ++p) panel[(d + i) * kT + p] = 0;
+    return;
+  }
+  for (int i = channels; i < L; ++i) rows[i] = Vec<AccOf<T>>{};
+  transpose(rows);
+  T* at = dst.data + pixel * dst.stride_pixel + channel;
+  if (count >= L && channels == L) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store_as(rows[i], at + i * dst.stride_pixel);
+  } else {
+    for (int i = 0; i < L && i < count; ++i)
+      store_as(rows[i], at + i * dst.stride_pixel, int64_t(channels));
   }
 }
 
-template <class T>
-void store_tile(const AccOf<T>* panel, int64_t dim, TileView<T> dst) {
-  using Acc = AccOf<T>;
-  if (dst.pixels_contiguous()) {
-    for (int64_t d = 0; d < dim; ++d)
-      store_run(panel + d * kT, dst.data + d * dst.stride_channel, dst.count);
+inline void copy_bytes(const void* src, void* dst, int64_t bytes) {
+  const char* from = static_cast<const char*>(src);
+  char* to = static_cast<char*>(dst);
+  if (bytes % 64 != 0) {
+    std::memcpy(to, from, size_t(bytes));
     return;
   }
-  constexpr int64_t kChunk = 16;
-  Acc run[kChunk];
-  for (int64_t d = 0; d < dim; d += kChunk) {
-    const int64_t width = dim - d < kChunk ? dim - d : kChunk;
-    for (int64_t p = 0; p < dst.count; ++p) {
-      for (int64_t i = 0; i < width; ++i) run[i] = panel[(d + i) * kT + p];
-      store_run(run, dst.data + p * dst.stride_pixel + d, width);
-    }
-  }
+  for (; bytes > 0; bytes -= 64, from += 64, to += 64) __builtin_memcpy(to, from, 64);
 }
 
 template <class T>
@@ -117,62 +141,90 @@ void copy_tile(TileView<const T> src, int64_t dim, TileView<T> dst) {
   // The layout is that of dst, which is dense; both strides of an overlapping src may be 1.
   if (dst.pixels_contiguous()) {
     for (int64_t d = 0; d < dim; ++d)
-      std::memcpy(dst.data + d * dst.stride_channel, src.data + d * src.stride_channel,
-                  size_t(src.count) * sizeof(T));
+      copy_bytes(src.data + d * src.stride_channel, dst.data + d * dst.stride_channel,
+                 src.count * int64_t(sizeof(T)));
   } else {
     for (int64_t p = 0; p < src.count; ++p)
-      std::memcpy(dst.data + p * dst.stride_pixel, src.data + p * src.stride_pixel,
-                  size_t(dim) * sizeof(T));
+      copy_bytes(src.data + p * src.stride_pixel, dst.data + p * dst.stride_pixel,
+                 dim * int64_t(sizeof(T)));
   }
+}
+
+// panel [D][width] -> transposed [width][row_stride(D)], zeros up to the next whole vector.
+template <class Acc>
+void transpose_panel(const Acc* panel, int64_t dim, int64_t width, Acc* transposed) {
+  constexpr int L = kLanes<Acc>;
+  const int64_t stride = row_stride<Acc>(dim);
+  for_blocks<Acc>(dim, width, [&](int64_t d, int64_t p, auto channels) {
+    Vec<Acc> rows[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i)
+      rows[i] = i < channels ? load(panel + (d + i) * width + p) : Vec<Acc>{};
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store(transposed + (p + i) * stride + d, rows[i]);
+  });
 }
 
 // max(norm, eps) that lets NaN through; `free` is 1 where the norm itself counts, 0 where eps does.
 template <class Acc>
 inline Acc reciprocal_norm(Acc square_sum, Acc eps, Acc* free) {
-  const Acc norm = Acc(__builtin_sqrt(square_sum));
+  Acc norm;
+  if constexpr (sizeof(Acc) == 4)
+    norm = __builtin_sqrtf(square_sum);
+  else
+    norm = __builtin_sqrt(square_sum);
   *free = norm < eps ? Acc(0) : Acc(1);
   return Acc(1) / (norm < eps ? eps : norm);
 }
 
-// Per-pixel statistics of a feature tile.
+// Per-pixel statistics of a strip.
 template <class Acc>
 struct PixelStats {
-  Acc mean[kT];
-  Acc rnorm[kT];  // 1 / max(|F - mean|, eps)
-  Acc free[kT];
+  Acc mean[kMostPixels];
+  Acc rnorm[kMostPixels];  // 1 / max(|F - mean|, eps)
+  Acc free[kMostPixels];
 };
 
-// centred = raw - mean over channels, and the statistics. Sums are taken relative to the first
+// centred = src - mean over channels, and the statistics. Sums are taken relative to the first
 // channel, so a constant vector is centred to exact zeros, and in two levels, for accuracy.
-template <class Acc>
-void centre_pixels(const Acc* raw, int64_t dim, Acc eps, Acc* centred, PixelStats<Acc>* stats) {
+template <class T>
+void centre_pixels(TileView<const T> src, int64_t dim, int64_t width, AccOf<T> eps,
+                   AccOf<T>* centred, PixelStats<AccOf<T>>* stats) {
+  using Acc = AccOf<T>;
   constexpr int L = kLanes<Acc>;
-  constexpr int64_t kLevel = 32;
-  for (int64_t p = 0; p < kT; p += L) {
-    const Vec<Acc> first = load(raw + p);
-    Vec<Acc> sum = {};
-    for (int64_t d0 = 0; d0 < dim; d0 += kLevel) {
-      const int64_t stop = d0 + kLevel < dim ? d0 + kLevel : dim;
-      Vec<Acc> part = {};
-      for (int64_t d = d0; d < stop; ++d) part += load(raw + d * kT + p) - first;
-      sum += part;
-    }
-    const Vec<Acc> mean = first + sum / Acc(dim);
-    Vec<Acc> squares = {};
-    for (int64_t d0 = 0; d0 < dim; d0 += kLevel) {
-      const int64_t stop = d0 + kLevel < dim ? d0 + kLevel : dim;
-      Vec<Acc> part = {};
-      for (int64_t d = d0; d < stop; ++d) {
-        const Vec<Acc> x = load(raw + d * kT + p) - mean;
-        store(centred + d * kT + p, x);
-        part += x * x;
-      }
-      squares += part;
-    }
-    store(stats->mean + p, mean);
-    for (int i = 0; i < L; ++i)
-      stats->rnorm[p + i] = reciprocal_norm(squares[i], eps, &stats->free[p + i]);
-  }
+  // Transposed once, to the panel; what is contiguous is read again.
+  const bool stage = !src.pixels_contiguous();
+  const TileView<const Acc> staged{centred, width, 1, width};
+  Acc first[kMostPixels] = {}, sum[kMostPixels] = {}, squares[kMostPixels] = {};
+  for_blocks<Acc>(dim, width, [&](int64_t d, int64_t p, auto channels) {
+    Vec<Acc> rows[L];
+    load_block<T>(src, d, p, channels, rows);
+    if (d == 0) store(first + p, rows[0]);
+    const Vec<Acc> origin = load(first + p);
+    Vec<Acc> part = {};
+    repeat(channels, [&](int i) { part += rows[i] - origin; });
+    store(sum + p, load(sum + p) + part);
+    if (stage) repeat(channels, [&](int i) { store(centred + (d + i) * width + p, rows[i]); });
+  });
+  for (int64_t i = 0; i < width; ++i) stats->mean[i] = first[i] + sum[i] / Acc(dim);
+  for_blocks<Acc>(dim, width, [&](int64_t d, int64_t p, auto channels) {
+    Vec<Acc> rows[L];
+    if (stage)
+      load_block<Acc>(staged, d, p, channels, rows);
+    else
+      load_block<T>(src, d, p, channels, rows);
+    const Vec<Acc> mean = load(stats->mean + p);
+    Vec<Acc> part = {};
+    repeat(channels, [&](int i) {
+      const Vec<Acc> x = rows[i] - mean;
+      store(centred + (d + i) * width + p, x);
+      part += x * x;
+    });
+    store(squares + p, load(squares + p) + part);
+  });
+  for (int64_t i = 0; i < width; ++i)
+    stats->rnorm[i] = reciprocal_norm(squares[i], eps, &stats->free[i]);
 }
 
 // Per-prototype statistics of a block.
@@ -183,16 +235,20 @@ struct ProtoStats {
   Acc free[kBlockProtos];
 };
 
-template <class Acc>
-inline Acc row_mean(const Acc* row, int64_t dim) {
+// Mean over channels of one prototype. Four sums: one would wait for itself.
+template <class T>
+inline AccOf<T> row_mean(const T* row, int64_t dim) {
+  using Acc = AccOf<T>;
   constexpr int L = kLanes<Acc>;
-  const int64_t whole = dim / L * L;
-  const Acc first = row[0];
-  Vec<Acc> sums = {};
-  for (int64_t d = 0; d < whole; d += L) sums += load(row + d) - first;
-  Acc sum = 0;
-  for (int i = 0; i < L; ++i) sum += sums[i];
-  for (int64_t d = whole; d < dim; ++d) sum += row[d] - first;
+  const Acc first = to_acc(row[0]);
+  Vec<Acc> sums[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * L <= dim; d += 4 * L)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[i] += load_as(row + d + i * L) - first;
+  for (; d + L <= dim; d += L) sums[0] += load_as(row + d) - first;
+  Acc sum = sum_lanes<Acc>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; d < dim; ++d) sum += to_acc(row[d]) - first;
   return first + sum / Acc(dim);
 }
 
@@ -202,57 +258,74 @@ void load_protos(const Bags& bags, int64_t begin, int64_t rows, int64_t dim, Acc
                  AccOf<T>* centred, ProtoStats<AccOf<T>>* stats) {
   using Acc = AccOf<T>;
   constexpr int L = kLanes<Acc>;
-  const T* src = static_cast<const T*>(bags.protos) + begin * dim;
-  const int64_t whole = dim / L * L;
+  const int64_t stride = row_stride<Acc>(dim);
+  Acc squares[kBlockProtos];
   for (int64_t n = 0; n < rows; ++n) {
-    Acc* row = centred + n * dim;
-    load_run(src + n * dim, row, dim);
-    const Acc mean = row_mean(row, dim);
-    Vec<Acc> squares = {};
-    for (int64_t d = 0; d < whole; d += L) {
-      const Vec<Acc> x = load(row + d) - mean;
-      store(row + d, x);
-      squares += x * x;
-    }
-    Acc square = 0;
-    for (int i = 0; i < L; ++i) square += squares[i];
-    for (int64_t d = whole; d < dim; ++d) {
-      row[d] -= mean;
+    const T* src = static_cast<const T*>(bags.protos) + (begin + n) * dim;
+    Acc* row = centred + n * stride;
+    const Acc mean = row_mean(src, dim);
+    Vec<Acc> sums[4] = {};
+    const auto centre = [&](int64_t at, int lane_sum) {
+      const Vec<Acc> x = load_as(src + at) - mean;
+      store(row + at, x);
+      sums[lane_sum] += x * x;
+    };
+    int64_t d = 0;
+    for (; d + 4 * L <= dim; d += 4 * L)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) centre(d + i * L, i);
+    for (; d + L <= dim; d += L) centre(d, 0);
+    Acc square = sum_lanes<Acc>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; d < dim; ++d) {
+      row[d] = to_acc(src[d]) - mean;
       square += row[d] * row[d];
     }
     stats->mean[n] = mean;
-    stats->rnorm[n] = reciprocal_norm(square, eps, &stats->free[n]);
+    squares[n] = square;
   }
+  for (int64_t n = 0; n < rows; ++n)
+    stats->rnorm[n] = reciprocal_norm(squares[n], eps, &stats->free[n]);
 }
 
-// Hands out aligned pieces of one worker's scratch memory.
+// The memory of the prototypes that follow row `begin`, for Ahead.
+template <class T>
+inline Ahead rows_ahead(const Bags& bags, int64_t begin, int64_t end, int64_t dim) {
+  const T* protos = static_cast<const T*>(bags.protos);
+  const int64_t stop = end - begin < kBlockProtos ? end : begin + kBlockProtos;
+  return {reinterpret_cast<const char*>(protos + begin * dim),
+          reinterpret_cast<const char*>(protos + (stop > begin ? stop : begin) * dim)};
+}
+
+// Hands out aligned pieces of one worker's scratch memory; without memory, counts them.
 class Scratch {
  public:
-  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
+  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
 
   template <class Acc>
   Acc* take(int64_t count) {
-    Acc* piece = reinterpret_cast<Acc*>(next_);
-    next_ += (count * int64_t(sizeof(Acc)) + 63) / 64 * 64;
+    Acc* piece = memory_ == nullptr ? nullptr : reinterpret_cast<Acc*>(memory_ + bytes_);
+    bytes_ += (count * int64_t(sizeof(Acc)) + 63) / 64 * 64;
     return piece;
   }
+  int64_t bytes() const { return bytes_; }
 
  private:
-  char* next_;
+  char* memory_;
+  int64_t bytes_ = 0;
 };
 
 // Calls f with a null pointer of the storage type.
 template <class F>
-inline void with_type(DType dtype, F&& f) {
+inline auto with_type(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat32:
-      return f(static_cast<float*>(nullptr));
     case DType::kFloat64:
       return f(static_cast<double*>(nullptr));
     case DType::kBFloat16:
       return f(static_cast<BFloat16*>(nullptr));
     case DType::kFloat16:
       return f(static_cast<Float16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
   }
 }
 

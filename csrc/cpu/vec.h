@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -17,13 +18,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVecBytes = 64;
-constexpr int kTileVecs = 4;  // 6 x 4 accumulators + 4 + 1 of 32 registers
 #elif defined(__AVX__)
 constexpr int kVecBytes = 32;
-constexpr int kTileVecs = 2;  // 6 x 2 accumulators + 2 + 1 of 16 registers
 #else
 constexpr int kVecBytes = 16;
-constexpr int kTileVecs = 2;
 #endif
 
 template <class Acc>
@@ -32,6 +30,8 @@ template <>
 struct VecTypes<float> {
   typedef float Vec __attribute__((vector_size(kVecBytes)));
   typedef int32_t Int __attribute__((vector_size(kVecBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVecBytes)));
+  typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));  // as many lanes as Vec
 };
 template <>
 struct VecTypes<double> {
@@ -166,6 +166,100 @@ inline void from_acc(float x, Float16* out) {
   }
   out->bits = uint16_t(sign | half);
 #endif
+}
+
+template <class T>
+using AccOf = typename Storage<T>::Acc;
+
+// One vector of Acc from as many values of storage type, and back.
+inline Vec<float> load_as(const float* p) { return load(p); }
+inline Vec<double> load_as(const double* p) { return load(p); }
+inline void store_as(Vec<float> v, float* p) { store(p, v); }
+inline void store_as(Vec<double> v, double* p) { store(p, v); }
+inline Vec<float> load_as(const BFloat16* p) {
+  VecTypes<float>::HalfBits half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  const auto bits = __builtin_convertvector(half, VecTypes<float>::Bits) << 16;
+  Vec<float> v;
+  __builtin_memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+// The upper halves of the lanes of v, rounded to nearest even.
+inline VecTypes<float>::Bits bfloat16_bits(Vec<float> v) {
+  VecTypes<float>::Bits bits;
+  __builtin_memcpy(&bits, &v, sizeof(v));
+  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return v != v ? VecTypes<float>::Bits{} + 0x7fc0u : bits;
+}
+inline void store_as(Vec<float> v, BFloat16* p) {
+  const auto half = __builtin_convertvector(bfloat16_bits(v), VecTypes<float>::HalfBits);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+inline Vec<float> load_as(const Float16* p) {
+#if defined(__AVX512F__)
+  // The maskz forms: GCC 12 warns about the others.
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_acc(p[i]);
+  return v;
+#endif
+}
+inline void store_as(Vec<float> v, Float16* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) from_acc(v[i], p + i);
+#endif
+}
+
+// The first `count` lanes alone; the others are zero.
+template <class T>
+inline Vec<AccOf<T>> load_as(const T* p, int64_t count) {
+  if (count >= kLanes<AccOf<T>>) return load_as(p);
+  Vec<AccOf<T>> v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = to_acc(p[i]);
+  return v;
+}
+template <class T>
+inline void store_as(Vec<AccOf<T>> v, T* p, int64_t count) {
+  if (count >= kLanes<AccOf<T>>) return store_as(v, p);
+  for (int64_t i = 0; i < count; ++i) from_acc(v[i], p + i);
+}
+
+template <class Acc>
+inline Acc sum_lanes(Vec<Acc> v) {
+  Acc sum = 0;
+  for (int i = 0; i < kLanes<Acc>; ++i) sum += v[i];
+  return sum;
+}
+
+// rows[i][j] <-> rows[j][i], in log2(lanes) rounds that each swap off-diagonal blocks.
+template <int Step, class V, std::size_t... J>
+inline void swap_blocks(V& a, V& b, std::index_sequence<J...>) {
+  constexpr int L = sizeof...(J);
+  const V low = __builtin_shufflevector(a, b, ((J & Step) ? L + J - Step : J)...);
+  b = __builtin_shufflevector(a, b, ((J & Step) ? L + J : J + Step)...);
+  a = low;
+}
+template <int Step, int L, class V>
+inline void transpose_from(V* rows) {
+  if constexpr (Step < L) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i)
+      if ((i & Step) == 0)
+        swap_blocks<Step>(rows[i], rows[i + Step], std::make_index_sequence<std::size_t(L)>());
+    transpose_from<2 * Step, L>(rows);
+  }
+}
+template <class V>
+inline void transpose(V* rows) {
+  transpose_from<1, int(sizeof(V) / sizeof(rows[0][0]))>(rows);
 }
 
 }  // namespace
