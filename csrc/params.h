@@ -50,7 +50,7 @@ struct ProtoAttnFwdParams {
   Maps out;  // [E*Q*K, 2D or D, HW]
   // For the backward, in float (double for float64); null where not wanted.
   Maps agg;     // [E*Q*K, D, HW] Gc = G - mean, centred: <dO, G> would lose digits to the mean
-  void* stats;  // [E*Q*K, 3, HW] bound and 1/sum of the softmax, mean taken out of G
+  void* stats;  // [E*Q*K, 3, HW] bound (of c/t) and 1/sum of the softmax, mean taken out of G
 };
 
 struct ProtoAttnBwdParams {

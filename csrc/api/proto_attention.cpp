@@ -303,12 +303,12 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
     const int64_t item = item_bytes(c.dtype), row = s.dim * item;
     // Sums of half types need a wider buffer; where it would outgrow what the threads have left of
     // their MiB, the prototypes get passes of their own.
-    const bool in_place = grad_protos.element_size() == item;
+    const bool in_place = int64_t(grad_protos.element_size()) == item;
     const int64_t spare = threads * std::max<int64_t>((int64_t(1) << 20) - scratch, 0) / row;
     const int64_t chunk = !needs_protos ? 0
                           : in_place    ? used
                                         : std::min(used, std::max<int64_t>(spare, 128));
-    std::vector<char> along(size_t(chunk * item)), sums(in_place ? size_t(0) : size_t(chunk * row));
+    std::vector<char> along(size_t(chunk * item)), sums(size_t(in_place ? 0 : chunk * row));
     void* target = in_place ? grad_protos.data_ptr() : sums.data();
     cpu::BackwardPass pass{tiling, true,         0,      chunk == used ? used : 0,
                            target, along.data(), nullptr};

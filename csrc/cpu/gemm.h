@@ -114,7 +114,7 @@ void gemm_columns(int64_t m_size, int64_t k_size, MatrixA<Acc> a, const Acc* b, 
 template <class Acc>
 void gemm(int64_t m_size, int64_t n_size, int64_t k_size, MatrixA<Acc> a, const Acc* b, int64_t b_k,
           Acc* c, int64_t c_row, bool accumulate, Ahead* ahead = nullptr) {
-  constexpr int64_t kChunk = 128;
+  constexpr int64_t kChunk = 2 * kVecBytes;
   constexpr int L = kLanes<Acc>;
   for (int64_t n = 0; n < n_size;) {
     const int64_t left = n_size - n;

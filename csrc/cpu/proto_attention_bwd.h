@@ -123,10 +123,9 @@ class BackwardTask {
     g_.origin = end - begin > 1 ? mean_origin<T>(p_.bags, begin, dim_) : Acc(0);
     const Acc* stats = static_cast<const Acc*>(p_.stats) + 3 * map * pixels + pixel_;
     Acc mean[kMostPixels];
+    PixelSums<Acc> deltas, totals;
     for (int64_t x = 0; x < width_; ++x) {
       const bool inside = x < count_;
-      g_.delta[x] = 0;
-      g_.total[x] = 0;
       g_.bound[x] = inside ? stats[x] : Acc(0);
       g_.rsum[x] = inside ? stats[pixels + x] : Acc(0);
       g_.agg_mean[x] = inside ? stats[2 * pixels + x] : Acc(0);
@@ -145,8 +144,8 @@ class BackwardTask {
         delta += grad_o * gc[i];
         total += grad_o;
       });
-      store(g_.delta + x, load(g_.delta + x) + delta);
-      store(g_.total + x, load(g_.total + x) + total);
+      deltas.add(d, x, delta);
+      totals.add(d, x, total);
       if (!want_feat) return;
       if (concat)
         load_block<T>(lower, d, x, channels, f);
@@ -159,6 +158,10 @@ class BackwardTask {
         store(at, first ? direct : load(at) + direct);
       });
     });
+    for (int64_t x = 0; x < width_; x += L) {
+      store(g_.delta + x, deltas.get(x));
+      store(g_.total + x, totals.get(x));
+    }
   }
 
   // Blocks [from, to) of the bag [begin, end).
@@ -200,15 +203,17 @@ class BackwardTask {
       for (int64_t x = 0; x < width_; x += L) {
         Acc* at = s_.weights + r * pitch + x;
         const Vec<Acc> pixel_rnorm = load(s_.pixels->rnorm + x);
-        const Vec<Acc> c = cosine<Acc>(load(at), rnorm, pixel_rnorm);
-        const Vec<Acc> a = softmax_term<Acc>(c, load(g_.bound + x), inv_t) * load(g_.rsum + x);
+        const Vec<Acc> score = load(at);
+        const Vec<Acc> scale = exponent_scale<Acc>(rnorm, inv_t, pixel_rnorm);
+        const Vec<Acc> a = softmax_term<Acc>(score, scale, load(g_.bound + x)) * load(g_.rsum + x);
         // <dO, P> - <dO, G>, with both means taken out of the products: they would cancel.
         const Vec<Acc> excess = (load(s_.grad_scores + r * width_ + x) - load(g_.delta + x)) +
                                 (mean - load(g_.agg_mean + x)) * load(g_.total + x);
         const Vec<Acc> grad_c = a * excess * inv_t;
-        const Vec<Acc> term = grad_c * c;
+        const Vec<Acc> rnorms = rnorm * pixel_rnorm;
+        const Vec<Acc> term = grad_c * (score * rnorms);
         store(at, a);
-        store(at + width_, grad_c * (rnorm * pixel_rnorm));
+        store(at + width_, grad_c * rnorms);
         store(g_.along + x, load(g_.along + x) + term);
         sum += term;
       }

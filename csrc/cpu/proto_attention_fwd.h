@@ -28,7 +28,7 @@ struct Strip {
   int64_t pixel;
   int64_t count;
   PixelStats<Acc> stats;
-  Acc bound[kMostPixels];
+  Acc bound[kMostPixels];     // of c/t
   Acc sum[kMostPixels];       // of weights
   Acc mean_sum[kMostPixels];  // of weights times the prototypes' means
 };
@@ -61,14 +61,15 @@ struct FwdScratch {
   }
 };
 
-// The softmax weight but for its normalisation; the backward must get the same bits.
+// The softmax weight but for its normalisation, exp(c/t - bound) with c/t = score * scale: the
+// fewest roundings. The backward must get the same bits.
 template <class Acc>
-inline Vec<Acc> cosine(Vec<Acc> score, Acc proto_rnorm, Vec<Acc> pixel_rnorm) {
-  return score * (proto_rnorm * pixel_rnorm);
+inline Vec<Acc> exponent_scale(Acc proto_rnorm, Acc inv_t, Vec<Acc> pixel_rnorm) {
+  return proto_rnorm * inv_t * pixel_rnorm;
 }
 template <class Acc>
-inline Vec<Acc> softmax_term(Vec<Acc> cos, Vec<Acc> bound, Acc inv_t) {
-  return exp_nonpositive((cos - bound) * inv_t);
+inline Vec<Acc> softmax_term(Vec<Acc> score, Vec<Acc> scale, Vec<Acc> bound) {
+  return exp_nonpositive(score * scale - bound);
 }
 
 // Mean over channels of the bag's first prototype: means are summed relative to it, because the
@@ -90,7 +91,7 @@ void attend(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, AccOf<T> or
   const bool search = p.shape.temperature < kSmallestStaticT<Acc>;
   for (int64_t i = 0; i < s.tiling.strips; ++i)
     for (int64_t x = 0; x < width; ++x) {
-      s.strips[i].bound[x] = search ? Acc(-2) : Acc(1);
+      s.strips[i].bound[x] = search ? Acc(-2) * inv_t : inv_t;
       s.strips[i].sum[x] = 0;
       s.strips[i].mean_sum[x] = 0;
     }
@@ -114,9 +115,9 @@ void attend(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, AccOf<T> or
         const Vec<Acc> pixel_rnorm = load(strip.stats.rnorm + x);
         Vec<Acc> most = load(strip.bound + x);
         for (int64_t r = 0; r < rows; ++r) {
-          const Vec<Acc> c =
-              cosine<Acc>(load(s.scores + r * width + x), s.block->rnorm[r], pixel_rnorm);
-          most = c > most ? c : most;
+          const Vec<Acc> exponent = load(s.scores + r * width + x) *
+                                    exponent_scale<Acc>(s.block->rnorm[r], inv_t, pixel_rnorm);
+          most = exponent > most ? exponent : most;
         }
         store(strip.bound + x, most);
       }
@@ -127,8 +128,8 @@ void attend(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, AccOf<T> or
       Vec<Acc> sum = load(strip.sum + x), mean_sum = load(strip.mean_sum + x);
       for (int64_t r = 0; r < rows; ++r) {
         Acc* at = s.scores + r * width + x;
-        const Vec<Acc> c = cosine<Acc>(load(at), s.block->rnorm[r], pixel_rnorm);
-        const Vec<Acc> w = softmax_term<Acc>(c, bound, inv_t);
+        const Vec<Acc> scale = exponent_scale<Acc>(s.block->rnorm[r], inv_t, pixel_rnorm);
+        const Vec<Acc> w = softmax_term<Acc>(load(at), scale, bound);
         store(at, w);
         sum += w;
         mean_sum += w * (s.block->mean[r] - origin);
