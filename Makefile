@@ -37,8 +37,10 @@ demo: install
 test: develop
 	$(BIN)/pytest
 
+# Measures for about ten minutes, writes benchmarks/results and the tables in docs/performance.md.
 bench: develop
-	$(BIN)/pytest benchmarks
+	$(BIN)/pytest benchmarks --record benchmarks/results
+	$(BIN)/python scripts/update_tables.py
 
 lint: develop
 	$(BIN)/ruff check .

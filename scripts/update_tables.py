@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables in README.md from the newest result files in benchmarks/results.
+"""Writes the tables in README.md and docs from the newest result files in benchmarks/results.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; no number is typed by hand.
+
+    python scripts/update_tables.py               # this repository
+    python scripts/update_tables.py --root COPY   # another folder that holds the same files
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -13,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+NO_RECORD = "No record in `benchmarks/results` yet."
 METRICS = {"dice": "Dice", "hd95": "HD95 mm", "assd": "ASSD mm", "nsd": "NSD 2 mm"}
 
 
-def newest(name: str) -> list[dict[str, Any]]:
+def newest(results: Path, name: str) -> list[dict[str, Any]]:
     """The newest record of each result whose name begins with ``name``, by data set or machine."""
     latest: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob(f"????-??-??-{name}*.json")):
+    for path in sorted(results.glob(f"????-??-??-{name}*.json")):
         latest[path.stem[11:]] = path
     return [
         json.loads(path.read_text(encoding="utf-8")) | {"file": path.name}
@@ -48,10 +53,10 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def heldout() -> str:
+def heldout(results: Path) -> str:
     """Organs and patients that training never saw, per data set, beside the baseline."""
     blocks = []
-    for record in newest("heldout"):
+    for record in newest(results, "heldout"):
         training, methods = record["training"], record["methods"]
         columns = [(metric, "organ_slices", title) for metric, title in METRICS.items()]
         columns.append(("dice", "all_slices", "Dice, all slices"))
@@ -84,13 +89,13 @@ def heldout() -> str:
             for (metric, _), values in means.items()
         )
         blocks.append("\n".join([*lines, f"| **mean** | {dice} |", "", provenance(record)]))
-    return "\n\n".join(blocks)
+    return "\n\n".join(blocks) or NO_RECORD
 
 
-def memory() -> str:
+def memory(results: Path) -> str:
     """Peak resident memory, and the size of both networks."""
     blocks = []
-    for record in newest("memory"):
+    for record in newest(results, "memory"):
         lines = ["| | peak resident memory |", "|---|---|"]
         lines += [f"| {case} | {mib} MiB |" for case, mib in record["peak_resident_mib"].items()]
         lines += ["", "| network | parameters | file |", "|---|---|---|"]
@@ -99,22 +104,151 @@ def memory() -> str:
             for name, size in record["networks"].items()
         ]
         blocks.append("\n".join([*lines, "", provenance(record)]))
-    return "\n\n".join(blocks)
+    return "\n\n".join(blocks) or NO_RECORD
 
 
-TABLES: dict[str, Callable[[], str]] = {"heldout": heldout, "memory": memory}
+def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> str:
+    """A titled table, numbers to the right."""
+    lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |"]
+    lines.append("|---|" + "---:|" * (len(columns) - 1))
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def digits(value: float) -> str:
+    """Three significant digits, without an exponent; three decimals below 1."""
+    decimals = max(0, 3 - len(str(int(value)))) if value >= 1 else 3
+    return f"{value:.{decimals}f}"
+
+
+SPEED = ["ms", "fastest peer", "its ms", "ratio", "GFLOP/s", "of matmul", "of FMA loop"]
+
+
+def speed_cells(case: dict[str, Any]) -> list[str]:
+    """One measurement: the columns of ``SPEED``."""
+    peer = case["fastest_peer"]
+    return [
+        digits(case["ms"]["native"]),
+        peer,
+        digits(case["ms"][peer]),
+        f"{case['peer_over_native']:.2f}",
+        digits(case["native_gflops"]),
+        f"{case['of_matmul']:.0%}",
+        f"{case['of_fma_loop']:.0%}",
+    ]
+
+
+def speed(results: Path, dtype: str, all_threads: bool) -> str:
+    """One bag: native beside the fastest peer, by pass and size; on all threads or on one."""
+    blocks = []
+    for record in newest(results, "cpu"):
+        cases = [c for c in record["cases"] if c["dtype"] == dtype and c["size"] != "mixed"]
+        counts = sorted({case["threads"] for case in cases})
+        if not counts or (not all_threads and len(counts) == 1):
+            continue
+        threads = counts[-1 if all_threads else 0]
+        for what in ("forward", "backward", "both"):
+            rows = [
+                [case["size"], *speed_cells(case)]
+                for case in cases
+                if case["what"] == what and case["threads"] == threads
+            ]
+            if rows:
+                title = f"{what}, {dtype}, {threads} thread{'s' * (threads > 1)}"
+                blocks.append(table(title, ["size", *SPEED], rows))
+        blocks.append(provenance(record))
+    return "\n\n".join(blocks) or NO_RECORD
+
+
+def mixed_bags(results: Path) -> str:
+    """Bags of different sizes: one call of ours beside the peers' loops."""
+    blocks = []
+    for record in newest(results, "cpu"):
+        rows = [
+            [f"{case['what']}, {case['dtype']}, {case['threads']} t", *speed_cells(case)]
+            for case in record["cases"]
+            if case["size"] == "mixed"
+        ]
+        if rows:
+            blocks += [table("mixed bags", ["", *SPEED], rows), provenance(record)]
+    return "\n\n".join(blocks) or NO_RECORD
+
+
+def op_memory(results: Path) -> str:
+    """Memory beyond inputs and results."""
+    blocks = []
+    for record in newest(results, "cpu"):
+        measured = record["memory"]
+        if not measured:
+            continue
+        names = [key.removesuffix("_needed") for key in measured[0] if key.endswith("_needed")]
+        columns = ["size", "pass", *(f"{n}: {k}" for n in names for k in ("call", "kept"))]
+        rows = [
+            [row["size"], row["what"]]
+            + [f"{row[f'{n}_{k}'] / 2**20:.1f}" for n in names for k in ("needed", "kept")]
+            for row in measured
+        ]
+        threads = measured[0]["threads"]
+        blocks += [table(f"MiB, float32, {threads} threads", columns, rows), provenance(record)]
+    return "\n\n".join(blocks) or NO_RECORD
+
+
+def overhead(results: Path) -> str:
+    """Microseconds per call of a problem with next to no arithmetic."""
+    blocks = []
+    for record in newest(results, "cpu"):
+        rows = [[row["call"], f"{row['us']:.1f}"] for row in record["overhead"]]
+        if rows:
+            blocks += [table("one thread", ["call", "microseconds"], rows), provenance(record)]
+    return "\n\n".join(blocks) or NO_RECORD
+
+
+def ceilings(results: Path) -> str:
+    """What the percentages are percentages of."""
+    blocks = []
+    for record in newest(results, "cpu"):
+        rows = []
+        for row in record["ceilings"]:
+            values = row["measurements"]
+            spread = f"{digits(min(values))} to {digits(max(values))}"
+            median, count = digits(row["gflops"]), str(len(values))
+            rows.append([row["rate"], str(row["threads"]), median, spread, count])
+        if rows:
+            columns = ["rate", "threads", "GFLOP/s", "range", "measurements"]
+            blocks += [table("the machine", columns, rows), provenance(record)]
+    return "\n\n".join(blocks) or NO_RECORD
+
+
+Table = Callable[[Path], str]
+PAGES: dict[str, dict[str, Table]] = {
+    "README.md": {"heldout": heldout, "memory": memory},
+    "docs/performance.md": {
+        "ceilings": ceilings,
+        "float32": functools.partial(speed, dtype="float32", all_threads=True),
+        "float32-one-thread": functools.partial(speed, dtype="float32", all_threads=False),
+        "bfloat16": functools.partial(speed, dtype="bfloat16", all_threads=True),
+        "float16": functools.partial(speed, dtype="float16", all_threads=True),
+        "mixed-bags": mixed_bags,
+        "op-memory": op_memory,
+        "overhead": overhead,
+    },
+}
 
 
 def main() -> None:
-    """Fill every table of README.md."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda m, table=table: m[1] + table() + "\n" + m[2], text)
-        if count != 1:
-            raise SystemExit(f"README.md: found {count} tables {name!r}; allowed: one.")
-    path.write_text(text, encoding="utf-8")
+    """Fill every table of every page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
+    root = parser.parse_args().root
+    for page, tables in PAGES.items():
+        path = root / page
+        text = path.read_text(encoding="utf-8")
+        for name, write in tables.items():
+            content = write(root / "benchmarks" / "results")
+            pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+            text, count = pattern.subn(lambda m, c=content: m[1] + c + "\n" + m[2], text)
+            if count != 1:
+                raise SystemExit(f"{page}: found {count} tables {name!r}; allowed: one.")
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

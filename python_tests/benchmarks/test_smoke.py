@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, write their record, and the tables are made from it. No time is judged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastproto import backends
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_RECORD = "No record in `benchmarks/results` yet."
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Path:
+    """A folder with the pages that hold tables, and no results."""
+    (tmp_path / "docs").mkdir()
+    for page in ("README.md", "docs/performance.md"):
+        shutil.copy(ROOT / page, tmp_path / page)
+    return tmp_path
+
+
+def run(*command: str | Path, cwd: Path) -> None:
+    """Run a program of this repository, away from its sources."""
+    result = subprocess.run(
+        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def update_tables(pages: Path) -> str:
+    """The page of the benchmarks with its tables filled."""
+    run(ROOT / "scripts" / "update_tables.py", "--root", pages, cwd=pages)
+    return (pages / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(
+    backends.why_not("native", "cpu") is not None, reason="there is no native op to measure"
+)
+def test_measure_record_tables(pages: Path) -> None:
+    results = pages / "benchmarks" / "results"
+    configuration = ["-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider"]
+    part = ["-k", "1t or test_overhead or (test_memory and forward)"]
+    options = ["--quick", "--record", results, *part]
+    run("-m", "pytest", *configuration, ROOT / "benchmarks", *options, cwd=pages)
+    (path,) = results.glob("????-??-??-cpu-*.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert [case["what"] for case in record["cases"]] == ["forward", "backward", "both"]
+    for case in record["cases"]:
+        assert case["rounds"] == 2
+        assert set(case["ms"]) == {"native", "eager", "eager_nchw", "sdpa", "broadcast"}
+        assert {"fastest_peer", "peer_over_native", "of_matmul", "of_fma_loop"} <= set(case)
+    assert {row["rate"] for row in record["ceilings"]} == {"fma_loop", "matmul_float32"}
+    assert len(record["overhead"]) == 5
+    text = update_tables(pages)
+    assert path.name in text
+    assert "**forward, float32, 1 thread**" in text
+
+
+def test_tables_without_a_record(pages: Path) -> None:
+    text = update_tables(pages)
+    assert text.count(NO_RECORD) == text.count("<!-- table: ")
+    assert NO_RECORD in (pages / "README.md").read_text(encoding="utf-8")
