@@ -134,6 +134,9 @@ class BackwardTask {
     const bool concat = p_.shape.concat, first = way == 0, want_feat = pass_.want_feat;
     for_blocks<Acc>(dim_, width_, [&](int64_t d, int64_t x, auto channels) {
       Vec<Acc> grad[L], f[L], gc[L];
+      prefetch_block<false>(upper, dim_, d + L, x);
+      prefetch_block<false>(agg, dim_, d + L, x);
+      if (want_feat && concat) prefetch_block<false>(lower, dim_, d + L, x);
       load_block<T>(upper, d, x, channels, grad);
       load_block<T>(feature, d, x, channels, f);
       load_block<Acc>(agg, d, x, channels, gc);
@@ -271,6 +274,7 @@ class BackwardTask {
     const auto dst = tile_of<T>(p_.grad_feat, image_, 0, pixel_, count_);
     for_blocks<Acc>(dim_, width_, [&](int64_t d, int64_t x, auto channels) {
       Vec<Acc> rows[L];
+      prefetch_block<true>(dst, dim_, d + L, x);
       const Vec<Acc> by = load(radial + x);
       repeat(channels, [&](int i) {
         const int64_t at = (d + i) * width_ + x;

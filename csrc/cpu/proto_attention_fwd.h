@@ -182,6 +182,8 @@ void finish_strip(const ProtoAttnFwdParams& p, int64_t bag_size, int64_t map, Ac
       p.stats == nullptr ? TileView<Acc>{} : tile_of<Acc>(p.agg, map, 0, strip.pixel, strip.count);
   for_blocks<Acc>(dim, width, [&](int64_t d, int64_t x, auto channels) {
     Vec<Acc> f[L], g[L];
+    prefetch_block<false>(feat, dim, d + L, x);
+    prefetch_block<true>(out, dim, d + L, x);
     load_block<T>(feat, d, x, channels, f);
     const Vec<Acc> by = load(scale + x), plus = load(mean + x);
     repeat(channels, [&](int i) {

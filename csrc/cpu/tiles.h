@@ -51,7 +51,7 @@ inline TileView<const T> tile_of(const Features& feat, int64_t episode, int64_t 
 // Calls f(channel, pixel, channels) for each block of one vector of pixels x as many channels;
 // `channels` is a compile-time constant for whole blocks.
 template <class Acc, class F>
-inline void for_blocks(int64_t dim, int64_t width, F&& f) {
+FASTPROTO_INLINE void for_blocks(int64_t dim, int64_t width, F&& f) {
   constexpr int L = kLanes<Acc>;
   int64_t d = 0;
   for (; d + L <= dim; d += L)
@@ -63,20 +63,36 @@ inline void for_blocks(int64_t dim, int64_t width, F&& f) {
 // f(0) ... f(n - 1), unrolled where n is a constant, so that arrays indexed by it stay in
 // registers.
 template <int N, class F>
-__attribute__((always_inline)) inline void repeat(std::integral_constant<int, N>, F&& f) {
+FASTPROTO_INLINE void repeat(std::integral_constant<int, N>, F&& f) {
   [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
     (f(int(I)), ...);
   }(std::make_index_sequence<std::size_t(N)>());
 }
 template <class F>
-inline void repeat(int n, F&& f) {
+FASTPROTO_INLINE void repeat(int n, F&& f) {
   for (int i = 0; i < n; ++i) f(i);
+}
+
+// Asks for a block that will be read (or written) soon: rows of an image lie a page or so apart,
+// where no hardware prefetcher follows.
+template <bool Write, class T>
+FASTPROTO_INLINE void prefetch_block(TileView<T> view, int64_t dim, int64_t channel,
+                                     int64_t pixel) {
+  constexpr int L = kLanes<AccOf<std::remove_const_t<T>>>;
+  if (channel + L > dim || pixel >= view.count) return;
+  const bool rows = view.pixels_contiguous();
+  const T* at = view.data + channel * view.stride_channel + pixel * view.stride_pixel;
+  const int64_t stride = rows ? view.stride_channel : view.stride_pixel;
+  const int64_t count = rows ? L : view.count - pixel;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i)
+    if (i < count) __builtin_prefetch(at + i * stride, Write ? 1 : 0, 3);
 }
 
 // rows[i] = channel `channel` + i of one vector of pixels.
 template <class T, class N>
-inline void load_block(TileView<std::add_const_t<T>> src, int64_t channel, int64_t pixel,
-                       N channels, Vec<AccOf<T>>* rows) {
+FASTPROTO_INLINE void load_block(TileView<std::add_const_t<T>> src, int64_t channel, int64_t pixel,
+                                 N channels, Vec<AccOf<T>>* rows) {
   constexpr int L = kLanes<AccOf<T>>;
   const int64_t count = src.count - pixel;
   if (src.pixels_contiguous()) {
@@ -101,8 +117,8 @@ inline void load_block(TileView<std::add_const_t<T>> src, int64_t channel, int64
 
 // The same back; `rows` is overwritten.
 template <class T, class N>
-inline void store_block(Vec<AccOf<T>>* rows, int64_t channel, int64_t pixel, N channels,
-                        TileView<T> dst) {
+FASTPROTO_INLINE void store_block(Vec<AccOf<T>>* rows, int64_t channel, int64_t pixel, N channels,
+                                  TileView<T> dst) {
   constexpr int L = kLanes<AccOf<T>>;
   const int64_t count = dst.count - pixel;
   if (dst.pixels_contiguous()) {
@@ -140,9 +156,14 @@ template <class T>
 void copy_tile(TileView<const T> src, int64_t dim, TileView<T> dst) {
   // The layout is that of dst, which is dense; both strides of an overlapping src may be 1.
   if (dst.pixels_contiguous()) {
-    for (int64_t d = 0; d < dim; ++d)
-      copy_bytes(src.data + d * src.stride_channel, dst.data + d * dst.stride_channel,
-                 src.count * int64_t(sizeof(T)));
+    constexpr int64_t kAhead = 16;
+    for (int64_t d = 0; d < dim; ++d) {
+      T* to = dst.data + d * dst.stride_channel;
+      if (d + kAhead < dim)
+        for (int64_t i = 0; i < src.count; i += 64 / int64_t(sizeof(T)))
+          __builtin_prefetch(to + kAhead * dst.stride_channel + i, 1, 3);
+      copy_bytes(src.data + d * src.stride_channel, to, src.count * int64_t(sizeof(T)));
+    }
   } else {
     for (int64_t p = 0; p < src.count; ++p)
       copy_bytes(src.data + p * src.stride_pixel, dst.data + p * dst.stride_pixel,
@@ -218,6 +239,7 @@ void centre_pixels(TileView<const T> src, int64_t dim, int64_t width, AccOf<T> e
   PixelSums<Acc> sum, squares;
   for_blocks<Acc>(dim, width, [&](int64_t d, int64_t p, auto channels) {
     Vec<Acc> rows[L];
+    prefetch_block<false>(src, dim, d + L, p);
     load_block<T>(src, d, p, channels, rows);
     if (d == 0) store(first + p, rows[0]);
     const Vec<Acc> origin = load(first + p);

@@ -13,6 +13,9 @@
 #include <immintrin.h>
 #endif
 
+// For functions that hand on vectors in arrays: kept in registers only where inlined.
+#define FASTPROTO_INLINE __attribute__((always_inline)) inline
+
 namespace fastproto::cpu {
 namespace {
 
@@ -60,7 +63,7 @@ inline Vec<Acc> splat(Acc x) {
 
 // exp(x) for x <= 0, relative error below 2e-7; results under the smallest normal number are 0.
 // NaN stays NaN: the comparisons below are false for it.
-inline Vec<float> exp_nonpositive(Vec<float> x) {
+FASTPROTO_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   using Int = VecTypes<float>::Int;
   constexpr float kLog2E = 1.44269504088896341f;
   constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
@@ -85,7 +88,7 @@ inline Vec<float> exp_nonpositive(Vec<float> x) {
   return tiny ? Vec<float>{} : y;
 }
 // float64 exists for gradcheck and for measuring the other types: accuracy only.
-inline Vec<double> exp_nonpositive(Vec<double> x) {
+FASTPROTO_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
   return x;
 }
@@ -172,11 +175,11 @@ template <class T>
 using AccOf = typename Storage<T>::Acc;
 
 // One vector of Acc from as many values of storage type, and back.
-inline Vec<float> load_as(const float* p) { return load(p); }
-inline Vec<double> load_as(const double* p) { return load(p); }
-inline void store_as(Vec<float> v, float* p) { store(p, v); }
-inline void store_as(Vec<double> v, double* p) { store(p, v); }
-inline Vec<float> load_as(const BFloat16* p) {
+FASTPROTO_INLINE Vec<float> load_as(const float* p) { return load(p); }
+FASTPROTO_INLINE Vec<double> load_as(const double* p) { return load(p); }
+FASTPROTO_INLINE void store_as(Vec<float> v, float* p) { store(p, v); }
+FASTPROTO_INLINE void store_as(Vec<double> v, double* p) { store(p, v); }
+FASTPROTO_INLINE Vec<float> load_as(const BFloat16* p) {
   VecTypes<float>::HalfBits half;
   __builtin_memcpy(&half, p, sizeof(half));
   const auto bits = __builtin_convertvector(half, VecTypes<float>::Bits) << 16;
@@ -185,17 +188,17 @@ inline Vec<float> load_as(const BFloat16* p) {
   return v;
 }
 // The upper halves of the lanes of v, rounded to nearest even.
-inline VecTypes<float>::Bits bfloat16_bits(Vec<float> v) {
+FASTPROTO_INLINE VecTypes<float>::Bits bfloat16_bits(Vec<float> v) {
   VecTypes<float>::Bits bits;
   __builtin_memcpy(&bits, &v, sizeof(v));
   bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return v != v ? VecTypes<float>::Bits{} + 0x7fc0u : bits;
 }
-inline void store_as(Vec<float> v, BFloat16* p) {
+FASTPROTO_INLINE void store_as(Vec<float> v, BFloat16* p) {
   const auto half = __builtin_convertvector(bfloat16_bits(v), VecTypes<float>::HalfBits);
   __builtin_memcpy(p, &half, sizeof(half));
 }
-inline Vec<float> load_as(const Float16* p) {
+FASTPROTO_INLINE Vec<float> load_as(const Float16* p) {
 #if defined(__AVX512F__)
   // The maskz forms: GCC 12 warns about the others.
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -207,7 +210,7 @@ inline Vec<float> load_as(const Float16* p) {
   return v;
 #endif
 }
-inline void store_as(Vec<float> v, Float16* p) {
+FASTPROTO_INLINE void store_as(Vec<float> v, Float16* p) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
@@ -220,14 +223,14 @@ inline void store_as(Vec<float> v, Float16* p) {
 
 // The first `count` lanes alone; the others are zero.
 template <class T>
-inline Vec<AccOf<T>> load_as(const T* p, int64_t count) {
+FASTPROTO_INLINE Vec<AccOf<T>> load_as(const T* p, int64_t count) {
   if (count >= kLanes<AccOf<T>>) return load_as(p);
   Vec<AccOf<T>> v = {};
   for (int64_t i = 0; i < count; ++i) v[i] = to_acc(p[i]);
   return v;
 }
 template <class T>
-inline void store_as(Vec<AccOf<T>> v, T* p, int64_t count) {
+FASTPROTO_INLINE void store_as(Vec<AccOf<T>> v, T* p, int64_t count) {
   if (count >= kLanes<AccOf<T>>) return store_as(v, p);
   for (int64_t i = 0; i < count; ++i) from_acc(v[i], p + i);
 }
@@ -241,14 +244,14 @@ inline Acc sum_lanes(Vec<Acc> v) {
 
 // rows[i][j] <-> rows[j][i], in log2(lanes) rounds that each swap off-diagonal blocks.
 template <int Step, class V, std::size_t... J>
-inline void swap_blocks(V& a, V& b, std::index_sequence<J...>) {
+FASTPROTO_INLINE void swap_blocks(V& a, V& b, std::index_sequence<J...>) {
   constexpr int L = sizeof...(J);
   const V low = __builtin_shufflevector(a, b, ((J & Step) ? L + J - Step : J)...);
   b = __builtin_shufflevector(a, b, ((J & Step) ? L + J : J + Step)...);
   a = low;
 }
 template <int Step, int L, class V>
-inline void transpose_from(V* rows) {
+FASTPROTO_INLINE void transpose_from(V* rows) {
   if constexpr (Step < L) {
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i)
@@ -258,7 +261,7 @@ inline void transpose_from(V* rows) {
   }
 }
 template <class V>
-inline void transpose(V* rows) {
+FASTPROTO_INLINE void transpose(V* rows) {
   transpose_from<1, int(sizeof(V) / sizeof(rows[0][0]))>(rows);
 }
 
