@@ -7,6 +7,7 @@ Importing this module needs the CPU library to be loaded: its schemas are define
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,9 +38,16 @@ def proto_attention(
     save = torch.is_grad_enabled() and (
         feat.requires_grad or protos.requires_grad or differentiable
     )
-    return torch.ops.fastproto.proto_attention_fwd.default(
-        feat, protos, offsets, tensor, number, eps, concat, save
-    )[0]
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.ops.fastproto.proto_attention_fwd.default(
+            feat, protos, offsets, tensor, number, eps, concat, save
+        )[0]
+    if save:
+        return _ProtoAttention.apply(feat, protos, offsets, tensor, number, eps, concat)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastproto.proto_attention_fwd.default(
+            feat, protos, offsets, tensor, number, eps, concat, False
+        )[0]
 
 
 def _is_channels_last(feat: Tensor) -> bool:
@@ -106,15 +114,14 @@ def _(
     return grad_feat, grad_protos, feat.new_empty([0], dtype=_accumulate_dtype(feat))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    feat, protos, offsets, temperature_tensor, temperature, eps, concat, _ = inputs
-    _, agg, stats = output
-    ctx.mark_non_differentiable(agg, stats)
-    ctx.save_for_backward(feat, protos, offsets, temperature_tensor, agg, stats)
+def _save(ctx: Any, inputs: tuple[Any, ...], saved: Sequence[Tensor]) -> None:
+    feat, protos, offsets, temperature_tensor, temperature, eps, concat = inputs
+    ctx.save_for_backward(feat, protos, offsets, temperature_tensor, *saved)
     ctx.options = (temperature, eps, concat)
 
 
-def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of feat, protos, offsets, temperature_tensor, temperature, eps, concat."""
     feat, protos, offsets, temperature_tensor, agg, stats = ctx.saved_tensors
     needs_protos, needs_temperature = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
     grad_feat, grad_protos, grad_temperature = torch.ops.fastproto.proto_attention_bwd.default(
@@ -132,13 +139,43 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     return (
         grad_feat,
         grad_protos if needs_protos else None,
-        None,  # offsets
+        None,
         grad_temperature.reshape(temperature_tensor.shape) if needs_temperature else None,
-        None,  # temperature
-        None,  # eps
-        None,  # concat
-        None,  # save_for_backward
+        None,
+        None,
+        None,
     )
+
+
+class _ProtoAttention(torch.autograd.Function):
+    """What register_autograd below describes, at half its cost per call.
+
+    A registered formula passes through generic Python at every call (60 us forward and backward):
+    as much as a small problem takes to compute. torch.compile and torch.func need that form.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, *saved = torch.ops.fastproto.proto_attention_fwd.default(*inputs, True)
+        _save(ctx, inputs, saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: through autograd, which says that it cannot
+            return _gradients(ctx, grad_out)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _gradients(ctx, grad_out)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, inputs[:-1], output[1:])
+
+
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_gradients(ctx, grad_out), None)  # save_for_backward
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
