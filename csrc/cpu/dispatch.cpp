@@ -7,15 +7,25 @@ extern const KernelTable kBaselineKernels;
 #if defined(FASTPROTO_X86)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512Bf16Kernels;
+extern const KernelTable kAmxKernels;
 #endif
 
 const KernelTable& kernels(Level level) {
+  switch (level) {
 #if defined(FASTPROTO_X86)
-  if (level == Level::kAvx512) return kAvx512Kernels;
-  if (level == Level::kAvx2) return kAvx2Kernels;
+    case Level::kAmx:
+      return kAmxKernels;
+    case Level::kAvx512Bf16:
+      return kAvx512Bf16Kernels;
+    case Level::kAvx512:
+      return kAvx512Kernels;
+    case Level::kAvx2:
+      return kAvx2Kernels;
 #endif
-  (void)level;
-  return kBaselineKernels;
+    default:
+      return kBaselineKernels;
+  }
 }
 
 }  // namespace fastproto::cpu

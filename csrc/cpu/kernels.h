@@ -34,7 +34,7 @@ struct KernelTable {
   int64_t (*fma_loop)(int64_t rounds, float* sum);
 };
 
-enum class Level : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Level : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // Best level of this CPU that was compiled in, or the one FASTPROTO_CPU_LEVEL asks for.
 // Throws std::runtime_error when that level is unknown, not compiled in, or not supported here.

@@ -4,11 +4,37 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#if defined(FASTPROTO_X86)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
 namespace fastproto::cpu {
 namespace {
+
+#if defined(FASTPROTO_X86)
+// A bit of leaf 7 of cpuid; __builtin_cpu_supports knows the newer ones only in newer compilers.
+bool has_bit(unsigned subleaf, char which, int bit) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx) == 0) return false;
+  return ((which == 'a' ? eax : edx) >> bit & 1u) != 0;
+}
+
+// The tiles are 8 KiB of state per thread: Linux hands them out on request.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool supported(Level level) {
   switch (level) {
@@ -22,6 +48,11 @@ bool supported(Level level) {
       return supported(Level::kAvx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
+    case Level::kAvx512Bf16:
+      return supported(Level::kAvx512) && has_bit(1, 'a', 5);
+    case Level::kAmx:  // tiles and their bfloat16 product
+      return supported(Level::kAvx512Bf16) && has_bit(0, 'd', 24) && has_bit(0, 'd', 22) &&
+             may_use_tiles();
 #endif
     default:
       return false;
@@ -29,7 +60,8 @@ bool supported(Level level) {
 }
 
 Level choose_level() {
-  constexpr Level kAll[] = {Level::kAvx512, Level::kAvx2, Level::kBaseline};
+  constexpr Level kAll[] = {Level::kAmx, Level::kAvx512Bf16, Level::kAvx512, Level::kAvx2,
+                            Level::kBaseline};
   const char* wanted = std::getenv("FASTPROTO_CPU_LEVEL");
   for (Level level : kAll) {
     if (wanted == nullptr || *wanted == 0) {
@@ -41,13 +73,17 @@ Level choose_level() {
     }
   }
   throw std::runtime_error(std::string("FASTPROTO_CPU_LEVEL: found ") + wanted +
-                           "; allowed: baseline, avx2, avx512.");
+                           "; allowed: baseline, avx2, avx512, avx512bf16, amx.");
 }
 
 }  // namespace
 
 const char* level_name(Level level) {
   switch (level) {
+    case Level::kAmx:
+      return "amx";
+    case Level::kAvx512Bf16:
+      return "avx512bf16";
     case Level::kAvx512:
       return "avx512";
     case Level::kAvx2:

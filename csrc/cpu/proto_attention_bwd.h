@@ -60,6 +60,98 @@ struct GradStats {
   Acc along[kMostPixels];  // sum_j dS_j c_j over all bags so far
 };
 
+// Where a task lies, and its turn at the sums of the prototypes.
+struct BackwardPlace {
+  const ProtoAttnBwdParams& p;
+  const BackwardPass& pass;
+  const int64_t task, dim, width;
+  int64_t image, pixel, count, episode;
+  bool first_of_episode, last_of_episode;
+  int32_t blocks_done = 0;
+
+  BackwardPlace(const ProtoAttnBwdParams& params, const BackwardPass& run, int64_t number)
+      : p(params), pass(run), task(number), dim(params.shape.dim), width(run.tiling.width) {
+    const int64_t tiles = pass.tiling.tiles(p.shape), per_episode = p.shape.queries * tiles;
+    image = task / tiles;
+    pixel = task % tiles * width;
+    count = p.shape.pixels - pixel < width ? p.shape.pixels - pixel : width;
+    episode = image / p.shape.queries;
+    first_of_episode = task % per_episode == 0;
+    last_of_episode = task % per_episode == per_episode - 1;
+  }
+
+  // Until the task before is done with the block that this one has come to.
+  void wait_for_turn() const {
+    if (first_of_episode) return;
+    const int32_t* previous = &pass.done[task - 1];
+    for (int spins = 0; __atomic_load_n(previous, __ATOMIC_ACQUIRE) <= blocks_done; ++spins) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+      if (spins > 1000) sched_yield();
+    }
+  }
+  void end_turn() { __atomic_store_n(&pass.done[task], ++blocks_done, __ATOMIC_RELEASE); }
+};
+
+// Prototypes [n, n + rows) have all their sums: takes out the part along the prototype, and stores.
+template <class T>
+void finish_protos(const ProtoAttnBwdParams& p, int64_t n, int64_t rows, bool single,
+                   const ProtoStats<AccOf<T>>& stats, const AccOf<T>* sums, const AccOf<T>* along) {
+  using Acc = AccOf<T>;
+  constexpr int L = kLanes<Acc>;
+  const int64_t dim = p.shape.dim;
+  for (int64_t r = 0; r < rows; ++r) {
+    T* dst = static_cast<T*>(p.grad_protos) + (n + r) * dim;
+    const T* proto = static_cast<const T*>(p.bags.protos) + (n + r) * dim;
+    const Acc mean = single ? Acc(0) : stats.mean[r];
+    const Acc radial = single ? Acc(0) : stats.free[r] * stats.rnorm[r] * stats.rnorm[r] * along[r];
+    const Acc* sum = sums + r * dim;
+    for (int64_t d = 0; d < dim; d += L) {
+      Vec<Acc> v = load_as(sum + d, dim - d);
+      if (!single) v -= (load_as(proto + d, dim - d) - mean) * radial;
+      store_as(v, dst + d, dim - d);
+    }
+  }
+}
+
+// Reads the statistics that the forward saved of one (image, class).
+template <class Acc>
+void load_stats(const BackwardPlace& at, int64_t map, Acc origin, GradStats<Acc>* g) {
+  const int64_t pixels = at.p.shape.pixels;
+  const Acc* stats = static_cast<const Acc*>(at.p.stats) + 3 * map * pixels + at.pixel;
+  g->origin = origin;
+  for (int64_t x = 0; x < at.width; ++x) {
+    const bool inside = x < at.count;
+    g->bound[x] = inside ? stats[x] : Acc(0);
+    g->rsum[x] = inside ? stats[pixels + x] : Acc(0);
+    g->agg_mean[x] = inside ? stats[2 * pixels + x] : Acc(0);
+  }
+}
+
+template <class Acc>
+void store_grad_temperature(const BackwardPlace& at, const GradStats<Acc>& g) {
+  if (at.p.grad_temperature_parts == nullptr) return;
+  double sum = 0;
+  for (int64_t x = 0; x < at.count; ++x) sum += double(g.along[x]);
+  at.p.grad_temperature_parts[at.task] = -sum / at.p.shape.temperature;
+}
+
+template <class T>
+TileView<const T> grad_view(const BackwardPlace& at, int64_t map, int64_t channel) {
+  const auto tile = tile_of<T>(at.p.grad_out, map, channel, at.pixel, at.count);
+  return {tile.data, tile.stride_channel, tile.stride_pixel, tile.count};
+}
+template <class Acc>
+TileView<const Acc> agg_view(const BackwardPlace& at, int64_t map) {
+  const auto tile = tile_of<Acc>(at.p.agg, map, 0, at.pixel, at.count);
+  return {tile.data, tile.stride_channel, tile.stride_pixel, tile.count};
+}
+template <class T>
+TileView<const T> feat_view(const BackwardPlace& at) {
+  return tile_of<T>(at.p.feat, at.episode, at.image % at.p.shape.queries, at.pixel, at.count);
+}
+
 template <class T>
 class BackwardTask {
  public:
@@ -68,24 +160,15 @@ class BackwardTask {
 
   BackwardTask(const ProtoAttnBwdParams& p, const BackwardPass& pass, const BwdScratch<Acc>& s,
                int64_t task)
-      : p_(p), pass_(pass), s_(s), task_(task), dim_(p.shape.dim), width_(pass.tiling.width) {
-    const int64_t tiles = pass.tiling.tiles(p.shape);
-    image_ = task / tiles;
-    pixel_ = task % tiles * width_;
-    count_ = p.shape.pixels - pixel_ < width_ ? p.shape.pixels - pixel_ : width_;
-    episode_ = image_ / p.shape.queries;
-    const int64_t per_episode = p.shape.queries * tiles;
-    first_of_episode_ = task % per_episode == 0;
-    last_of_episode_ = task % per_episode == per_episode - 1;
-  }
+      : at_(p, pass, task), p_(p), pass_(pass), s_(s), dim_(at_.dim), width_(at_.width) {}
 
   void run() {
     const bool want_protos = pass_.begin < pass_.end;
-    centre_pixels<T>(feat(), dim_, width_, Acc(p_.shape.eps), s_.centred, s_.pixels);
+    centre_pixels<T>(feat_view<T>(at_), dim_, width_, Acc(p_.shape.eps), s_.centred, s_.pixels);
     if (want_protos) transpose_panel(s_.centred, dim_, width_, bottom_of_transposed());
     for (int64_t x = 0; x < width_; ++x) g_.along[x] = 0;
     for (int64_t way = 0; way < p_.shape.ways; ++way) {
-      const int64_t bag = episode_ * p_.shape.ways + way;
+      const int64_t bag = at_.episode * p_.shape.ways + way;
       const int64_t begin = p_.bags.offsets[bag], end = p_.bags.offsets[bag + 1];
       const bool blocks = want_protos && begin < pass_.end && end > pass_.begin;
       if (!blocks && !pass_.want_feat) continue;
@@ -102,35 +185,20 @@ class BackwardTask {
   }
 
  private:
-  TileView<const T> feat() const {
-    return tile_of<T>(p_.feat, episode_, image_ % p_.shape.queries, pixel_, count_);
-  }
   Acc* bottom_of_transposed() const { return s_.transposed + width_ * row_stride<Acc>(dim_); }
 
   // s.grad_out = dY2 * F; s.grad_feat += dY1 + dY2 * G; and the sums over channels.
   void load_grad(int64_t way, int64_t begin, int64_t end) {
-    const int64_t map = image_ * p_.shape.ways + way, pixels = p_.shape.pixels;
-    const auto view = [&](const Maps& maps, int64_t channel) {
-      const auto tile = tile_of<T>(maps, map, channel, pixel_, count_);
-      return TileView<const T>{tile.data, tile.stride_channel, tile.stride_pixel, count_};
-    };
-    const auto lower = view(p_.grad_out, 0);
-    const auto upper = view(p_.grad_out, p_.shape.concat ? dim_ : 0);
-    const auto saved = tile_of<Acc>(p_.agg, map, 0, pixel_, count_);
-    const TileView<const Acc> agg{saved.data, saved.stride_channel, saved.stride_pixel, count_};
-    const auto feature = feat();
+    const int64_t map = at_.image * p_.shape.ways + way;
+    const auto lower = grad_view<T>(at_, map, 0);
+    const auto upper = grad_view<T>(at_, map, p_.shape.concat ? dim_ : 0);
+    const auto agg = agg_view<Acc>(at_, map);
+    const auto feature = feat_view<T>(at_);
     // A bag of one is not centred (forward).
-    g_.origin = end - begin > 1 ? mean_origin<T>(p_.bags, begin, dim_) : Acc(0);
-    const Acc* stats = static_cast<const Acc*>(p_.stats) + 3 * map * pixels + pixel_;
+    load_stats<Acc>(at_, map, end - begin > 1 ? mean_origin<T>(p_.bags, begin, dim_) : Acc(0), &g_);
     Acc mean[kMostPixels];
+    for (int64_t x = 0; x < width_; ++x) mean[x] = g_.agg_mean[x] + g_.origin;
     PixelSums<Acc> deltas, totals;
-    for (int64_t x = 0; x < width_; ++x) {
-      const bool inside = x < count_;
-      g_.bound[x] = inside ? stats[x] : Acc(0);
-      g_.rsum[x] = inside ? stats[pixels + x] : Acc(0);
-      g_.agg_mean[x] = inside ? stats[2 * pixels + x] : Acc(0);
-      mean[x] = g_.agg_mean[x] + g_.origin;
-    }
     const bool concat = p_.shape.concat, first = way == 0, want_feat = pass_.want_feat;
     for_blocks<Acc>(dim_, width_, [&](int64_t d, int64_t x, auto channels) {
       Vec<Acc> grad[L], f[L], gc[L];
@@ -228,50 +296,21 @@ class BackwardTask {
   void add_to_protos(int64_t n, int64_t rows, bool single, const Acc* along) {
     Acc* sums = static_cast<Acc*>(pass_.sums) + (n - pass_.begin) * dim_;
     Acc* total = static_cast<Acc*>(pass_.along) + (n - pass_.begin);
-    if (!first_of_episode_) wait_for_previous();
+    const bool first = at_.first_of_episode;
+    at_.wait_for_turn();
     gemm<Acc>(rows, dim_, single ? width_ : 2 * width_, {s_.weights, 2 * width_, 1}, s_.transposed,
-              row_stride<Acc>(dim_), sums, dim_, !first_of_episode_);
-    for (int64_t r = 0; r < rows; ++r)
-      total[r] = first_of_episode_ ? along[r] : total[r] + along[r];
-    if (last_of_episode_) finish_protos(n, rows, single, sums, total);
-    __atomic_store_n(&pass_.done[task_], ++blocks_done_, __ATOMIC_RELEASE);
-  }
-
-  void wait_for_previous() const {
-    const int32_t* previous = &pass_.done[task_ - 1];
-    for (int spins = 0; __atomic_load_n(previous, __ATOMIC_ACQUIRE) <= blocks_done_; ++spins) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-      if (spins > 1000) sched_yield();
-    }
-  }
-
-  // Takes out the part along the prototype, and stores.
-  void finish_protos(int64_t n, int64_t rows, bool single, const Acc* sums, const Acc* total) {
-    const int64_t stride = row_stride<Acc>(dim_);
-    for (int64_t r = 0; r < rows; ++r) {
-      T* dst = static_cast<T*>(p_.grad_protos) + (n + r) * dim_;
-      const Acc rnorm = s_.block->rnorm[r];
-      const Acc radial = single ? Acc(0) : s_.block->free[r] * rnorm * rnorm * total[r];
-      const Acc *sum = sums + r * dim_, *proto = s_.protos + r * stride;
-      for (int64_t d = 0; d < dim_; d += L) {
-        Vec<Acc> v = load_as(sum + d, dim_ - d);
-        if (!single) v -= load(proto + d) * radial;
-        store_as(v, dst + d, dim_ - d);
-      }
-    }
+              row_stride<Acc>(dim_), sums, dim_, !first);
+    for (int64_t r = 0; r < rows; ++r) total[r] = first ? along[r] : total[r] + along[r];
+    if (at_.last_of_episode) finish_protos<T>(p_, n, rows, single, *s_.block, sums, total);
+    at_.end_turn();
   }
 
   void finish_feat() {
-    double sum = 0;
-    for (int64_t x = 0; x < count_; ++x) sum += double(g_.along[x]);
-    if (p_.grad_temperature_parts != nullptr)
-      p_.grad_temperature_parts[task_] = -sum / p_.shape.temperature;
+    store_grad_temperature(at_, g_);
     Acc radial[kMostPixels];
     for (int64_t x = 0; x < width_; ++x)
       radial[x] = s_.pixels->free[x] * s_.pixels->rnorm[x] * s_.pixels->rnorm[x] * g_.along[x];
-    const auto dst = tile_of<T>(p_.grad_feat, image_, 0, pixel_, count_);
+    const auto dst = tile_of<T>(p_.grad_feat, at_.image, 0, at_.pixel, at_.count);
     for_blocks<Acc>(dim_, width_, [&](int64_t d, int64_t x, auto channels) {
       Vec<Acc> rows[L];
       prefetch_block<true>(dst, dim_, d + L, x);
@@ -284,13 +323,11 @@ class BackwardTask {
     });
   }
 
+  BackwardPlace at_;
   const ProtoAttnBwdParams& p_;
   const BackwardPass& pass_;
   const BwdScratch<Acc>& s_;
-  const int64_t task_, dim_, width_;
-  int64_t image_, pixel_, count_, episode_;
-  bool first_of_episode_, last_of_episode_;
-  int32_t blocks_done_ = 0;
+  const int64_t dim_, width_;
   GradStats<Acc> g_;
 };
 

@@ -156,10 +156,11 @@ void copy_prototype(const T* proto, int64_t dim, int64_t width, Strip<AccOf<T>>&
           to_acc(proto[d]) + (poison + (strip.stats.rnorm[x] - strip.stats.rnorm[x]));
 }
 
-// Y, and what the backward needs, of one strip whose O^T is complete.
+// Y, and what the backward needs, of one strip whose O^T is complete: the sum of weighted
+// prototypes, centred (the mean of G is still to be added) or not.
 template <class T>
 void finish_strip(const ProtoAttnFwdParams& p, int64_t bag_size, int64_t map, AccOf<T> origin,
-                  TileView<const T> feat, int64_t width, Strip<AccOf<T>>& strip) {
+                  TileView<const T> feat, int64_t width, bool centred, Strip<AccOf<T>>& strip) {
   using Acc = AccOf<T>;
   constexpr int L = kLanes<Acc>;
   const int64_t dim = p.shape.dim;
@@ -177,6 +178,11 @@ void finish_strip(const ProtoAttnFwdParams& p, int64_t bag_size, int64_t map, Ac
     }
   }
   for (int64_t x = 0; x < width; ++x) mean[x] += origin;
+  Acc plus[kMostPixels], minus[kMostPixels];
+  for (int64_t x = 0; x < width; ++x) {
+    plus[x] = centred ? mean[x] : Acc(0);
+    minus[x] = centred ? Acc(0) : mean[x];
+  }
   const auto out = tile_of<T>(p.out, map, p.shape.concat ? dim : 0, strip.pixel, strip.count);
   const auto agg =
       p.stats == nullptr ? TileView<Acc>{} : tile_of<Acc>(p.agg, map, 0, strip.pixel, strip.count);
@@ -185,10 +191,11 @@ void finish_strip(const ProtoAttnFwdParams& p, int64_t bag_size, int64_t map, Ac
     prefetch_block<false>(feat, dim, d + L, x);
     prefetch_block<true>(out, dim, d + L, x);
     load_block<T>(feat, d, x, channels, f);
-    const Vec<Acc> by = load(scale + x), plus = load(mean + x);
+    const Vec<Acc> by = load(scale + x), add = load(plus + x), subtract = load(minus + x);
     repeat(channels, [&](int i) {
       g[i] = load(strip.out + (d + i) * width + x) * by;
-      f[i] *= g[i] + plus;
+      f[i] *= g[i] + add;
+      g[i] -= subtract;
     });
     store_block<T>(f, d, x, channels, out);
     if (p.stats != nullptr) store_block<Acc>(g, d, x, channels, agg);
@@ -196,50 +203,73 @@ void finish_strip(const ProtoAttnFwdParams& p, int64_t bag_size, int64_t map, Ac
   if (p.shape.concat) copy_tile<T>(feat, dim, tile_of<T>(p.out, map, 0, strip.pixel, strip.count));
 }
 
+// One task, decoded: ((episode*Q + query)*tiles + tile)*K + class.
+struct ForwardTask {
+  int64_t map, bag, episode, query, tile, pixel_tile;
+  int64_t begin, end;  // of the bag
+
+  ForwardTask(const ProtoAttnFwdParams& p, Tiling tiling, int64_t task) {
+    const int64_t ways = p.shape.ways, tiles = tiling.tiles(p.shape);
+    const int64_t image = task / ways / tiles, way = task % ways;
+    pixel_tile = task / ways;
+    tile = pixel_tile % tiles;
+    episode = image / p.shape.queries;
+    query = image % p.shape.queries;
+    map = image * ways + way;
+    bag = episode * ways + way;
+    begin = p.bags.offsets[bag];
+    end = p.bags.offsets[bag + 1];
+  }
+};
+
+// Where each strip of the task's tile lies; those past the image are empty.
+template <class Acc>
+void place_strips(const ProtoAttnFwdParams& p, Tiling tiling, int64_t tile, Strip<Acc>* strips) {
+  for (int64_t i = 0; i < tiling.strips; ++i) {
+    strips[i].pixel = (tile * tiling.strips + i) * tiling.width;
+    const int64_t left = p.shape.pixels - strips[i].pixel;
+    strips[i].count = left < 0 ? 0 : left < tiling.width ? left : tiling.width;
+  }
+}
+
+// Computes a task; `loaded` is the tile of pixels whose panels are in s.
+template <class T>
+void forward_task(const ProtoAttnFwdParams& p, const ForwardTask& task,
+                  const FwdScratch<AccOf<T>>& s, int64_t* loaded) {
+  using Acc = AccOf<T>;
+  const int64_t dim = p.shape.dim, width = s.tiling.width, size = task.end - task.begin;
+  const auto feat_of = [&](const Strip<Acc>& strip) {
+    return tile_of<T>(p.feat, task.episode, task.query, strip.pixel, strip.count);
+  };
+  if (task.pixel_tile != *loaded) {
+    place_strips(p, s.tiling, task.tile, s.strips);
+    for (int64_t i = 0; i < s.tiling.strips && s.strips[i].count > 0; ++i)
+      centre_pixels<T>(feat_of(s.strips[i]), dim, width, Acc(p.shape.eps), s.strips[i].centred,
+                       &s.strips[i].stats);
+    *loaded = task.pixel_tile;
+  }
+  Acc origin = 0;
+  if (size > 1) {
+    origin = mean_origin<T>(p.bags, task.begin, dim);
+    attend<T>(p, task.begin, task.end, origin, s);
+  }
+  for (int64_t i = 0; i < s.tiling.strips && s.strips[i].count > 0; ++i) {
+    Strip<Acc>& strip = s.strips[i];
+    if (size == 0)
+      for (int64_t at = 0; at < dim * width; ++at) strip.out[at] = 0;
+    if (size == 1)
+      copy_prototype<T>(static_cast<const T*>(p.bags.protos) + task.begin * dim, dim, width, strip);
+    finish_strip<T>(p, size, task.map, origin, feat_of(strip), width, true, strip);
+  }
+}
+
 template <class T>
 void forward(const ProtoAttnFwdParams& p, Tiling tiling, TaskQueue& queue, void* memory) {
-  using Acc = AccOf<T>;
-  const int64_t dim = p.shape.dim, width = tiling.width, ways = p.shape.ways;
-  const int64_t tiles = tiling.tiles(p.shape);
-  const FwdScratch<Acc> s(memory, dim, tiling);
+  const FwdScratch<AccOf<T>> s(memory, p.shape.dim, tiling);
   int64_t loaded = -1, first, stop;
-  while (queue.take(&first, &stop)) {
-    for (int64_t task = first; task < stop; ++task) {
-      const int64_t way = task % ways, tile = task / ways % tiles, image = task / ways / tiles;
-      const int64_t episode = image / p.shape.queries, query = image % p.shape.queries;
-      const int64_t bag = episode * ways + way, map = image * ways + way;
-      const int64_t begin = p.bags.offsets[bag], end = p.bags.offsets[bag + 1];
-      const auto feat_of = [&](const Strip<Acc>& strip) {
-        return tile_of<T>(p.feat, episode, query, strip.pixel, strip.count);
-      };
-      if (task / ways != loaded) {
-        for (int64_t i = 0; i < tiling.strips; ++i) {
-          Strip<Acc>& strip = s.strips[i];
-          strip.pixel = (tile * tiling.strips + i) * width;
-          const int64_t left = p.shape.pixels - strip.pixel;
-          strip.count = left < 0 ? 0 : left < width ? left : width;
-          if (strip.count > 0)
-            centre_pixels<T>(feat_of(strip), dim, width, Acc(p.shape.eps), strip.centred,
-                             &strip.stats);
-        }
-        loaded = task / ways;
-      }
-      Acc origin = 0;
-      if (end - begin > 1) {
-        origin = mean_origin<T>(p.bags, begin, dim);
-        attend<T>(p, begin, end, origin, s);
-      }
-      for (int64_t i = 0; i < tiling.strips; ++i) {
-        Strip<Acc>& strip = s.strips[i];
-        if (strip.count == 0) break;
-        if (end == begin)
-          for (int64_t at = 0; at < dim * width; ++at) strip.out[at] = 0;
-        if (end - begin == 1)
-          copy_prototype<T>(static_cast<const T*>(p.bags.protos) + begin * dim, dim, width, strip);
-        finish_strip<T>(p, end - begin, map, origin, feat_of(strip), width, strip);
-      }
-    }
-  }
+  while (queue.take(&first, &stop))
+    for (int64_t task = first; task < stop; ++task)
+      forward_task<T>(p, ForwardTask(p, tiling, task), s, &loaded);
 }
 
 }  // namespace
