@@ -70,7 +70,9 @@ def build_info() -> dict[str, Any]:
 
 
 def cpu_level() -> str | None:
-    """Instruction set of the CPU kernels: "baseline", "avx2", "avx512"; None when pure.
+    """Instruction set of the CPU kernels: "baseline", "avx2", "avx512", "avx512bf16", "amx".
+
+    None without native code.
 
     Raises:
         ArgumentError: FASTPROTO_CPU_LEVEL names none that this CPU has.
@@ -82,7 +84,7 @@ def cpu_level() -> str | None:
         raise ArgumentError(
             "FASTPROTO_CPU_LEVEL",
             found=repr(os.environ.get("FASTPROTO_CPU_LEVEL")),
-            allowed="baseline, avx2 or avx512, as far as this CPU and this build have it",
+            allowed="baseline, avx2, avx512, avx512bf16 or amx, if this CPU and build have it",
         ) from error
 
 

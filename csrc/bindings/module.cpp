@@ -23,5 +23,17 @@ PYBIND11_MODULE(_C, m) {
       "the CUDA architectures compiled (both empty without CUDA).");
   m.def(
       "cpu_level", [] { return fastproto::cpu::level_name(fastproto::cpu::current_level()); },
-      "Instruction set the CPU kernels use here: 'baseline', 'avx2' or 'avx512'.");
+      "Instruction set the CPU kernels use here: 'baseline', 'avx2', 'avx512', 'avx512bf16' or "
+      "'amx'.");
+  m.def(
+      "cpu_forward_plan",
+      [](int64_t images, int64_t ways, int64_t dim, int64_t pixels, int64_t threads, int64_t item) {
+        const fastproto::ProtoAttnShape shape{1, images, ways, dim, pixels, 0, true, 1, 1};
+        const auto tiling = fastproto::cpu::plan_forward(shape, threads, item);
+        return py::make_tuple(tiling.width, tiling.strips, images * ways * tiling.tiles(shape));
+      },
+      py::arg("images"), py::arg("ways"), py::arg("dim"), py::arg("pixels"), py::arg("threads"),
+      py::arg("item") = 4,
+      "How the forward is cut on the CPU: (pixels of a strip, strips of a task, tasks). `item` is "
+      "the bytes of a number in the panels, 8 for float64.");
 }

@@ -84,10 +84,10 @@ def test_build_info_and_cpu_level() -> None:
     info = _library.build_info()
     assert info["stable_abi"] == "2.10"
     assert info["built_with_torch"].split("+")[0].count(".") >= 1
-    assert _library.cpu_level() in ("baseline", "avx2", "avx512")
+    assert _library.cpu_level() in LEVELS
 
 
-LEVELS = ["baseline", "avx2", "avx512"]
+LEVELS = ["baseline", "avx2", "avx512", "avx512bf16", "amx"]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -109,7 +109,7 @@ def test_every_instruction_set_of_this_cpu_passes_the_op_tests(level: str) -> No
             "no:cacheprovider",
             str(folder),
             "-k",
-            "against_reference or edges or gradcheck or bits",
+            "against_reference or bfloat16 or edges or gradcheck or bits",
         ],
         cwd=tempfile.gettempdir(),
         env=os.environ | {"FASTPROTO_CPU_LEVEL": level},
@@ -125,4 +125,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     result = python(
         "from fastproto import _library; print(_library.cpu_level())", FASTPROTO_CPU_LEVEL="sse9"
     )
-    assert "FASTPROTO_CPU_LEVEL: found 'sse9'; allowed: baseline, avx2 or avx512" in result.stderr
+    assert (
+        "FASTPROTO_CPU_LEVEL: found 'sse9'; allowed: baseline, avx2, avx512, avx512bf16 or amx"
+        in result.stderr
+    )
