@@ -7,6 +7,9 @@
 #pragma once
 
 #include <type_traits>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "gemm.h"
 #include "kernels.h"
@@ -350,6 +353,14 @@ class Scratch {
   Acc* take(int64_t count) {
     Acc* piece = memory_ == nullptr ? nullptr : reinterpret_cast<Acc*>(memory_ + bytes_);
     bytes_ += (count * int64_t(sizeof(Acc)) + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    bytes_ += 64;  // a redzone; the problem before had pieces of its own here
+    if (piece != nullptr) {
+      char* stop = reinterpret_cast<char*>(piece + count);
+      __asan_unpoison_memory_region(piece, size_t(count) * sizeof(Acc));
+      __asan_poison_memory_region(stop, size_t(memory_ + bytes_ - stop));
+    }
+#endif
     return piece;
   }
   int64_t bytes() const { return bytes_; }
