@@ -2,7 +2,8 @@
 """Thin front of CMakeLists.txt: finds torch and a compiler, drives CMake, or installs pure.
 
 Environment: FASTPROTO_NATIVE=0 installs without native code; FASTPROTO_CUDA=auto|0|1 and
-FASTPROTO_CUDA_ARCHS are handed to CMake; MAX_JOBS limits parallel compilation.
+FASTPROTO_CUDA_ARCHS are handed to CMake; MAX_JOBS limits parallel compilation;
+FASTPROTO_SANITIZE=1 builds the CPU library with ASan and UBSan, in build/sanitize.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+SANITIZE = os.environ.get("FASTPROTO_SANITIZE") == "1"
 
 
 def find_torch() -> Path | None:
@@ -72,6 +74,7 @@ class CMakeBuild(build_ext):
             "FASTPROTO_TORCH_DIR": torch,
             "FASTPROTO_TORCH_VERSION": torch_version(torch),
             "FASTPROTO_CUDA": os.environ.get("FASTPROTO_CUDA", "auto"),
+            "FASTPROTO_SANITIZE": "ON" if SANITIZE else "OFF",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": subprocess.check_output(
                 [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
@@ -101,4 +104,6 @@ setup(
     setup_requires=["torch>=2.10"] if wants_torch else [],
     ext_modules=[] if reason else [Extension("fastproto._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
+    # A folder of its own: the normal build's objects and cache stay what they are.
+    options={"build": {"build_base": "build/sanitize"}} if SANITIZE else {},
 )
