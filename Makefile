@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES))
 
-.PHONY: install develop demo test bench lint format clean
+.PHONY: install develop demo test sanitize bench lint format clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,20 @@ demo: install
 
 test: develop
 	$(BIN)/pytest
+
+# The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++ and Linux), on every
+# instruction set of this CPU; the first report ends the run. Python is not instrumented, so it must
+# load the runtimes before anything else. detect_leaks=0: CPython and torch keep memory to the end
+# on purpose. --capture=sys: pytest would swallow what a dying process prints.
+SANITIZED := $(CURDIR)/build/sanitize/package
+sanitize: $(VENV)/.extras
+	CXX=g++ FASTPROTO_SANITIZE=1 FASTPROTO_CUDA=0 \
+	  $(PIP) --no-deps --upgrade --target $(SANITIZED) .
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(SANITIZED) PYTEST_ADDOPTS=--capture=sys \
+	  $(BIN)/pytest python_tests/ops \
+	  python_tests/backends/test_choice.py::test_every_instruction_set_of_this_cpu_passes_the_op_tests
 
 # Measures for about ten minutes, writes benchmarks/results and the tables in docs/performance.md.
 bench: develop

@@ -117,7 +117,7 @@ def test_every_instruction_set_of_this_cpu_passes_the_op_tests(level: str) -> No
         text=True,
         check=False,
     )
-    assert result.returncode == 0, result.stdout[-3000:]
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     assert " passed" in result.stdout
 
 
