@@ -277,7 +277,6 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                                 ? torch::stable::new_zeros(*temperature_tensor, {1})
                                 : torch::stable::new_empty(feat, {0}, accumulate_type(c.dtype));
 
-  const int64_t threads = torch::stable::get_num_threads();
   const cpu::Tiling tiling = cpu::plan_backward(s, item_bytes(c.dtype));
   const int64_t tasks = s.episodes * s.queries * tiling.tiles(s);
   std::vector<double> parts(needs_temperature ? size_t(tasks) : 0);
@@ -301,13 +300,12 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
     const auto& table = cpu::kernels(cpu::current_level());
     const int64_t scratch = table.backward_scratch(c.dtype, s, tiling);
     const int64_t item = item_bytes(c.dtype), row = s.dim * item;
-    // Sums of half types need a wider buffer; where it would outgrow what the threads have left of
-    // their MiB, the prototypes get passes of their own.
+    // Sums of half types need a wider buffer; where that outgrows its limit, groups of prototypes
+    // get passes of their own.
+    constexpr int64_t kMostSums = int64_t(4) << 20;
     const bool in_place = int64_t(grad_protos.element_size()) == item;
-    const int64_t spare = threads * std::max<int64_t>((int64_t(1) << 20) - scratch, 0) / row;
-    const int64_t chunk = !needs_protos ? 0
-                          : in_place    ? used
-                                        : std::min(used, std::max<int64_t>(spare, 128));
+    const int64_t rows = in_place ? used : std::min(used, std::max<int64_t>(kMostSums / row, 64));
+    const int64_t chunk = needs_protos ? rows : 0;
     std::vector<char> along(size_t(chunk * item)), sums(size_t(in_place ? 0 : chunk * row));
     void* target = in_place ? grad_protos.data_ptr() : sums.data();
     cpu::BackwardPass pass{tiling, true,         0,      chunk == used ? used : 0,

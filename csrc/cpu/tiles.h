@@ -241,7 +241,7 @@ void centre_pixels(TileView<const T> src, int64_t dim, int64_t width, AccOf<T> e
   Acc first[kMostPixels] = {};
   PixelSums<Acc> sum, squares;
   for_blocks<Acc>(dim, width, [&](int64_t d, int64_t p, auto channels) {
-    Vec<Acc> rows[L];
+    Vec<Acc> rows[L] = {};
     prefetch_block<false>(src, dim, d + L, p);
     load_block<T>(src, d, p, channels, rows);
     if (d == 0) store(first + p, rows[0]);

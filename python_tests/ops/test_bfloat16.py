@@ -39,7 +39,7 @@ def test_as_good_as_eager(problem: Problem, concat: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_of_more_prototypes_than_fit_in_a_pass(dtype: torch.dtype) -> None:
-    problem = Problem("n_900", ((900, 3),), dim=512, height=4, width=5)
+    problem = Problem("n_2200", ((2200, 3),), dim=512, height=4, width=5)
     assert_as_good_as_eager(native, problem, dtype)
 
 
