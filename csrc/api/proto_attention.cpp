@@ -164,6 +164,7 @@ class WorkerMemory {
  public:
   void* at_least(int64_t bytes) {
     if (bytes > size_) {
+      memory_.reset();  // before the next is taken: a thread never holds both
       memory_.reset(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
       FP_CHECK(memory_ != nullptr, "found no memory for ", bytes, " bytes of scratch.");
       size_ = bytes;
