@@ -231,10 +231,14 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor proto
     const auto& table = cpu::kernels(cpu::current_level());
     // All classes of a tile in a row reuse its panels; shared out singly when tiles are few.
     const int64_t grain = tiles >= 2 * threads ? s.ways : 1;
-    run_tasks(tiles * s.ways, grain, table.forward_scratch(c.dtype, s, tiling),
-              [&](TaskQueue& queue, void* scratch) {
-                table.forward(c.dtype, p, tiling, queue, scratch);
-              });
+    int64_t scratch = table.forward_scratch(c.dtype, s, tiling);
+    // One piece for both passes: the heap would keep a smaller one beside it.
+    if (save_for_backward)
+      scratch = std::max(
+          scratch, table.backward_scratch(c.dtype, s, cpu::plan_backward(s, item_bytes(c.dtype))));
+    run_tasks(tiles * s.ways, grain, scratch, [&](TaskQueue& queue, void* scratch) {
+      table.forward(c.dtype, p, tiling, queue, scratch);
+    });
   }
   return {out, agg, stats};
 }
