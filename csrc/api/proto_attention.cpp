@@ -180,6 +180,12 @@ class WorkerMemory {
   int64_t size_ = 0;
 };
 
+// The calling thread's, for every pass: in run_tasks itself each would have its own.
+WorkerMemory& worker_memory() {
+  static thread_local WorkerMemory memory;
+  return memory;
+}
+
 // Runs `worker(queue, scratch)` on as many threads as there are tasks for.
 template <class Worker>
 void run_tasks(int64_t tasks, int64_t grain, int64_t scratch_bytes, const Worker& worker) {
@@ -187,8 +193,7 @@ void run_tasks(int64_t tasks, int64_t grain, int64_t scratch_bytes, const Worker
   const int64_t runs = (tasks + grain - 1) / grain;
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), runs);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    static thread_local WorkerMemory memory;
-    for (int64_t i = begin; i < end; ++i) worker(queue, memory.at_least(scratch_bytes));
+    for (int64_t i = begin; i < end; ++i) worker(queue, worker_memory().at_least(scratch_bytes));
   });
 }
 
