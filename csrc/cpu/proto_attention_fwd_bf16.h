@@ -264,7 +264,6 @@ void forward_bf16(const ProtoAttnFwdParams& p, Tiling tiling, TaskQueue& queue, 
     return forward<BFloat16>(p, tiling, queue, memory);
   [[maybe_unused]] MatrixUnit unit;
   const FwdScratchBf16 s(memory, dim, tiling);
-
   int64_t loaded = -1, first, stop;
   while (queue.take(&first, &stop))
     for (int64_t number = first; number < stop; ++number) {
@@ -274,7 +273,7 @@ void forward_bf16(const ProtoAttnFwdParams& p, Tiling tiling, TaskQueue& queue, 
       };
       bool fit = task.end - task.begin > 1;
       if (fit && task.pixel_tile != loaded) {
-        const FwdScratchBf16 fresh(memory, dim, tiling);
+        const FwdScratchBf16 again(memory, dim, tiling);  // the float32 kernel may have been here
         place_strips(p, tiling, task.tile, s.strips);
         for (int64_t i = 0; i < tiling.strips && s.strips[i].count > 0; ++i)
           load_pairs(feat_of(s.strips[i]), dim, width, float(p.shape.eps), s.strips[i],
@@ -290,9 +289,9 @@ void forward_bf16(const ProtoAttnFwdParams& p, Tiling tiling, TaskQueue& queue, 
                                  width, false, s.strips[i]);
       } else {
         loaded = -1;
-        const FwdScratch<float> fresh(memory, dim, tiling);
-        forward_task<BFloat16>(p, task, fresh, &loaded);
-        loaded = -1;
+        const FwdScratch<float> wide(memory, dim, tiling);  // the same memory
+        forward_task<BFloat16>(p, task, wide, &loaded);
+        loaded = -1;  // of ours, nothing is left
       }
     }
 }
