@@ -51,7 +51,7 @@ sanitize: $(VENV)/.extras
 	  $(BIN)/pytest python_tests/ops \
 	  python_tests/backends/test_choice.py::test_every_instruction_set_of_this_cpu_passes_the_op_tests
 
-# Measures for about ten minutes, writes benchmarks/results and the tables in docs/performance.md.
+# Measures for about six minutes, writes benchmarks/results and the tables in docs/performance.md.
 bench: develop
 	$(BIN)/pytest benchmarks --record benchmarks/results
 	$(BIN)/python scripts/update_tables.py

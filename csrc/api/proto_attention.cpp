@@ -241,8 +241,8 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor proto
     if (save_for_backward)
       scratch = std::max(
           scratch, table.backward_scratch(c.dtype, s, cpu::plan_backward(s, item_bytes(c.dtype))));
-    run_tasks(tiles * s.ways, grain, scratch, [&](TaskQueue& queue, void* scratch) {
-      table.forward(c.dtype, p, tiling, queue, scratch);
+    run_tasks(tiles * s.ways, grain, scratch, [&](TaskQueue& queue, void* memory) {
+      table.forward(c.dtype, p, tiling, queue, memory);
     });
   }
   return {out, agg, stats};

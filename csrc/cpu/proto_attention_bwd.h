@@ -80,6 +80,28 @@ struct BackwardPlace {
     last_of_episode = task % per_episode == per_episode - 1;
   }
 
+  // Calls bag(way, begin, end, want_protos) for every bag that this pass has work on, and after it
+  // block(n, rows, to, single, want_protos) for its blocks [n, n + rows) up to `to`. An empty bag
+  // has none: G = 0, nothing but dY1 reaches F.
+  template <class Bag, class Block>
+  void for_bags(Bag&& bag, Block&& block) const {
+    const int64_t step = backward_block_rows(p.shape);
+    for (int64_t way = 0; way < p.shape.ways; ++way) {
+      const int32_t* bounds = p.bags.offsets + episode * p.shape.ways + way;
+      const int64_t begin = bounds[0], end = bounds[1];
+      int64_t from = begin > pass.begin ? begin : pass.begin, to = end < pass.end ? end : pass.end;
+      const bool want_protos = from < to;
+      if (!want_protos && !pass.want_feat) continue;
+      if (!want_protos) {
+        from = begin;
+        to = end;
+      }
+      bag(way, begin, end, want_protos);
+      for (int64_t n = from; n < to; n += step)
+        block(n, to - n < step ? to - n : step, to, end - begin == 1, want_protos);
+    }
+  }
+
   // Until the task before is done with the block that this one has come to.
   void wait_for_turn() const {
     if (first_of_episode) return;
@@ -167,20 +189,14 @@ class BackwardTask {
     centre_pixels<T>(feat_view<T>(at_), dim_, width_, Acc(p_.shape.eps), s_.centred, s_.pixels);
     if (want_protos) transpose_panel(s_.centred, dim_, width_, bottom_of_transposed());
     for (int64_t x = 0; x < width_; ++x) g_.along[x] = 0;
-    for (int64_t way = 0; way < p_.shape.ways; ++way) {
-      const int64_t bag = at_.episode * p_.shape.ways + way;
-      const int64_t begin = p_.bags.offsets[bag], end = p_.bags.offsets[bag + 1];
-      const bool blocks = want_protos && begin < pass_.end && end > pass_.begin;
-      if (!blocks && !pass_.want_feat) continue;
-      load_grad(way, begin, end);
-      if (begin == end) continue;  // G = 0: nothing but dY1 reaches F
-      if (blocks) transpose_panel(s_.grad_out, dim_, width_, s_.transposed);
-      if (pass_.want_feat && !blocks)
-        run_blocks(begin, end, begin, end, false);
-      else
-        run_blocks(begin, end, begin > pass_.begin ? begin : pass_.begin,
-                   end < pass_.end ? end : pass_.end, true);
-    }
+    at_.for_bags(
+        [&](int64_t way, int64_t begin, int64_t end, bool protos) {
+          load_grad(way, begin, end);
+          if (protos) transpose_panel(s_.grad_out, dim_, width_, s_.transposed);
+        },
+        [&](int64_t n, int64_t rows, int64_t to, bool single, bool protos) {
+          run_block(n, rows, to, single, protos);
+        });
     if (pass_.want_feat) finish_feat();
   }
 
@@ -235,21 +251,17 @@ class BackwardTask {
     }
   }
 
-  // Blocks [from, to) of the bag [begin, end).
-  void run_blocks(int64_t begin, int64_t end, int64_t from, int64_t to, bool want_protos) {
-    const int64_t stride = row_stride<Acc>(dim_), step = backward_block_rows(p_.shape);
-    const bool single = end - begin == 1;
-    for (int64_t n = from; n < to; n += step) {
-      const int64_t rows = to - n < step ? to - n : step;
-      if (!single) load_protos<T>(p_.bags, n, rows, dim_, Acc(p_.shape.eps), s_.protos, s_.block);
-      Ahead ahead = rows_ahead<T>(p_.bags, n + rows, to, dim_);
-      Acc along[kBlockProtos];  // sum_i dS_i c_i
-      score_grads(rows, single, along, &ahead);
-      if (pass_.want_feat && !single)
-        gemm<Acc>(dim_, width_, rows, {s_.protos, 1, stride}, s_.weights + width_, 2 * width_,
-                  s_.grad_feat, width_, true, &ahead);
-      if (want_protos) add_to_protos(n, rows, single, along);
-    }
+  // Prototypes [n, n + rows) of a bag whose blocks end at `to`.
+  void run_block(int64_t n, int64_t rows, int64_t to, bool single, bool want_protos) {
+    const int64_t stride = row_stride<Acc>(dim_);
+    if (!single) load_protos<T>(p_.bags, n, rows, dim_, Acc(p_.shape.eps), s_.protos, s_.block);
+    Ahead ahead = rows_ahead<T>(p_.bags, n + rows, to, dim_);
+    Acc along[kBlockProtos];  // sum_i dS_i c_i
+    score_grads(rows, single, along, &ahead);
+    if (pass_.want_feat && !single)
+      gemm<Acc>(dim_, width_, rows, {s_.protos, 1, stride}, s_.weights + width_, 2 * width_,
+                s_.grad_feat, width_, true, &ahead);
+    if (want_protos) add_to_protos(n, rows, single, along);
   }
 
   // s.weights = [A | dS rp rq] and the sums of dS c, for the loaded block.

@@ -86,22 +86,10 @@ class BackwardTaskBf16 {
       g_.along[x] = 0;
       mean_sum_[x] = 0;
     }
-    for (int64_t way = 0; way < p_.shape.ways; ++way) {
-      const int64_t bag = at_.episode * p_.shape.ways + way;
-      const int64_t begin = p_.bags.offsets[bag], end = p_.bags.offsets[bag + 1];
-      const bool blocks = want_protos && begin < pass_.end && end > pass_.begin;
-      if (!blocks && !pass_.want_feat) continue;
-      load_grad(way, begin, end);
-      if (begin == end) continue;  // G = 0: nothing but dY1 reaches F
-      int64_t from = begin, to = end;
-      if (blocks) {
-        from = begin > pass_.begin ? begin : pass_.begin;
-        to = end < pass_.end ? end : pass_.end;
-      }
-      const int64_t step = backward_block_rows(p_.shape);
-      for (int64_t n = from; n < to; n += step)
-        run_block(n, to - n < step ? to - n : step, end - begin == 1, blocks);
-    }
+    at_.for_bags([&](int64_t way, int64_t begin, int64_t end, bool) { load_grad(way, begin, end); },
+                 [&](int64_t n, int64_t rows, int64_t, bool single, bool protos) {
+                   run_block(n, rows, single, protos);
+                 });
     if (pass_.want_feat) finish_feat();
     return true;
   }
@@ -200,8 +188,8 @@ class BackwardTaskBf16 {
       score_grads(rows, along);
       if (pass_.want_feat) {
         transpose_protos(block, rows, dim_, s_.protos);
-        gemm_bf16(dim_, width_, (rows + 31) / 32 * 32, {s_.protos, kBlockProtos},
-                  {s_.pairs, width_}, s_.grad_feat, width_, true);
+        gemm_bf16(dim_, width_, product_depth(rows), {s_.protos, kBlockProtos}, {s_.pairs, width_},
+                  s_.grad_feat, width_, true);
       }
     }
     if (want_protos) add_to_protos(n, rows, single, along);
@@ -210,7 +198,7 @@ class BackwardTaskBf16 {
   // s.weights and s.pairs, and the sums of dS c.
   void score_grads(int64_t rows, float* along) {
     const float inv_t = float(1.0 / p_.shape.temperature), t = float(p_.shape.temperature);
-    const int64_t pitch = 2 * width_, depth = (rows + 31) / 32 * 32;
+    const int64_t pitch = 2 * width_;
     Vec<float> sums[kBlockProtos] = {};
     for (int64_t x = 0; x < width_; x += L) {
       const Vec<float> rnorm = load(s_.strip->stats.rnorm + x);
@@ -233,12 +221,7 @@ class BackwardTaskBf16 {
         sums[r] += term;
         return ds;
       };
-      for (int64_t r = 0; r < depth; r += 2) {
-        BitVec pair = {};
-        if (r < rows) pair = row(r);
-        if (r + 1 < rows) pair |= row(r + 1) << 16;
-        __builtin_memcpy(s_.pairs + (r / 2 * width_ + x) * 2, &pair, 64);
-      }
+      store_row_pairs(rows, width_, s_.pairs + 2 * x, row);
       store(g_.along + x, pixel_along);
       store(mean_sum_ + x, mean_sum);
     }

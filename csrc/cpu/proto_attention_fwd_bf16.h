@@ -87,6 +87,21 @@ struct Moments {
 // Rounded up to the 16 rows of a tile.
 inline int64_t whole_tiles(int64_t rows) { return (rows + 15) / 16 * 16; }
 
+// Rounded up to the 32 of a product's depth.
+inline int64_t product_depth(int64_t rows) { return (rows + 31) / 32 * 32; }
+
+// One vector of pixels of row(0) ... row(rows - 1), bfloat16 bits, as pairs of rows of `width`
+// pixels; zeros to the whole depth of a product.
+template <class Row>
+FASTPROTO_INLINE void store_row_pairs(int64_t rows, int64_t width, uint16_t* pairs, Row&& row) {
+  for (int64_t r = 0; r < product_depth(rows); r += 2) {
+    BitVec pair = {};
+    if (r < rows) pair = row(r);
+    if (r + 1 < rows) pair |= row(r + 1) << 16;
+    __builtin_memcpy(pairs + r * width, &pair, 64);
+  }
+}
+
 // Interleaves the channels of a strip in pairs and takes its statistics.
 inline void load_pairs(TileView<const BFloat16> src, int64_t dim, int64_t width, float eps,
                        Strip<float>& strip, StripBf16& input) {
@@ -216,7 +231,6 @@ inline bool attend_bf16(const ProtoAttnFwdParams& p, int64_t begin, int64_t end,
     }
   for (int64_t n = begin; n < end; n += kBlockProtos) {
     const int64_t rows = end - n < kBlockProtos ? end - n : kBlockProtos;
-    const int64_t depth = (rows + 31) / 32 * 32;
     const auto* protos = static_cast<const BFloat16*>(p.bags.protos) + n * dim;
     ProtoStats<float> stats;
     if (!proto_moments(protos, rows, dim, float(p.shape.eps), &stats)) return false;
@@ -241,17 +255,12 @@ inline bool attend_bf16(const ProtoAttnFwdParams& p, int64_t begin, int64_t end,
           mean_sum += w * (stats.mean[r] - origin);
           return bits;
         };
-        for (int64_t r = 0; r < depth; r += 2) {
-          BitVec pair = {};
-          if (r < rows) pair = weight(r);
-          if (r + 1 < rows) pair |= weight(r + 1) << 16;
-          __builtin_memcpy(s.weights + (r / 2 * width + x) * 2, &pair, 64);
-        }
+        store_row_pairs(rows, width, s.weights + 2 * x, weight);
         store(strip.sum + x, sum);
         store(strip.mean_sum + x, mean_sum);
       }
-      gemm_bf16(dim, width, depth, {s.transposed, kBlockProtos}, {s.weights, width}, strip.out,
-                width, n > begin);
+      gemm_bf16(dim, width, product_depth(rows), {s.transposed, kBlockProtos}, {s.weights, width},
+                strip.out, width, n > begin);
     }
   }
   return true;
