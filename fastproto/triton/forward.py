@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward kernels: row statistics of the prototypes, and the fused op. See docs/kernels/triton.md.
+
+One program computes BLOCK_M pixels of one image and class, for OUT_CHUNKS of the NUM_CHUNKS chunks
+of channels. RESIDENT keeps the query tile of all channels on the chip and, where a program computes
+all channels, uses each prototype tile as key and as value; otherwise both are streamed per block
+of prototypes, for any D.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastproto.triton.tiles import (
+    centre,
+    cosine,
+    exponent_scale,
+    load_bag,
+    load_tile,
+    row_statistics,
+)
+
+
+@triton.jit
+def proto_stats_kernel(
+    # inputs
+    protos,  # [N_total, D]
+    # outputs
+    proto_stats,  # [2, N_total]: mean, reciprocal norm
+    n_total,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Mean and reciprocal norm of every row."""
+    ACC: tl.constexpr = proto_stats.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = rows < n_total
+    channels = tl.arange(0, CHUNK)
+    first = tl.load(protos + rows * D, mask=row_ok, other=0.0).to(ACC)
+    total = tl.zeros([BLOCK_N], ACC)
+    squares = tl.zeros([BLOCK_N], ACC)
+    for start in range(0, D, CHUNK):
+        ch = start + channels
+        tile = load_tile(protos, rows, D, row_ok, ch, 1, D).to(ACC)
+        shifted = tl.where((ch < D)[None, :], tile - first[:, None], 0.0)
+        total += tl.sum(shifted, 1)
+        squares += tl.sum(shifted * shifted, 1)
+    mean, rnorm = row_statistics(first, total, squares, D, EPS)
+    tl.store(proto_stats + rows, mean, mask=row_ok)
+    tl.store(proto_stats + n_total + rows, rnorm, mask=row_ok)
+
+
+@triton.jit
+def forward_kernel(
+    # inputs
+    feat,  # [E, Q, D, HW]
+    protos,  # [N_total, D]
+    offsets,  # [E*K + 1]
+    temperature,  # number, or tensor with one element
+    proto_stats,  # [2, N_total], or None: computed on the way
+    # outputs
+    out,  # [E, Q, K, 2D or D, HW]
+    agg,  # [E, Q, K, D, HW], or None: G
+    lse,  # [E, Q, K, HW], or None: log2 of the sum of exp2(c log2(e) / t)
+    query_stats,  # [E, Q, 2, HW], or None: mean, reciprocal norm
+    n_total,
+    queries,
+    ways,
+    pixels,
+    feat_e,
+    feat_q,
+    feat_d,
+    feat_hw,
+    out_d,
+    out_hw,
+    agg_d,
+    agg_hw,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    CONCAT: tl.constexpr,
+    SAVE: tl.constexpr,
+    TEMPERATURE_IS_TENSOR: tl.constexpr,
+    ONLINE_MAX: tl.constexpr,  # a running maximum instead of the bound |c| <= 1
+    CENTRED: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OUT_CHUNKS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """Y = [F ; G*F] of BLOCK_M pixels."""
+    ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
+    NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    SLICES: tl.constexpr = (NUM_CHUNKS + OUT_CHUNKS - 1) // OUT_CHUNKS
+    SHARED_TILE: tl.constexpr = RESIDENT and SLICES == 1
+    dtype = feat.dtype.element_ty
+
+    # Neighbouring programs share their prototypes: slices, tiles, images, then bags.
+    pid = tl.program_id(0)
+    part = pid % SLICES
+    pid //= SLICES
+    tiles = tl.cdiv(pixels, BLOCK_M)
+    tile = pid % tiles
+    pid //= tiles
+    query = pid % queries
+    bag = pid // queries
+    episode = bag // ways
+    image = episode * queries + query
+    map_index = (image * ways + bag % ways).to(tl.int64)
+
+    pix = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    pix_ok = pix < pixels
+    channels = tl.arange(0, CHUNK)
+    feat += episode.to(tl.int64) * feat_e + query.to(tl.int64) * feat_q
+
+    # Statistics of the pixels; the resident query tile.
+    first = tl.load(feat + pix * feat_hw, mask=pix_ok, other=0.0).to(ACC)
+    total = tl.zeros([BLOCK_M], ACC)
+    squares = tl.zeros([BLOCK_M], ACC)
+    query_tile = ()
+    if RESIDENT:
+        for i in tl.static_range(NUM_CHUNKS):
+            ch = i * CHUNK + channels
+            f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D)
+            query_tile = query_tile + (f,)
+            shifted = tl.where((ch < D)[None, :], f.to(ACC) - first[:, None], 0.0)
+            total += tl.sum(shifted, 1)
+            squares += tl.sum(shifted * shifted, 1)
+    else:
+        for start in range(0, D, CHUNK):
+            ch = start + channels
+            f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D).to(ACC)
+            shifted = tl.where((ch < D)[None, :], f - first[:, None], 0.0)
+            total += tl.sum(shifted, 1)
+            squares += tl.sum(shifted * shifted, 1)
+    mean_q, rnorm_q = row_statistics(first, total, squares, D, EPS)
+    if RESIDENT and CENTRED:
+        centred = ()
+        for i in tl.static_range(NUM_CHUNKS):
+            centred = centred + (
+                centre(query_tile[i], mean_q, i * CHUNK + channels, D, True),
+            )
+        query_tile = centred
+
+    begin, count, valid = load_bag(offsets, bag, n_total)
+    scale = exponent_scale(temperature, count, TEMPERATURE_IS_TENSOR, ACC)
+    bag_protos = protos + begin.to(tl.int64) * D
+
+    row_sum = tl.zeros([BLOCK_M], ACC)
+    row_max = tl.full([BLOCK_M], float("-inf"), ACC)
+    acc = ()
+    for _ in tl.static_range(OUT_CHUNKS):
+        acc = acc + (tl.zeros([BLOCK_M, CHUNK], ACC),)
+
+    for start in range(0, count, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        row_ok = rows < count
+        if proto_stats is not None:
+            mean_p = tl.load(proto_stats + begin + rows, mask=row_ok, other=0.0)
+            rnorm_p = tl.load(proto_stats + n_total + begin + rows, mask=row_ok, other=0.0)
+        else:
+            first_p = tl.load(bag_protos + rows * D, mask=row_ok, other=0.0).to(ACC)
+            total_p = tl.zeros([BLOCK_N], ACC)
+            squares_p = tl.zeros([BLOCK_N], ACC)
+
+        product = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        value_tile = ()
+        if RESIDENT:
+            for i in tl.static_range(NUM_CHUNKS):
+                ch = i * CHUNK + channels
+                p = load_tile(bag_protos, rows, D, row_ok, ch, 1, D)
+                if SHARED_TILE:
+                    value_tile = value_tile + (p,)
+                if proto_stats is None:
+                    shifted = tl.where((ch < D)[None, :], p.to(ACC) - first_p[:, None], 0.0)
+                    total_p += tl.sum(shifted, 1)
+                    squares_p += tl.sum(shifted * shifted, 1)
+                if CENTRED:
+                    p = centre(p, mean_p, ch, D, True)
+                product = tl.dot(
+                    query_tile[i], tl.trans(p), product, input_precision=PRECISION, out_dtype=ACC
+                )
+        else:
+            for first_channel in range(0, D, CHUNK):
+                ch = first_channel + channels
+                f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D)
+                p = load_tile(bag_protos, rows, D, row_ok, ch, 1, D)
+                if proto_stats is None:
+                    shifted = tl.where((ch < D)[None, :], p.to(ACC) - first_p[:, None], 0.0)
+                    total_p += tl.sum(shifted, 1)
+                    squares_p += tl.sum(shifted * shifted, 1)
+                if CENTRED:
+                    f = centre(f, mean_q, ch, D, True)
+                    p = centre(p, mean_p, ch, D, True)
+                product = tl.dot(f, tl.trans(p), product, input_precision=PRECISION, out_dtype=ACC)
+        if proto_stats is None:
+            mean_p, rnorm_p = row_statistics(first_p, total_p, squares_p, D, EPS)
+
+        cos = cosine(product, mean_q, mean_p, rnorm_q, rnorm_p, D, CENTRED)
+        if ONLINE_MAX:
+            exponent = tl.where(row_ok[None, :], cos * scale, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(exponent, 1))
+            w = tl.exp2(exponent - new_max[:, None])
+            rescale = tl.exp2(row_max - new_max)
+            row_sum = row_sum * rescale + tl.sum(w, 1)
+            row_max = new_max
+        else:
+            w = tl.where(row_ok[None, :], tl.exp2((cos - 1) * scale), 0.0)
+            row_sum += tl.sum(w, 1)
+
+        weights = w.to(dtype)
+        updated = ()
+        for i in tl.static_range(OUT_CHUNKS):
+            if SHARED_TILE:
+                value = value_tile[i]
+            else:
+                ch = (part * OUT_CHUNKS + i) * CHUNK + channels
+                value = load_tile(bag_protos, rows, D, row_ok, ch, 1, D)
+            old = acc[i]
+            if ONLINE_MAX:
+                old = old * rescale[:, None]
+            updated = updated + (
+                tl.dot(weights, value, old, input_precision=PRECISION, out_dtype=ACC),
+            )
+        acc = updated
+
+    # 0, but the compiler does not know: else it keeps the addresses of the query tile in registers
+    # all through the loop, and spills.
+    opaque_zero = tl.multiple_of(tl.minimum(count, 0), 16)
+    pix = opaque_zero + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    pix_ok = pix < pixels
+    channels = opaque_zero + tl.arange(0, CHUNK)
+    inverse = tl.where(row_sum == 0, 0.0, 1 / row_sum)  # an empty bag
+    inverse = tl.where(valid, inverse, float("nan"))
+    out += map_index * (2 * D if CONCAT else D) * pixels
+    for i in tl.static_range(OUT_CHUNKS):
+        ch = (part * OUT_CHUNKS + i) * CHUNK + channels
+        mask = pix_ok[:, None] & (ch < D)[None, :]
+        f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D)
+        g = acc[i] * inverse[:, None]
+        enhanced = (g * f.to(ACC)).to(dtype)
+        target = out + pix[:, None] * out_hw + ch[None, :] * out_d
+        if CONCAT:
+            tl.store(target, f, mask=mask)
+            tl.store(target + D * out_d, enhanced, mask=mask)
+        else:
+            tl.store(target, enhanced, mask=mask)
+        if SAVE:
+            target = agg + map_index * D * pixels + pix[:, None] * agg_hw + ch[None, :] * agg_d
+            tl.store(target, g.to(dtype), mask=mask)
+    if SAVE:
+        if part == 0:
+            bound = row_max if ONLINE_MAX else scale
+            tl.store(lse + map_index * pixels + pix, bound + tl.log2(row_sum), mask=pix_ok)
+            if bag % ways == 0:
+                stats = query_stats + image.to(tl.int64) * 2 * pixels + pix
+                tl.store(stats, mean_q, mask=pix_ok)
+                tl.store(stats + pixels, rnorm_q, mask=pix_ok)
