@@ -49,14 +49,15 @@ def proto_attention(
         temperature: t > 0, a number or a tensor with one element.
         eps: Smallest norm, > 0.
         concat: Return Y; False returns its second half alone, :math:`G \odot F`.
-        backend: "native" or "reference"; None takes the first that can run here.
+        backend: "native", "triton" or "reference"; None takes the first that can run here.
 
     Returns:
         [E, Q, K, 2D, H, W], or [E, Q, K, D, H, W] with ``concat=False``. An empty bag gives G = 0.
 
     Raises:
         ArgumentError: An argument has a wrong shape, dtype, device or value; says which are
-            allowed.
+            allowed. Values of tensors on a GPU (``offsets``, a tensor ``temperature``) are not
+            read, which would be to wait for it: those that make no sense give NaN there.
 
     Example:
         >>> feat = torch.randn(1, 2, 512, 16, 16)
@@ -70,7 +71,8 @@ def proto_attention(
     _check(feat, protos, offsets, temperature, eps)
     if isinstance(temperature, Tensor) and temperature.dtype not in (torch.float32, torch.float64):
         temperature = temperature.float()
-    if backends.choose(feat.device.type, backend) == "native":
+    chosen = backends.choose(feat.device.type, backend)
+    if chosen == "native":
         from fastproto import ops
 
         if torch.compiler.is_compiling():
@@ -81,6 +83,14 @@ def proto_attention(
             # Values are the library's to check; its words may be lost on the way (torch < 2.13).
             _check_values(offsets, protos, temperature)
             raise
+    if chosen == "triton":
+        from fastproto.triton import ops as triton_ops
+
+        # A GPU is not asked for values, which would be to wait for it: its kernels answer what
+        # makes no sense with NaN.
+        if feat.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_values(offsets, protos, temperature)
+        return triton_ops.proto_attention(feat, protos, offsets, temperature, eps, concat)
     _check_values(offsets, protos, temperature)
     if feat.dtype in (torch.bfloat16, torch.float16):
         # As every backend does: sums in float32.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which code runs the op: one ladder, from the fastest to the one that always exists.
 
-``native`` is the compiled library, ``reference`` plain PyTorch. The first rung that can run the
-problem is taken, unless the ``backend`` argument or ``FASTPROTO_BACKEND`` (read when fastproto is
-imported) names one.
+``native`` is the compiled library, ``triton`` the Triton kernels, ``reference`` plain PyTorch. The
+first rung that can run the problem is taken, unless the ``backend`` argument or
+``FASTPROTO_BACKEND`` (read when fastproto is imported) names one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from fastproto import _library
 from fastproto.errors import ArgumentError
 
-LADDER = ("native", "reference")
+LADDER = ("native", "triton", "reference")
+# On the CPU Triton is interpreted, for tests: only who asks for it gets it.
+_AUTOMATIC = {"cpu": ("native", "reference")}
 _FORCED = os.environ.get("FASTPROTO_BACKEND") or None
 
 
@@ -24,6 +26,10 @@ def why_not(name: str, device: str) -> str | None:
     """Why backend ``name`` cannot run on device type ``device``, in a sentence; None if it can."""
     if name == "reference":
         return None
+    if name == "triton":
+        from fastproto.triton import support
+
+        return support.why_not(device)
     if device == "cuda":
         return _library.why_not_cuda() or "its CUDA kernels are not written yet"
     if device == "cpu":
@@ -44,12 +50,17 @@ def _choose(device: str, forced: str | None, source: str) -> str:
                 allowed=", ".join(name for name in LADDER if why_not(name, device) is None),
             )
         return forced
-    for name in LADDER:
+    reasons: list[str] = []
+    for name in _AUTOMATIC.get(device, LADDER):
         reason = why_not(name, device)
         if reason is None:
+            if name == "reference" and reasons:
+                _library.say_once(
+                    f"fastproto: on {device} plain PyTorch runs; {'; '.join(reasons)}."
+                )
             _library.logger.debug("proto_attention on %s: backend %s", device, name)
             return name
-        _library.say_once(f"fastproto: backend {name} is not used on {device}: {reason}.")
+        reasons.append(f"backend {name} does not: {reason}")
     raise AssertionError("the reference runs everywhere")
 
 

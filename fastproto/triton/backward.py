@@ -19,16 +19,19 @@ from fastproto.triton.tiles import (
     of_constant,
     power_of_two_near,
     projection_factor,
+    store_tile,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_grad_agg(feat, feat_d, feat_hw, grad, grad_d, grad_hw, pix, pix_ok, ch, D: tl.constexpr):
-    """dO = dY2 * F in the dtype of the products; ``grad`` points at dY2."""
-    f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D)
-    dy = load_tile(grad, pix, grad_hw, pix_ok, ch, grad_d, D)
+def load_grad_agg(
+    feat, feat_d, feat_hw, grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D: tl.constexpr
+):
+    """The gradient of G, dO = dY2 * F, in the dtype of the products; ``grad`` points at dY2."""
+    f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+    dy = load_tile(grad, pix, grad_hw, pix_ok, ch, channels, grad_d, D)
     if f.dtype == tl.float64:
         return dy * f
     else:
@@ -78,7 +81,7 @@ def backward_query_kernel(
     OUT_CHUNKS: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """dF of BLOCK_M pixels, summed over the classes."""
+    """Gradient dF of BLOCK_M pixels, summed over the classes."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
     NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     SLICES: tl.constexpr = (NUM_CHUNKS + OUT_CHUNKS - 1) // OUT_CHUNKS
@@ -114,9 +117,9 @@ def backward_query_kernel(
     query_tile = ()
     if RESIDENT:
         for i in tl.static_range(NUM_CHUNKS):
-            ch = i * CHUNK + channels
-            f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D)
-            query_tile = query_tile + (centre(f, mean_q, ch, D, CENTRED),)
+            ch = i * CHUNK
+            f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+            query_tile = query_tile + (centre(f, mean_q, ch, channels, D, CENTRED),)
     acc = ()
     for _ in tl.static_range(OUT_CHUNKS):
         acc = acc + (tl.zeros([BLOCK_M, CHUNK], ACC),)
@@ -139,21 +142,21 @@ def backward_query_kernel(
         grad_tile = ()
         if RESIDENT:
             for i in tl.static_range(NUM_CHUNKS):
-                ch = i * CHUNK + channels
+                ch = i * CHUNK
                 do = load_grad_agg(
-                    feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, D
+                    feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
                 )
                 grad_tile = grad_tile + (do,)
-                g = load_tile(bag_agg, pix, agg_hw, pix_ok, ch, agg_d, D)
+                g = load_tile(bag_agg, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
                 delta_q += tl.sum(do.to(ACC) * g.to(ACC), 1)
                 sum_grad += tl.sum(do.to(ACC), 1)
         else:
             for first_channel in range(0, D, CHUNK):
-                ch = first_channel + channels
+                ch = first_channel
                 do = load_grad_agg(
-                    feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, D
+                    feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
                 )
-                g = load_tile(bag_agg, pix, agg_hw, pix_ok, ch, agg_d, D)
+                g = load_tile(bag_agg, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
                 delta_q += tl.sum(do.to(ACC) * g.to(ACC), 1)
                 sum_grad += tl.sum(do.to(ACC), 1)
         if part == 0:
@@ -170,9 +173,9 @@ def backward_query_kernel(
             key_tile = ()
             if RESIDENT:
                 for i in tl.static_range(NUM_CHUNKS):
-                    ch = i * CHUNK + channels
-                    p = load_tile(bag_protos, rows, D, row_ok, ch, 1, D)
-                    p = centre(p, mean_p, ch, D, CENTRED)
+                    ch = i * CHUNK
+                    p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
+                    p = centre(p, mean_p, ch, channels, D, CENTRED)
                     if SHARED_TILE:
                         key_tile = key_tile + (p,)
                     pt = tl.trans(p)
@@ -184,14 +187,24 @@ def backward_query_kernel(
                     )
             else:
                 for first_channel in range(0, D, CHUNK):
-                    ch = first_channel + channels
-                    f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D)
+                    ch = first_channel
+                    f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
                     do = load_grad_agg(
-                        feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, D
+                        feat,
+                        feat_d,
+                        feat_hw,
+                        bag_grad,
+                        grad_d,
+                        grad_hw,
+                        pix,
+                        pix_ok,
+                        ch,
+                        channels,
+                        D,
                     )
-                    p = load_tile(bag_protos, rows, D, row_ok, ch, 1, D)
-                    pt = tl.trans(centre(p, mean_p, ch, D, CENTRED))
-                    f = centre(f, mean_q, ch, D, CENTRED)
+                    p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
+                    pt = tl.trans(centre(p, mean_p, ch, channels, D, CENTRED))
+                    f = centre(f, mean_q, ch, channels, D, CENTRED)
                     product = tl.dot(f, pt, product, input_precision=PRECISION, out_dtype=ACC)
                     grad_weight = tl.dot(
                         do, pt, grad_weight, input_precision=PRECISION, out_dtype=ACC
@@ -212,9 +225,9 @@ def backward_query_kernel(
                 if SHARED_TILE:
                     key = key_tile[i]
                 else:
-                    ch = (part * OUT_CHUNKS + i) * CHUNK + channels
-                    key = load_tile(bag_protos, rows, D, row_ok, ch, 1, D)
-                    key = centre(key, mean_p, ch, D, CENTRED)
+                    ch = (part * OUT_CHUNKS + i) * CHUNK
+                    key = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
+                    key = centre(key, mean_p, ch, channels, D, CENTRED)
                 updated = updated + (
                     tl.dot(coefficients, key, acc[i], input_precision=PRECISION, out_dtype=ACC),
                 )
@@ -231,20 +244,22 @@ def backward_query_kernel(
     grad_feat += image.to(tl.int64) * D * pixels
     agg += image.to(tl.int64) * ways * D * pixels
     for i in tl.static_range(OUT_CHUNKS):
-        ch = (part * OUT_CHUNKS + i) * CHUNK + channels
-        mask = pix_ok[:, None] & (ch < D)[None, :]
-        f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D).to(ACC)
+        ch = (part * OUT_CHUNKS + i) * CHUNK
+        f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D).to(ACC)
         df = (acc[i] - sum_mean[:, None]) / power[:, None]
         df -= (f - mean_q[:, None]) * projection[:, None]
         for way in range(ways):
-            dy = load_tile(grad_enhanced + way * grad_k, pix, grad_hw, pix_ok, ch, grad_d, D)
-            g = load_tile(agg + way * D * pixels, pix, agg_hw, pix_ok, ch, agg_d, D)
+            dy = load_tile(
+                grad_enhanced + way * grad_k, pix, grad_hw, pix_ok, ch, channels, grad_d, D
+            )
+            g = load_tile(agg + way * D * pixels, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
             df += dy.to(ACC) * g.to(ACC)
             if CONCAT:
-                dy = load_tile(grad_out + way * grad_k, pix, grad_hw, pix_ok, ch, grad_d, D)
+                dy = load_tile(
+                    grad_out + way * grad_k, pix, grad_hw, pix_ok, ch, channels, grad_d, D
+                )
                 df += dy.to(ACC)
-        target = grad_feat + pix[:, None] * agg_hw + ch[None, :] * agg_d
-        tl.store(target, df.to(dtype), mask=mask)
+        store_tile(grad_feat, df.to(dtype), pix, agg_hw, pix_ok, ch, channels, agg_d, D)
     if part == 0:
         tl.store(temperature_terms + image * tiles + tile, tl.sum(sum_cos, 0))
 
@@ -306,7 +321,7 @@ def backward_protos_kernel(
     RESIDENT: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """dP of BLOCK_N prototypes of one bag, summed over its queries."""
+    """Gradient dP of BLOCK_N prototypes of one bag, summed over its queries."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
     NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     SLICES: tl.constexpr = (NUM_CHUNKS + OUT_CHUNKS - 1) // OUT_CHUNKS
@@ -323,12 +338,15 @@ def backward_protos_kernel(
     first_row = tl.maximum(first_row, 0)
     end = tl.minimum(end, n_total)
     count = tl.where(is_bag, end - first_row, 0)
-    rows = first_row + (tile - first_row // BLOCK_N - bag) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok = rows < end
+    first_row += (tile - first_row // BLOCK_N - bag) * BLOCK_N
+    rows = tl.arange(0, BLOCK_N)
+    row_ok = first_row + rows < end
+    protos += first_row.to(tl.int64) * D
+    grad_protos += first_row.to(tl.int64) * D
 
     channels = tl.arange(0, CHUNK)
-    mean_p = tl.load(proto_stats + rows, mask=row_ok, other=0.0)
-    rnorm_p = tl.load(proto_stats + n_total + rows, mask=row_ok, other=0.0)
+    mean_p = tl.load(proto_stats + first_row + rows, mask=row_ok, other=0.0)
+    rnorm_p = tl.load(proto_stats + n_total + first_row + rows, mask=row_ok, other=0.0)
     # Scales dS r(P) into the range of float16; bounded, because A is scaled with it.
     power = tl.minimum(tl.maximum(power_of_two_near(of_constant(rnorm_p, EPS)), 1.0), 1024.0)
     rnorm_power = of_constant(rnorm_p, EPS) * power
@@ -337,9 +355,9 @@ def backward_protos_kernel(
     proto_tile = ()
     if RESIDENT:
         for i in tl.static_range(NUM_CHUNKS):
-            ch = i * CHUNK + channels
-            p = load_tile(protos, rows.to(tl.int64), D, row_ok, ch, 1, D)
-            proto_tile = proto_tile + (centre(p, mean_p, ch, D, CENTRED),)
+            ch = i * CHUNK
+            p = load_tile(protos, rows, D, row_ok, ch, channels, 1, D)
+            proto_tile = proto_tile + (centre(p, mean_p, ch, channels, D, CENTRED),)
     acc = ()
     for _ in tl.static_range(OUT_CHUNKS):
         acc = acc + (tl.zeros([BLOCK_N, CHUNK], ACC),)
@@ -348,7 +366,7 @@ def backward_protos_kernel(
 
     tiles = tl.cdiv(pixels, BLOCK_M)
     # Tiles past the end of their bag have nothing to do.
-    steps = tl.where(is_bag & (tl.min(rows, 0) < end), queries * tiles, 0)
+    steps = tl.where(is_bag & (first_row < end), queries * tiles, 0)
     episode = bag // ways
     way = bag % ways
     feat += episode.to(tl.int64) * feat_e
@@ -376,12 +394,22 @@ def backward_protos_kernel(
         grad_tile = ()
         if RESIDENT:
             for i in tl.static_range(NUM_CHUNKS):
-                ch = i * CHUNK + channels
-                f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, feat_d, D)
+                ch = i * CHUNK
+                f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
                 do = load_grad_agg(
-                    image_feat, feat_d, feat_hw, image_grad, grad_d, grad_hw, pix, pix_ok, ch, D
+                    image_feat,
+                    feat_d,
+                    feat_hw,
+                    image_grad,
+                    grad_d,
+                    grad_hw,
+                    pix,
+                    pix_ok,
+                    ch,
+                    channels,
+                    D,
                 )
-                f = centre(f, mean_q, ch, D, CENTRED)
+                f = centre(f, mean_q, ch, channels, D, CENTRED)
                 if SHARED_TILE:
                     query_tile = query_tile + (f,)
                     grad_tile = grad_tile + (do,)
@@ -399,14 +427,24 @@ def backward_protos_kernel(
                 )
         else:
             for first_channel in range(0, D, CHUNK):
-                ch = first_channel + channels
-                f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, feat_d, D)
+                ch = first_channel
+                f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
                 do = load_grad_agg(
-                    image_feat, feat_d, feat_hw, image_grad, grad_d, grad_hw, pix, pix_ok, ch, D
+                    image_feat,
+                    feat_d,
+                    feat_hw,
+                    image_grad,
+                    grad_d,
+                    grad_hw,
+                    pix,
+                    pix_ok,
+                    ch,
+                    channels,
+                    D,
                 )
-                p = load_tile(protos, rows.to(tl.int64), D, row_ok, ch, 1, D)
-                p = centre(p, mean_p, ch, D, CENTRED)
-                f = centre(f, mean_q, ch, D, CENTRED)
+                p = load_tile(protos, rows, D, row_ok, ch, channels, 1, D)
+                p = centre(p, mean_p, ch, channels, D, CENTRED)
+                f = centre(f, mean_q, ch, channels, D, CENTRED)
                 if CENTRED:
                     sum_grad += tl.sum(do, 1)
                 product = tl.dot(p, tl.trans(f), product, input_precision=PRECISION, out_dtype=ACC)
@@ -431,11 +469,21 @@ def backward_protos_kernel(
                 f = query_tile[i]
                 do = grad_tile[i]
             else:
-                ch = (part * OUT_CHUNKS + i) * CHUNK + channels
-                f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, feat_d, D)
-                f = centre(f, mean_q, ch, D, CENTRED)
+                ch = (part * OUT_CHUNKS + i) * CHUNK
+                f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+                f = centre(f, mean_q, ch, channels, D, CENTRED)
                 do = load_grad_agg(
-                    image_feat, feat_d, feat_hw, image_grad, grad_d, grad_hw, pix, pix_ok, ch, D
+                    image_feat,
+                    feat_d,
+                    feat_hw,
+                    image_grad,
+                    grad_d,
+                    grad_hw,
+                    pix,
+                    pix_ok,
+                    ch,
+                    channels,
+                    D,
                 )
             new = tl.dot(weights, do, acc[i], input_precision=PRECISION, out_dtype=ACC)
             new = tl.dot(coefficients, f, new, input_precision=PRECISION, out_dtype=ACC)
@@ -444,10 +492,9 @@ def backward_protos_kernel(
 
     projection = projection_factor(rnorm_p, EPS) * sum_cos
     for i in tl.static_range(OUT_CHUNKS):
-        ch = (part * OUT_CHUNKS + i) * CHUNK + channels
-        p = load_tile(protos, rows.to(tl.int64), D, row_ok, ch, 1, D).to(ACC)
+        ch = (part * OUT_CHUNKS + i) * CHUNK
+        p = load_tile(protos, rows, D, row_ok, ch, channels, 1, D).to(ACC)
         dp = (acc[i] - sum_mean[:, None]) / power[:, None]
         dp -= (p - mean_p[:, None]) * projection[:, None]
         dp = tl.where(is_bag, dp, 0.0)  # rows of no bag may hold anything
-        target = grad_protos + rows.to(tl.int64)[:, None] * D + ch[None, :]
-        tl.store(target, dp.to(dtype), mask=row_ok[:, None] & (ch < D)[None, :])
+        store_tile(grad_protos, dp.to(dtype), rows, D, row_ok, ch, channels, 1, D)

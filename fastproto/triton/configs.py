@@ -1,36 +1,221 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiles a problem runs with: an explicit table and a pure function that reads it."""
+"""Which tiles a problem runs with: an explicit table, and a pure function that reads it.
+
+How the rows were found, and what each compiles to: docs/kernels/triton.md.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import torch
+
+MAX_RESIDENT_CHUNKS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Tile sizes of one kernel.
+
+    Attributes:
+        block_m: Pixels of a tile.
+        block_n: Prototypes of a tile.
+        chunk: Channels of a tile.
+        out_chunks: Chunks of the result that a program computes; 0 means all.
+        resident: Whether a program keeps the tile it owns in all channels on the chip.
+        warps: Warps of a program.
+        stages: Depth of the software pipeline.
+        fused_stats: Forward only: whether statistics of the prototypes are computed on the way
+            where nothing has to be saved (half types), which spares a launch.
+    """
+
     block_m: int
     block_n: int
     chunk: int
-    out_chunks: int  # 0: all
+    out_chunks: int
     resident: bool
     warps: int
     stages: int
     fused_stats: bool = False
-    dim: int = 512
 
-    def slices(self, dim):
-        n = -(-dim // self.chunk)
-        return -(-n // (self.out_chunks or n))
+    def chunks(self, dim: int) -> int:
+        """Chunks of ``dim`` channels."""
+        return -(-dim // self.chunk)
 
-    @property
-    def constants(self):
-        n = -(-self.dim // self.chunk)
-        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, CHUNK=self.chunk, OUT_CHUNKS=self.out_chunks or n, RESIDENT=self.resident)
+    def slices(self, dim: int) -> int:
+        """Programs that share the channels of one result tile."""
+        return -(-self.chunks(dim) // (self.out_chunks or self.chunks(dim)))
+
+    def fit(self, dim: int) -> Config:
+        """The same with no larger a chunk than ``dim`` channels need, and no more of them."""
+        chunk = min(self.chunk, max(16, power_of_two_from(dim)))
+        out_chunks = min(self.out_chunks, -(-dim // chunk))
+        return dataclasses.replace(self, chunk=chunk, out_chunks=out_chunks)
+
+    def constants(self, dim: int) -> dict[str, Any]:
+        """The kernels' compile-time constants."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "CHUNK": self.chunk,
+            "OUT_CHUNKS": self.out_chunks or self.chunks(dim),
+            "RESIDENT": self.resident,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the choice may depend on. Not the number of prototypes: the host does not know it."""
+
+    episodes: int
+    queries: int
+    ways: int
+    pixels: int
+    dim: int
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """The device.
+
+    Attributes:
+        capability: Compute capability times ten, e.g. 90; 0 where it is not NVIDIA's.
+        multiprocessors: How many programs run side by side, about.
+        shared_memory: Bytes a program may have.
+    """
+
+    capability: int
+    multiprocessors: int
+    shared_memory: int
+
+
+H200 = Chip(90, 132, 227 * 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table: where a configuration applies.
+
+    Attributes:
+        kernel: "forward", "backward_query" or "backward_protos".
+        variant: "throughput", "small" or "any" (whatever the size).
+        dtypes: Types of the features.
+        capabilities: Lowest and highest compute capability, times ten.
+        shared_memory: Bytes needed, at most, by any of its uses.
+        max_dim: Largest D.
+        config: The tiles.
+    """
+
+    kernel: str
+    variant: str
+    dtypes: tuple[torch.dtype, ...]
+    capabilities: tuple[int, int]
+    shared_memory: int
+    max_dim: int
+    config: Config
+
+
+HALF = (torch.bfloat16, torch.float16)
+SINGLE = (torch.float32,)
+DOUBLE = (torch.float64,)
+ANY_DIM = 2**20
+ALL = (0, 999)
+KIB = 1024
+
+# Of the rows that apply the first is taken; the others are what autotuning may try.
+TABLE: tuple[Row, ...] = (
+    Row("forward", "throughput", HALF, ALL, 100 * KIB, 512, Config(32, 64, 128, 0, True, 8, 2)),
+    Row("forward", "small", HALF, ALL, 98 * KIB, 512, Config(16, 64, 128, 1, True, 4, 2, True)),
+    Row("forward", "any", HALF, ALL, 48 * KIB, ANY_DIM, Config(64, 64, 64, 4, False, 8, 3)),
+    Row(
+        "forward",
+        "any",
+        SINGLE + DOUBLE,
+        ALL,
+        48 * KIB,
+        ANY_DIM,
+        Config(32, 32, 32, 4, False, 8, 2),
+    ),
+    Row(
+        "backward_query", "throughput", HALF, ALL, 98 * KIB, 512, Config(32, 32, 128, 0, True, 8, 2)
+    ),
+    Row("backward_query", "small", HALF, ALL, 52 * KIB, 512, Config(16, 16, 128, 1, True, 4, 2)),
+    Row("backward_query", "any", HALF, ALL, 32 * KIB, ANY_DIM, Config(64, 64, 64, 4, False, 8, 2)),
+    Row(
+        "backward_query",
+        "any",
+        SINGLE + DOUBLE,
+        ALL,
+        48 * KIB,
+        ANY_DIM,
+        Config(32, 32, 32, 4, False, 8, 2),
+    ),
+    Row("backward_protos", "any", HALF, ALL, 32 * KIB, ANY_DIM, Config(64, 64, 64, 4, False, 8, 2)),
+    Row(
+        "backward_protos",
+        "any",
+        SINGLE + DOUBLE,
+        ALL,
+        48 * KIB,
+        ANY_DIM,
+        Config(32, 32, 32, 4, False, 8, 2),
+    ),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
+    """A configuration for every kernel."""
+
+    variant: str
     stats: Config
     forward: Config
     backward_query: Config
     backward_protos: Config
+
+
+def power_of_two_from(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def variant_of(shape: Shape, chip: Chip) -> str:
+    """Which form: "small" where throughput's tiles would leave multiprocessors idle."""
+    tiles = shape.episodes * shape.queries * shape.ways * -(-shape.pixels // 32)
+    return "throughput" if tiles >= chip.multiprocessors else "small"
+
+
+def candidates(kernel: str, shape: Shape, chip: Chip) -> list[Config]:
+    """The configurations that apply, best guess first."""
+    variant = variant_of(shape, chip)
+    found = [
+        row.config.fit(shape.dim)
+        for row in TABLE
+        if row.kernel == kernel
+        and row.variant in (variant, "any")
+        and shape.dtype in row.dtypes
+        and row.capabilities[0] <= chip.capability <= row.capabilities[1]
+        and row.shared_memory <= chip.shared_memory
+        and shape.dim <= row.max_dim
+    ]
+    return list(dict.fromkeys(found))
+
+
+def stats_config(dim: int) -> Config:
+    """Of the kernel that computes the statistics of the prototypes."""
+    chunk = min(512, max(16, power_of_two_from(dim)))
+    return Config(1, max(1, 4096 // chunk), chunk, 0, False, 4, 1)
+
+
+def choose(shape: Shape, chip: Chip) -> Plan:
+    """The plan of a problem: the first row of the table that applies, for every kernel."""
+    return Plan(
+        variant_of(shape, chip),
+        stats_config(shape.dim),
+        *(
+            candidates(kernel, shape, chip)[0]
+            for kernel in ("forward", "backward_query", "backward_protos")
+        ),
+    )

@@ -19,6 +19,8 @@ from fastproto.triton.tiles import (
     load_bag,
     load_tile,
     row_statistics,
+    store_tile,
+    zero_padding,
 )
 
 
@@ -43,9 +45,9 @@ def proto_stats_kernel(
     total = tl.zeros([BLOCK_N], ACC)
     squares = tl.zeros([BLOCK_N], ACC)
     for start in range(0, D, CHUNK):
-        ch = start + channels
-        tile = load_tile(protos, rows, D, row_ok, ch, 1, D).to(ACC)
-        shifted = tl.where((ch < D)[None, :], tile - first[:, None], 0.0)
+        ch = start
+        tile = load_tile(protos, rows, D, row_ok, ch, channels, 1, D).to(ACC)
+        shifted = zero_padding(tile - first[:, None], ch, channels, D)
         total += tl.sum(shifted, 1)
         squares += tl.sum(shifted * shifted, 1)
     mean, rnorm = row_statistics(first, total, squares, D, EPS)
@@ -124,26 +126,24 @@ def forward_kernel(
     query_tile = ()
     if RESIDENT:
         for i in tl.static_range(NUM_CHUNKS):
-            ch = i * CHUNK + channels
-            f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D)
+            ch = i * CHUNK
+            f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
             query_tile = query_tile + (f,)
-            shifted = tl.where((ch < D)[None, :], f.to(ACC) - first[:, None], 0.0)
+            shifted = zero_padding(f.to(ACC) - first[:, None], ch, channels, D)
             total += tl.sum(shifted, 1)
             squares += tl.sum(shifted * shifted, 1)
     else:
         for start in range(0, D, CHUNK):
-            ch = start + channels
-            f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D).to(ACC)
-            shifted = tl.where((ch < D)[None, :], f - first[:, None], 0.0)
+            ch = start
+            f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D).to(ACC)
+            shifted = zero_padding(f - first[:, None], ch, channels, D)
             total += tl.sum(shifted, 1)
             squares += tl.sum(shifted * shifted, 1)
     mean_q, rnorm_q = row_statistics(first, total, squares, D, EPS)
     if RESIDENT and CENTRED:
         centred = ()
         for i in tl.static_range(NUM_CHUNKS):
-            centred = centred + (
-                centre(query_tile[i], mean_q, i * CHUNK + channels, D, True),
-            )
+            centred = centred + (centre(query_tile[i], mean_q, i * CHUNK, channels, D, True),)
         query_tile = centred
 
     begin, count, valid = load_bag(offsets, bag, n_total)
@@ -171,45 +171,45 @@ def forward_kernel(
         value_tile = ()
         if RESIDENT:
             for i in tl.static_range(NUM_CHUNKS):
-                ch = i * CHUNK + channels
-                p = load_tile(bag_protos, rows, D, row_ok, ch, 1, D)
+                ch = i * CHUNK
+                p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
                 if SHARED_TILE:
                     value_tile = value_tile + (p,)
                 if proto_stats is None:
-                    shifted = tl.where((ch < D)[None, :], p.to(ACC) - first_p[:, None], 0.0)
+                    shifted = zero_padding(p.to(ACC) - first_p[:, None], ch, channels, D)
                     total_p += tl.sum(shifted, 1)
                     squares_p += tl.sum(shifted * shifted, 1)
                 if CENTRED:
-                    p = centre(p, mean_p, ch, D, True)
+                    p = centre(p, mean_p, ch, channels, D, True)
                 product = tl.dot(
                     query_tile[i], tl.trans(p), product, input_precision=PRECISION, out_dtype=ACC
                 )
         else:
             for first_channel in range(0, D, CHUNK):
-                ch = first_channel + channels
-                f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D)
-                p = load_tile(bag_protos, rows, D, row_ok, ch, 1, D)
+                ch = first_channel
+                f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+                p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
                 if proto_stats is None:
-                    shifted = tl.where((ch < D)[None, :], p.to(ACC) - first_p[:, None], 0.0)
+                    shifted = zero_padding(p.to(ACC) - first_p[:, None], ch, channels, D)
                     total_p += tl.sum(shifted, 1)
                     squares_p += tl.sum(shifted * shifted, 1)
                 if CENTRED:
-                    f = centre(f, mean_q, ch, D, True)
-                    p = centre(p, mean_p, ch, D, True)
+                    f = centre(f, mean_q, ch, channels, D, True)
+                    p = centre(p, mean_p, ch, channels, D, True)
                 product = tl.dot(f, tl.trans(p), product, input_precision=PRECISION, out_dtype=ACC)
         if proto_stats is None:
             mean_p, rnorm_p = row_statistics(first_p, total_p, squares_p, D, EPS)
 
-        cos = cosine(product, mean_q, mean_p, rnorm_q, rnorm_p, D, CENTRED)
+        exponent = cosine(product, mean_q, mean_p, rnorm_q * scale, rnorm_p, D, CENTRED)
         if ONLINE_MAX:
-            exponent = tl.where(row_ok[None, :], cos * scale, float("-inf"))
+            exponent = tl.where(row_ok[None, :], exponent, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(exponent, 1))
             w = tl.exp2(exponent - new_max[:, None])
             rescale = tl.exp2(row_max - new_max)
             row_sum = row_sum * rescale + tl.sum(w, 1)
             row_max = new_max
         else:
-            w = tl.where(row_ok[None, :], tl.exp2((cos - 1) * scale), 0.0)
+            w = tl.where(row_ok[None, :], tl.exp2(exponent - scale), 0.0)
             row_sum += tl.sum(w, 1)
 
         weights = w.to(dtype)
@@ -218,8 +218,8 @@ def forward_kernel(
             if SHARED_TILE:
                 value = value_tile[i]
             else:
-                ch = (part * OUT_CHUNKS + i) * CHUNK + channels
-                value = load_tile(bag_protos, rows, D, row_ok, ch, 1, D)
+                ch = (part * OUT_CHUNKS + i) * CHUNK
+                value = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
             old = acc[i]
             if ONLINE_MAX:
                 old = old * rescale[:, None]
@@ -237,21 +237,20 @@ def forward_kernel(
     inverse = tl.where(row_sum == 0, 0.0, 1 / row_sum)  # an empty bag
     inverse = tl.where(valid, inverse, float("nan"))
     out += map_index * (2 * D if CONCAT else D) * pixels
+    if SAVE:
+        agg += map_index * D * pixels
     for i in tl.static_range(OUT_CHUNKS):
-        ch = (part * OUT_CHUNKS + i) * CHUNK + channels
-        mask = pix_ok[:, None] & (ch < D)[None, :]
-        f = load_tile(feat, pix, feat_hw, pix_ok, ch, feat_d, D)
+        ch = (part * OUT_CHUNKS + i) * CHUNK
+        f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
         g = acc[i] * inverse[:, None]
         enhanced = (g * f.to(ACC)).to(dtype)
-        target = out + pix[:, None] * out_hw + ch[None, :] * out_d
         if CONCAT:
-            tl.store(target, f, mask=mask)
-            tl.store(target + D * out_d, enhanced, mask=mask)
+            store_tile(out, f, pix, out_hw, pix_ok, ch, channels, out_d, D)
+            store_tile(out + D * out_d, enhanced, pix, out_hw, pix_ok, ch, channels, out_d, D)
         else:
-            tl.store(target, enhanced, mask=mask)
+            store_tile(out, enhanced, pix, out_hw, pix_ok, ch, channels, out_d, D)
         if SAVE:
-            target = agg + map_index * D * pixels + pix[:, None] * agg_hw + ch[None, :] * agg_d
-            tl.store(target, g.to(dtype), mask=mask)
+            store_tile(agg, g.to(dtype), pix, agg_hw, pix_ok, ch, channels, agg_d, D)
     if SAVE:
         if part == 0:
             bound = row_max if ONLINE_MAX else scale

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from fastproto.errors import ArgumentError
+from fastproto.layout import new_maps, pixel_stride, pixels_are_one_dim
 from fastproto.triton import backward, forward
 from fastproto.triton.configs import Config, Plan
 
@@ -57,39 +58,9 @@ def run_now(launch: Launch) -> None:
     launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
 
 
-def is_channels_last(feat: Tensor) -> bool:
-    """Whether channels are contiguous, and that says something."""
-    return feat.stride(2) == 1 and feat.shape[2] > 1 and feat.shape[3] * feat.shape[4] > 1
-
-
-def new_maps(
-    feat: Tensor, leading: list[int], channels: int, channels_last: bool | None = None
-) -> Tensor:
-    """An empty [*leading, channels, H, W] in the layout of ``feat``."""
-    height, width = feat.shape[3], feat.shape[4]
-    if channels_last is None:
-        channels_last = is_channels_last(feat)
-    if channels_last:
-        return feat.new_empty([*leading, height, width, channels]).movedim(-1, -3)
-    return feat.new_empty([*leading, channels, height, width])
-
-
 def walkable(maps: Tensor) -> Tensor:
-    """``maps`` [..., H, W] itself if height and width run as one dimension, else an NCHW copy."""
-    height, width = maps.shape[-2:]
-    if (
-        height == 1
-        or width == 1
-        or maps.numel() == 0
-        or maps.stride(-2) == width * maps.stride(-1)
-    ):
-        return maps
-    return maps.contiguous()
-
-
-def pixel_stride(maps: Tensor) -> int:
-    """Distance of neighbouring pixels of walkable maps."""
-    return maps.stride(-1) if maps.shape[-1] > 1 else maps.stride(-2)
+    """``maps`` itself if its pixels run as one dimension, else an NCHW copy."""
+    return maps if pixels_are_one_dim(maps) else maps.contiguous()
 
 
 def temperature_argument(
@@ -215,7 +186,7 @@ def run_forward(
                     "SAVE": save,
                     "ONLINE_MAX": needs_running_max(feat.dtype, temperature),
                 }
-                | config.constants,
+                | config.constants(dim),
                 config,
             )
         )
@@ -253,8 +224,7 @@ def run_backward(
     pixels = height * width
     bags = offsets.shape[0] - 1
     ways = bags // episodes
-    channels_last = agg.stride(3) == 1 and dim > 1 and pixels > 1
-    grad_feat = new_maps(feat, [episodes, queries], dim, channels_last)
+    grad_feat = new_maps(agg, [episodes, queries], dim)  # where feat was copied: NCHW
     config = plan.backward_query
     tiles = triton.cdiv(pixels, config.block_m)
     delta = torch.empty_like(lse)
@@ -299,7 +269,7 @@ def run_backward(
                     "agg_d": agg.stride(3),
                     "agg_hw": pixel_stride(agg),
                 },
-                constants | config.constants,
+                constants | config.constants(dim),
                 config,
             )
         )
@@ -313,7 +283,7 @@ def run_backward(
                 backward.backward_protos_kernel,
                 owned * config.slices(dim),
                 shared | {"bags": bags, "grad_protos": grad_protos},
-                constants | config.constants | {"SEARCH": search_block(bags)},
+                constants | config.constants(dim) | {"SEARCH": search_block(bags)},
                 config,
             )
         )

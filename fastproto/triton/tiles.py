@@ -74,19 +74,47 @@ def power_of_two_near(rnorm):
 
 
 @triton.jit
-def load_tile(base, rows, row_stride, row_ok, channels, channel_stride, D: tl.constexpr):
-    """[rows, channels] of a matrix; zeros outside."""
+def load_tile(base, rows, row_stride, row_ok, first, channels, channel_stride, D: tl.constexpr):
+    """[rows, channels first + channels] of a matrix; zeros outside.
+
+    Tiles of other channels differ by a scalar alone, so that they share their offsets' registers.
+    """
+    CHUNK: tl.constexpr = channels.shape[0]
     offsets = rows[:, None] * row_stride + channels[None, :] * channel_stride
-    mask = row_ok[:, None] & (channels < D)[None, :]
-    return tl.load(base + offsets, mask=mask, other=0.0)
+    mask = row_ok[:, None]
+    if D // CHUNK * CHUNK != D:  # the interpreter has no int % constexpr
+        mask = mask & (first + channels < D)[None, :]
+    return tl.load(base + first * channel_stride + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
-def centre(tile, mean, channels, D: tl.constexpr, CENTRED: tl.constexpr):
+def store_tile(
+    base, tile, rows, row_stride, row_ok, first, channels, channel_stride, D: tl.constexpr
+):
+    """The counterpart of load_tile."""
+    CHUNK: tl.constexpr = channels.shape[0]
+    offsets = rows[:, None] * row_stride + channels[None, :] * channel_stride
+    mask = row_ok[:, None]
+    if D // CHUNK * CHUNK != D:  # the interpreter has no int % constexpr
+        mask = mask & (first + channels < D)[None, :]
+    tl.store(base + first * channel_stride + offsets, tile, mask=mask)
+
+
+@triton.jit
+def zero_padding(tile, first, channels, D: tl.constexpr):
+    """Zeros in the channels past D."""
+    CHUNK: tl.constexpr = channels.shape[0]
+    if D // CHUNK * CHUNK != D:  # the interpreter has no int % constexpr
+        return tl.where((first + channels < D)[None, :], tile, 0.0)
+    else:
+        return tile
+
+
+@triton.jit
+def centre(tile, mean, first, channels, D: tl.constexpr, CENTRED: tl.constexpr):
     """Float32 tiles are centred on their way through registers; half ones algebraically."""
     if CENTRED:
-        centred = tile - mean[:, None]
-        return tl.where((channels < D)[None, :], centred, 0.0)
+        return zero_padding(tile - mean[:, None], first, channels, D)
     else:
         return tile
 

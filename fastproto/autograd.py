@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Autograd around a pair of forward and backward ops, for every compiled backend.
+
+The pair has one schema whatever the backend, but for the tensors that the forward saves:
+
+    forward(feat, protos, offsets, temperature_tensor, temperature, eps, concat,
+            save_for_backward) -> (out, *saved)
+    backward(grad_out, feat, protos, offsets, temperature_tensor, *saved, temperature, eps,
+             concat, needs_protos, needs_temperature) -> (grad_feat, grad_protos, grad_temperature)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class OpPair:
+    """A backend's ops.
+
+    Attributes:
+        backend: Its name.
+        forward: Qualified name of the registered forward op.
+        backward: Qualified name of the registered backward op.
+        forward_now: The forward without torch's dispatcher above it, for plain eager calls.
+        backward_now: The same of the backward.
+    """
+
+    backend: str
+    forward: str
+    backward: str
+    forward_now: Callable[..., Sequence[Tensor]]
+    backward_now: Callable[..., Sequence[Tensor]]
+
+
+def op(qualified_name: str) -> Any:
+    """The op that is registered as ``namespace::name``."""
+    namespace, name = qualified_name.split("::")
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def call(
+    pair: OpPair,
+    feat: Tensor,
+    protos: Tensor,
+    offsets: Tensor,
+    temperature: float | Tensor,
+    eps: float,
+    concat: bool,
+) -> Tensor:
+    """Call the pair on checked arguments; shapes as in ``fastproto.proto_attention``."""
+    if isinstance(temperature, Tensor):
+        tensor, number = temperature, 1.0
+        differentiable = temperature.requires_grad
+    else:
+        tensor, number = None, temperature
+        differentiable = False
+    save = torch.is_grad_enabled() and (
+        feat.requires_grad or protos.requires_grad or differentiable
+    )
+    inputs = (feat, protos, offsets, tensor, number, eps, concat)
+    if _is_traced():
+        return op(pair.forward)(*inputs, save)[0]
+    if save:
+        return _EagerFunction.apply(pair, *inputs)
+    return pair.forward_now(*inputs, False)[0]
+
+
+def _is_traced() -> bool:
+    """Whether something stands between this call and the kernel that must see the op."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _save(ctx: Any, inputs: Sequence[Any], saved: Sequence[Tensor]) -> None:
+    feat, protos, offsets, temperature_tensor, temperature, eps, concat = inputs
+    ctx.save_for_backward(feat, protos, offsets, temperature_tensor, *saved)
+    ctx.options = (temperature, eps, concat)
+
+
+def _gradients(
+    ctx: Any, backward: Callable[..., Sequence[Tensor]], grad_out: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of feat, protos, offsets, temperature_tensor, temperature, eps, concat."""
+    feat, protos, offsets, temperature_tensor, *saved = ctx.saved_tensors
+    needs_protos, needs_temperature = needs[1], needs[3]
+    grad_feat, grad_protos, grad_temperature = backward(
+        grad_out,
+        feat,
+        protos,
+        offsets,
+        temperature_tensor,
+        *saved,
+        *ctx.options,
+        needs_protos,
+        needs_temperature,
+    )
+    return (
+        grad_feat,
+        grad_protos if needs_protos else None,
+        None,
+        grad_temperature.reshape(temperature_tensor.shape) if needs_temperature else None,
+        None,
+        None,
+        None,
+    )
+
+
+class _EagerFunction(torch.autograd.Function):
+    """What :func:`register` describes, at half its cost per call.
+
+    A registered formula passes through generic Python at every call (60 us forward and backward):
+    as much as a small problem takes to compute. torch.compile and torch.func need that form.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pair: OpPair, *inputs: Any) -> Tensor:
+        out, *saved = pair.forward_now(*inputs, True)
+        _save(ctx, inputs, saved)
+        ctx.pair = pair
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        pair = ctx.pair
+        # With create_graph: through autograd, which says that it cannot.
+        backward = op(pair.backward) if torch.is_grad_enabled() else pair.backward_now
+        return (None, *_gradients(ctx, backward, grad_out, ctx.needs_input_grad[1:]))
+
+
+def register(pair: OpPair) -> None:
+    """Give the pair's ops their autograd formulas, for torch.compile and torch.func."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs[:-1], output[1:])
+
+    def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        return (*_gradients(ctx, op(pair.backward), grad_out, needs), None)  # save_for_backward
+
+    def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"proto_attention: the {pair.backend} backend has no second derivative; "
+            'call it with backend="reference", which has.'
+        )
+
+    torch.library.register_autograd(pair.forward, backward, setup_context=setup_context)
+    torch.library.register_autograd(pair.backward, no_second_derivative)
