@@ -84,7 +84,8 @@ def backward_query_kernel(
     """Gradient dF of BLOCK_M pixels, summed over the classes."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
     NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
-    SLICES: tl.constexpr = (NUM_CHUNKS + OUT_CHUNKS - 1) // OUT_CHUNKS
+    SLICES: tl.constexpr = NUM_CHUNKS // OUT_CHUNKS
+    tl.static_assert(SLICES * OUT_CHUNKS == NUM_CHUNKS, "a program without channels")
     SHARED_TILE: tl.constexpr = RESIDENT and SLICES == 1
     dtype = feat.dtype.element_ty
 
@@ -151,8 +152,7 @@ def backward_query_kernel(
                 delta_q += tl.sum(do.to(ACC) * g.to(ACC), 1)
                 sum_grad += tl.sum(do.to(ACC), 1)
         else:
-            for first_channel in range(0, D, CHUNK):
-                ch = first_channel
+            for ch in range(0, D, CHUNK):
                 do = load_grad_agg(
                     feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
                 )
@@ -186,8 +186,7 @@ def backward_query_kernel(
                         grad_tile[i], pt, grad_weight, input_precision=PRECISION, out_dtype=ACC
                     )
             else:
-                for first_channel in range(0, D, CHUNK):
-                    ch = first_channel
+                for ch in range(0, D, CHUNK):
                     f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
                     do = load_grad_agg(
                         feat,
@@ -318,14 +317,13 @@ def backward_protos_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     OUT_CHUNKS: tl.constexpr,
-    RESIDENT: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
     """Gradient dP of BLOCK_N prototypes of one bag, summed over its queries."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
     NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
-    SLICES: tl.constexpr = (NUM_CHUNKS + OUT_CHUNKS - 1) // OUT_CHUNKS
-    SHARED_TILE: tl.constexpr = RESIDENT and SLICES == 1
+    SLICES: tl.constexpr = NUM_CHUNKS // OUT_CHUNKS
+    tl.static_assert(SLICES * OUT_CHUNKS == NUM_CHUNKS, "a program without channels")
     dtype = feat.dtype.element_ty
 
     pid = tl.program_id(0)
@@ -352,12 +350,6 @@ def backward_protos_kernel(
     rnorm_power = of_constant(rnorm_p, EPS) * power
     scale = exponent_scale(temperature, count, TEMPERATURE_IS_TENSOR, ACC)
 
-    proto_tile = ()
-    if RESIDENT:
-        for i in tl.static_range(NUM_CHUNKS):
-            ch = i * CHUNK
-            p = load_tile(protos, rows, D, row_ok, ch, channels, 1, D)
-            proto_tile = proto_tile + (centre(p, mean_p, ch, channels, D, CENTRED),)
     acc = ()
     for _ in tl.static_range(OUT_CHUNKS):
         acc = acc + (tl.zeros([BLOCK_N, CHUNK], ACC),)
@@ -390,67 +382,30 @@ def backward_protos_kernel(
         product = tl.zeros([BLOCK_N, BLOCK_M], ACC)
         grad_weight = tl.zeros([BLOCK_N, BLOCK_M], ACC)  # dA
         sum_grad = tl.zeros([BLOCK_M], ACC)
-        query_tile = ()
-        grad_tile = ()
-        if RESIDENT:
-            for i in tl.static_range(NUM_CHUNKS):
-                ch = i * CHUNK
-                f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-                do = load_grad_agg(
-                    image_feat,
-                    feat_d,
-                    feat_hw,
-                    image_grad,
-                    grad_d,
-                    grad_hw,
-                    pix,
-                    pix_ok,
-                    ch,
-                    channels,
-                    D,
-                )
-                f = centre(f, mean_q, ch, channels, D, CENTRED)
-                if SHARED_TILE:
-                    query_tile = query_tile + (f,)
-                    grad_tile = grad_tile + (do,)
-                if CENTRED:
-                    sum_grad += tl.sum(do, 1)
-                product = tl.dot(
-                    proto_tile[i], tl.trans(f), product, input_precision=PRECISION, out_dtype=ACC
-                )
-                grad_weight = tl.dot(
-                    proto_tile[i],
-                    tl.trans(do),
-                    grad_weight,
-                    input_precision=PRECISION,
-                    out_dtype=ACC,
-                )
-        else:
-            for first_channel in range(0, D, CHUNK):
-                ch = first_channel
-                f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-                do = load_grad_agg(
-                    image_feat,
-                    feat_d,
-                    feat_hw,
-                    image_grad,
-                    grad_d,
-                    grad_hw,
-                    pix,
-                    pix_ok,
-                    ch,
-                    channels,
-                    D,
-                )
-                p = load_tile(protos, rows, D, row_ok, ch, channels, 1, D)
-                p = centre(p, mean_p, ch, channels, D, CENTRED)
-                f = centre(f, mean_q, ch, channels, D, CENTRED)
-                if CENTRED:
-                    sum_grad += tl.sum(do, 1)
-                product = tl.dot(p, tl.trans(f), product, input_precision=PRECISION, out_dtype=ACC)
-                grad_weight = tl.dot(
-                    p, tl.trans(do), grad_weight, input_precision=PRECISION, out_dtype=ACC
-                )
+        for ch in range(0, D, CHUNK):
+            f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+            do = load_grad_agg(
+                image_feat,
+                feat_d,
+                feat_hw,
+                image_grad,
+                grad_d,
+                grad_hw,
+                pix,
+                pix_ok,
+                ch,
+                channels,
+                D,
+            )
+            p = load_tile(protos, rows, D, row_ok, ch, channels, 1, D)
+            p = centre(p, mean_p, ch, channels, D, CENTRED)
+            f = centre(f, mean_q, ch, channels, D, CENTRED)
+            if CENTRED:
+                sum_grad += tl.sum(do, 1)
+            product = tl.dot(p, tl.trans(f), product, input_precision=PRECISION, out_dtype=ACC)
+            grad_weight = tl.dot(
+                p, tl.trans(do), grad_weight, input_precision=PRECISION, out_dtype=ACC
+            )
         if CENTRED:
             grad_weight += mean_p[:, None] * sum_grad[None, :]
 
@@ -465,26 +420,22 @@ def backward_protos_kernel(
         weights = (a * power[:, None]).to(dtype)
         updated = ()
         for i in tl.static_range(OUT_CHUNKS):
-            if SHARED_TILE:
-                f = query_tile[i]
-                do = grad_tile[i]
-            else:
-                ch = (part * OUT_CHUNKS + i) * CHUNK
-                f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-                f = centre(f, mean_q, ch, channels, D, CENTRED)
-                do = load_grad_agg(
-                    image_feat,
-                    feat_d,
-                    feat_hw,
-                    image_grad,
-                    grad_d,
-                    grad_hw,
-                    pix,
-                    pix_ok,
-                    ch,
-                    channels,
-                    D,
-                )
+            ch = (part * OUT_CHUNKS + i) * CHUNK
+            f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+            f = centre(f, mean_q, ch, channels, D, CENTRED)
+            do = load_grad_agg(
+                image_feat,
+                feat_d,
+                feat_hw,
+                image_grad,
+                grad_d,
+                grad_hw,
+                pix,
+                pix_ok,
+                ch,
+                channels,
+                D,
+            )
             new = tl.dot(weights, do, acc[i], input_precision=PRECISION, out_dtype=ACC)
             new = tl.dot(coefficients, f, new, input_precision=PRECISION, out_dtype=ACC)
             updated = updated + (new,)

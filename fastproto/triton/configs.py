@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-MAX_RESIDENT_CHUNKS = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -45,23 +43,32 @@ class Config:
 
     def slices(self, dim: int) -> int:
         """Programs that share the channels of one result tile."""
-        return -(-self.chunks(dim) // (self.out_chunks or self.chunks(dim)))
+        return self.chunks(dim) // (self.out_chunks or self.chunks(dim))
 
     def fit(self, dim: int) -> Config:
-        """The same with no larger a chunk than ``dim`` channels need, and no more of them."""
+        """The same for ``dim`` channels: chunks no larger than they need, dealt out evenly.
+
+        Evenly, because a program with a chunk past the last channel would have to mask it.
+        """
         chunk = min(self.chunk, max(16, power_of_two_from(dim)))
-        out_chunks = min(self.out_chunks, -(-dim // chunk))
+        chunks = -(-dim // chunk)
+        out_chunks = min(self.out_chunks, chunks)
+        while out_chunks and chunks % out_chunks:
+            out_chunks -= 1
         return dataclasses.replace(self, chunk=chunk, out_chunks=out_chunks)
 
-    def constants(self, dim: int) -> dict[str, Any]:
-        """The kernels' compile-time constants."""
+    def streamed_constants(self, dim: int) -> dict[str, Any]:
+        """Compile-time constants of a kernel that keeps no tile resident."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "CHUNK": self.chunk,
             "OUT_CHUNKS": self.out_chunks or self.chunks(dim),
-            "RESIDENT": self.resident,
         }
+
+    def constants(self, dim: int) -> dict[str, Any]:
+        """Compile-time constants of a kernel that may."""
+        return self.streamed_constants(dim) | {"RESIDENT": self.resident}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +99,7 @@ class Chip:
 
 
 H200 = Chip(90, 132, 227 * 1024)
+INTERPRETER = Chip(0, 132, 227 * 1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,45 +130,79 @@ SINGLE = (torch.float32,)
 DOUBLE = (torch.float64,)
 ANY_DIM = 2**20
 ALL = (0, 999)
+SM80 = (80, 89)
+SM90 = (90, 99)
+NOT_NVIDIA = (0, 0)  # other makes, and the interpreter
 KIB = 1024
 
 # Of the rows that apply the first is taken; the others are what autotuning may try.
 TABLE: tuple[Row, ...] = (
-    Row("forward", "throughput", HALF, ALL, 100 * KIB, 512, Config(32, 64, 128, 0, True, 8, 2)),
-    Row("forward", "small", HALF, ALL, 98 * KIB, 512, Config(16, 64, 128, 1, True, 4, 2, True)),
-    Row("forward", "any", HALF, ALL, 48 * KIB, ANY_DIM, Config(64, 64, 64, 4, False, 8, 3)),
-    Row(
-        "forward",
-        "any",
-        SINGLE + DOUBLE,
-        ALL,
-        48 * KIB,
-        ANY_DIM,
-        Config(32, 32, 32, 4, False, 8, 2),
-    ),
-    Row(
-        "backward_query", "throughput", HALF, ALL, 98 * KIB, 512, Config(32, 32, 128, 0, True, 8, 2)
-    ),
-    Row("backward_query", "small", HALF, ALL, 52 * KIB, 512, Config(16, 16, 128, 1, True, 4, 2)),
-    Row("backward_query", "any", HALF, ALL, 32 * KIB, ANY_DIM, Config(64, 64, 64, 4, False, 8, 2)),
+    Row("forward", "throughput", HALF, ALL, 101 * KIB, 512, Config(32, 64, 128, 0, True, 8, 2)),
+    Row("forward", "throughput", HALF, ALL, 67 * KIB, 512, Config(32, 32, 128, 0, True, 8, 2)),
+    Row("forward", "small", HALF, ALL, 99 * KIB, 512, Config(16, 64, 128, 1, True, 4, 2, True)),
+    Row("forward", "any", HALF, SM90, 48 * KIB, ANY_DIM, Config(64, 64, 64, 4, False, 8, 3)),
+    Row("forward", "any", HALF, ALL, 8 * KIB, ANY_DIM, Config(16, 32, 64, 2, False, 4, 2)),
+    Row("forward", "any", SINGLE, ALL, 17 * KIB, ANY_DIM, Config(32, 32, 32, 2, False, 8, 2)),
+    Row("forward", "any", DOUBLE, NOT_NVIDIA, 0, ANY_DIM, Config(16, 16, 32, 1, False, 4, 1)),
     Row(
         "backward_query",
-        "any",
-        SINGLE + DOUBLE,
+        "throughput",
+        HALF,
         ALL,
-        48 * KIB,
-        ANY_DIM,
-        Config(32, 32, 32, 4, False, 8, 2),
+        101 * KIB,
+        512,
+        Config(16, 64, 128, 0, True, 8, 2),
     ),
-    Row("backward_protos", "any", HALF, ALL, 32 * KIB, ANY_DIM, Config(64, 64, 64, 4, False, 8, 2)),
+    Row(
+        "backward_query",
+        "throughput",
+        HALF,
+        ALL,
+        116 * KIB,
+        512,
+        Config(32, 32, 128, 2, True, 8, 2),
+    ),
+    Row("backward_query", "small", HALF, ALL, 116 * KIB, 512, Config(16, 64, 128, 1, True, 8, 2)),
+    Row("backward_query", "any", HALF, SM90, 25 * KIB, ANY_DIM, Config(64, 32, 64, 4, False, 8, 2)),
+    Row("backward_query", "any", HALF, ALL, 13 * KIB, ANY_DIM, Config(32, 32, 64, 4, False, 8, 2)),
+    Row("backward_query", "any", SINGLE, ALL, 9 * KIB, ANY_DIM, Config(16, 32, 32, 4, False, 8, 2)),
+    Row("backward_query", "any", SINGLE, ALL, 7 * KIB, ANY_DIM, Config(16, 16, 32, 2, False, 4, 2)),
+    Row(
+        "backward_query", "any", DOUBLE, NOT_NVIDIA, 0, ANY_DIM, Config(16, 16, 32, 1, False, 4, 1)
+    ),
     Row(
         "backward_protos",
-        "any",
-        SINGLE + DOUBLE,
-        ALL,
-        48 * KIB,
+        "throughput",
+        HALF,
+        SM90,
+        29 * KIB,
         ANY_DIM,
-        Config(32, 32, 32, 4, False, 8, 2),
+        Config(32, 64, 64, 4, False, 8, 2),
+    ),
+    Row(
+        "backward_protos",
+        "throughput",
+        HALF,
+        SM80,
+        13 * KIB,
+        ANY_DIM,
+        Config(32, 32, 64, 4, False, 8, 2),
+    ),
+    Row(
+        "backward_protos",
+        "throughput",
+        HALF,
+        ALL,
+        21 * KIB,
+        ANY_DIM,
+        Config(64, 32, 64, 2, False, 8, 2),
+    ),
+    Row("backward_protos", "any", HALF, ALL, 7 * KIB, ANY_DIM, Config(16, 16, 64, 1, False, 4, 2)),
+    Row(
+        "backward_protos", "any", SINGLE, ALL, 7 * KIB, ANY_DIM, Config(16, 16, 32, 2, False, 4, 2)
+    ),
+    Row(
+        "backward_protos", "any", DOUBLE, NOT_NVIDIA, 0, ANY_DIM, Config(16, 16, 32, 1, False, 4, 1)
     ),
 )
 

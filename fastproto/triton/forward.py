@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastproto.triton.tiles import (
+    add_statistics,
     centre,
     cosine,
     exponent_scale,
@@ -20,7 +21,6 @@ from fastproto.triton.tiles import (
     load_tile,
     row_statistics,
     store_tile,
-    zero_padding,
 )
 
 
@@ -44,12 +44,9 @@ def proto_stats_kernel(
     first = tl.load(protos + rows * D, mask=row_ok, other=0.0).to(ACC)
     total = tl.zeros([BLOCK_N], ACC)
     squares = tl.zeros([BLOCK_N], ACC)
-    for start in range(0, D, CHUNK):
-        ch = start
+    for ch in range(0, D, CHUNK):
         tile = load_tile(protos, rows, D, row_ok, ch, channels, 1, D).to(ACC)
-        shifted = zero_padding(tile - first[:, None], ch, channels, D)
-        total += tl.sum(shifted, 1)
-        squares += tl.sum(shifted * shifted, 1)
+        total, squares = add_statistics(tile, first, total, squares, ch, channels, D)
     mean, rnorm = row_statistics(first, total, squares, D, EPS)
     tl.store(proto_stats + rows, mean, mask=row_ok)
     tl.store(proto_stats + n_total + rows, rnorm, mask=row_ok)
@@ -97,7 +94,8 @@ def forward_kernel(
     """Y = [F ; G*F] of BLOCK_M pixels."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
     NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
-    SLICES: tl.constexpr = (NUM_CHUNKS + OUT_CHUNKS - 1) // OUT_CHUNKS
+    SLICES: tl.constexpr = NUM_CHUNKS // OUT_CHUNKS
+    tl.static_assert(SLICES * OUT_CHUNKS == NUM_CHUNKS, "a program without channels")
     SHARED_TILE: tl.constexpr = RESIDENT and SLICES == 1
     dtype = feat.dtype.element_ty
 
@@ -129,16 +127,11 @@ def forward_kernel(
             ch = i * CHUNK
             f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
             query_tile = query_tile + (f,)
-            shifted = zero_padding(f.to(ACC) - first[:, None], ch, channels, D)
-            total += tl.sum(shifted, 1)
-            squares += tl.sum(shifted * shifted, 1)
+            total, squares = add_statistics(f, first, total, squares, ch, channels, D)
     else:
-        for start in range(0, D, CHUNK):
-            ch = start
+        for ch in range(0, D, CHUNK):
             f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D).to(ACC)
-            shifted = zero_padding(f - first[:, None], ch, channels, D)
-            total += tl.sum(shifted, 1)
-            squares += tl.sum(shifted * shifted, 1)
+            total, squares = add_statistics(f, first, total, squares, ch, channels, D)
     mean_q, rnorm_q = row_statistics(first, total, squares, D, EPS)
     if RESIDENT and CENTRED:
         centred = ()
@@ -176,23 +169,22 @@ def forward_kernel(
                 if SHARED_TILE:
                     value_tile = value_tile + (p,)
                 if proto_stats is None:
-                    shifted = zero_padding(p.to(ACC) - first_p[:, None], ch, channels, D)
-                    total_p += tl.sum(shifted, 1)
-                    squares_p += tl.sum(shifted * shifted, 1)
+                    total_p, squares_p = add_statistics(
+                        p, first_p, total_p, squares_p, ch, channels, D
+                    )
                 if CENTRED:
                     p = centre(p, mean_p, ch, channels, D, True)
                 product = tl.dot(
                     query_tile[i], tl.trans(p), product, input_precision=PRECISION, out_dtype=ACC
                 )
         else:
-            for first_channel in range(0, D, CHUNK):
-                ch = first_channel
+            for ch in range(0, D, CHUNK):
                 f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
                 p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
                 if proto_stats is None:
-                    shifted = zero_padding(p.to(ACC) - first_p[:, None], ch, channels, D)
-                    total_p += tl.sum(shifted, 1)
-                    squares_p += tl.sum(shifted * shifted, 1)
+                    total_p, squares_p = add_statistics(
+                        p, first_p, total_p, squares_p, ch, channels, D
+                    )
                 if CENTRED:
                     f = centre(f, mean_q, ch, channels, D, True)
                     p = centre(p, mean_p, ch, channels, D, True)

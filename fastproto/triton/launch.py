@@ -283,7 +283,7 @@ def run_backward(
                 backward.backward_protos_kernel,
                 owned * config.slices(dim),
                 shared | {"bags": bags, "grad_protos": grad_protos},
-                constants | config.constants(dim) | {"SEARCH": search_block(bags)},
+                constants | config.streamed_constants(dim) | {"SEARCH": search_block(bags)},
                 config,
             )
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastproto import autograd
 from fastproto.triton import launch, support
-from fastproto.triton.configs import H200, Chip, Plan, Shape
+from fastproto.triton.configs import H200, INTERPRETER, Chip, Plan, Shape
 from fastproto.triton.launch import Launch, Run
 from fastproto.triton.tuning import plan_for
 
@@ -24,7 +24,9 @@ from fastproto.triton.tuning import plan_for
 
 @functools.cache
 def chip_of(device: torch.device) -> Chip:
-    """What the table asks of a device; an H200 where there is none (interpreter, fake tensors)."""
+    """What the table asks of a device; an H200 where none is there (fake tensors)."""
+    if support.INTERPRETED:
+        return INTERPRETER
     if device.type != "cuda" or not torch.cuda.is_available():
         return H200
     properties: Any = torch.cuda.get_device_properties(device)

@@ -55,6 +55,13 @@ def row_statistics(first, total, squares, D: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
+def add_statistics(tile, shift, total, squares, first, channels, D: tl.constexpr):
+    """The sums of row_statistics with one more tile of channels."""
+    shifted = zero_padding(tile.to(total.dtype) - shift[:, None], first, channels, D)
+    return total + tl.sum(shifted, 1), squares + tl.sum(shifted * shifted, 1)
+
+
+@triton.jit
 def of_constant(rnorm, EPS: tl.constexpr):
     """The reciprocal norm that a gradient is multiplied with: 1/EPS for a constant vector."""
     return tl.where(rnorm == 0, 1 / EPS, rnorm)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles Triton launches for GPUs that are not there, and reads what came out.
+
+Not under ``TRITON_INTERPRET=1``. Registers, stack (spills) and shared memory are those of the real
+binary, by the ``cuobjdump`` that comes with Triton; instructions are counted in its PTX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.backends.nvidia
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastproto.triton import launch
+from fastproto.triton.configs import TABLE, Config, Plan, Row, stats_config
+from fastproto.triton.launch import Launch
+
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory a program may have, by compute capability (CUDA C++ programming guide)."""
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a kernel needs.
+
+    Attributes:
+        registers: Of a thread.
+        stack: Bytes of local memory of a thread: spilled registers.
+        shared: Bytes of shared memory of a program.
+        instructions: Kinds of matrix instructions.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: tuple[str, ...]
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The launch as Triton's just-in-time compiler would specialise it."""
+    signature: dict[str, str] = {}
+    constants = dict(launch.constants)
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if name in constants or value is None:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name] = "constexpr"
+            constants[name] = 1
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compile for ``sm_<capability>``."""
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source_of(launch), target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = re.search(r"Function \w+:\s+REG:(\d+) STACK:(\d+)", report)
+    if usage is None:
+        raise RuntimeError(f"{CUOBJDUMP} -res-usage: found {report!r}; allowed: a function's usage")
+    kinds = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma"
+    found = sorted(set(re.findall(kinds, compiled.asm["ptx"])))
+    return Resources(int(usage[1]), int(usage[2]), compiled.metadata.shared, tuple(found))
+
+
+def launches(
+    config: Config,
+    kernel: str,
+    dtype: torch.dtype,
+    *,
+    dim: int = 512,
+    channels_last: bool = False,
+    save: bool = True,
+    precision: str = "tf32x3",
+) -> Launch:
+    """The launch of one kernel with one configuration: a training step of 16 x 16 pixels."""
+    fitted = config.fit(dim)
+    plan = Plan("throughput", stats_config(dim), fitted, fitted, fitted)
+    feat = torch.empty(2, 2, 16, 16, dim, dtype=dtype, device="meta").movedim(-1, 2)
+    if not channels_last:
+        feat = feat.contiguous()
+    protos = torch.empty(320, dim, dtype=dtype, device="meta")
+    offsets = torch.empty(5, dtype=torch.int32, device="meta")
+    found: list[Launch] = []
+    settings: Any = (feat, protos, offsets, 0.05)
+    out, *saved = launch.run_forward(found.append, plan, *settings, 1e-6, True, save, precision)
+    if save:
+        grad = torch.empty_like(out)
+        launch.run_backward(
+            found.append, plan, grad, *settings, *saved, 1e-6, True, True, True, precision
+        )
+    (wanted,) = [one for one in found if one.kernel.__name__ == f"{kernel}_kernel"]
+    return wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row of the table in one of its uses."""
+
+    row: Row
+    capability: int
+    dtype: torch.dtype
+    channels_last: bool
+    save: bool
+    precision: str
+
+    @property
+    def name(self) -> str:
+        """For a test id."""
+        config = self.row.config
+        parts = [
+            self.row.kernel,
+            self.row.variant,
+            f"m{config.block_m}n{config.block_n}c{config.chunk}o{config.out_chunks}",
+            f"sm{self.capability}",
+            str(self.dtype)[6:],
+            "channels_last" if self.channels_last else "nchw",
+        ]
+        if self.dtype == torch.float32:
+            parts.append(self.precision)
+        if self.row.kernel == "forward" and not self.save:
+            parts.append("inference")
+        return "-".join(parts)
+
+    def compile(self) -> Resources:
+        """For D = 512, or 2048 (a ResNet-50's) where the row takes it."""
+        wanted = launches(
+            self.row.config,
+            self.row.kernel,
+            self.dtype,
+            dim=min(self.row.max_dim, 2048),
+            channels_last=self.channels_last,
+            save=self.save,
+            precision=self.precision,
+        )
+        return compile_launch(wanted, self.capability)
+
+
+def cases() -> Iterator[Case]:
+    """Every row on every chip it is for, in the types, layouts and modes that differ in code."""
+    for row in TABLE:
+        for capability in SHARED_MEMORY:
+            low, high = row.capabilities
+            if not low <= capability <= high:
+                continue
+            for dtype in row.dtypes:
+                layouts = (False, True) if dtype != torch.float16 else (False,)
+                for channels_last in layouts:
+                    precisions = ("tf32x3", "tf32") if dtype == torch.float32 else ("ieee",)
+                    for precision in precisions:
+                        yield Case(row, capability, dtype, channels_last, True, precision)
+                if row.kernel == "forward":
+                    yield Case(row, capability, dtype, False, False, "tf32x3")

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel and every row of its table against the float64 reference, without a GPU.
+
+In a process of its own, because Triton decides when a kernel is defined whether it is interpreted:
+
+    TRITON_INTERPRET=1 pytest python_tests/triton
+
+float32 and float16: the interpreter computes bfloat16 wrongly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto import InputError, proto_attention, reference
+from fastproto.testing.compare import assert_as_good_as_eager, run
+from fastproto.testing.problems import PROBLEMS, Problem
+from fastproto.triton import support
+
+if not support.INTERPRETED:
+    pytest.skip("runs where TRITON_INTERPRET=1 is set", allow_module_level=True)
+
+from fastproto.triton import configs, launch, ops
+from fastproto.triton.configs import TABLE, Plan, Row
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+triton = functools.partial(proto_attention, backend="triton")
+HALF_OR_SINGLE = [torch.float32, torch.float16]
+# Interpreted, these take more than three seconds in each type.
+LARGE = {"one_image_one_class", "background_and_organ", "channels_last", "mean_over_std_10"}
+
+
+def offsets_of(*counts: int) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_as_good_as_eager(problem: Problem, dtype: torch.dtype) -> None:
+    if problem.constant:
+        pytest.skip("eager centres a constant vector to noise; see below")
+    if problem.name in LARGE and dtype == torch.float32:
+        problem = dataclasses.replace(problem, height=4, width=5)
+    assert_as_good_as_eager(triton, problem, dtype)
+
+
+def rows() -> list[Row]:
+    """One row for each configuration that differs."""
+    different = {(row.kernel, row.config): row for row in TABLE}
+    return list(different.values())
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    "row", rows(), ids=lambda r: f"{r.kernel}-{'-'.join(map(str, dataclasses.astuple(r.config)))}"
+)
+def test_every_row_of_the_table(row: Row, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks of channels and part of a third, tiles that end inside, very unequal bags."""
+    dim = 2 * row.config.chunk + 5
+    dtype = torch.float16 if torch.float16 in row.dtypes else row.dtypes[0]
+    problem = Problem("rows", ((70, 0), (3, 33)), 1, dim, 7, 5, layout=layout)
+
+    def plan(feat: Tensor, offsets: Tensor) -> Plan:
+        shape = configs.Shape(2, 1, 2, 35, dim, feat.dtype)
+        return dataclasses.replace(
+            configs.choose(shape, configs.INTERPRETER), **{row.kernel: row.config.fit(dim)}
+        )
+
+    monkeypatch.setattr(ops, "_plan", plan)
+    assert_as_good_as_eager(triton, problem, dtype)
+    if row.kernel == "forward":  # without gradients: statistics may be computed on the way
+        feat, protos, offsets = problem.make(dtype)
+        with torch.no_grad():
+            inference = triton(feat, protos, offsets)
+        training = triton(feat, protos.requires_grad_(), offsets)
+        assert torch.allclose(inference, training, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["n_2", "mixed_bags", "d_130", "strided", "constant_vectors"])
+def test_float64_equals_the_reference(name: str) -> None:
+    problem = next(p for p in PROBLEMS if p.name == name)
+    ours = run(triton, problem, torch.float64)
+    truth = run(reference.proto_attention, problem, torch.float64)
+    for field in ("out", "grad_feat", "grad_protos", "grad_temperature"):
+        value, expected = getattr(ours, field), getattr(truth, field)
+        scale = float(expected.abs().max())
+        assert torch.allclose(value, expected, rtol=0, atol=1e-12 * scale), field
+
+
+@pytest.mark.parametrize("concat", [True, False])
+@pytest.mark.parametrize("temperature", [0.001, 0.02, 1.0, 50.0])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_temperatures(temperature: float, concat: bool, as_tensor: bool) -> None:
+    def op(feat: Tensor, protos: Tensor, offsets: Tensor, *, temperature: Tensor, concat: bool):
+        t = temperature if as_tensor else float(temperature)
+        out = triton(feat, protos, offsets, temperature=t, concat=concat)
+        # A number has no gradient: take the reference's, so that only the rest is compared.
+        if not as_tensor:
+            exact = reference.proto_attention(
+                feat.detach(), protos.detach(), offsets, temperature=temperature, concat=concat
+            )
+            out = out + (exact - exact.detach()).to(out.dtype)
+        return out
+
+    problem = Problem("t", ((70, 5),), dim=40, height=4, width=4)
+    assert_as_good_as_eager(op, problem, torch.float32, temperature=temperature, concat=concat)
+
+
+def test_the_bound_instead_of_a_running_maximum_in_half_types(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What bfloat16 runs: statistics taken off algebraically, weights below the bound |c| <= 1."""
+    monkeypatch.setattr(launch, "needs_running_max", lambda dtype, temperature: False)
+    problem = Problem("bound", ((70, 5),), dim=130, height=5, width=5)
+    assert_as_good_as_eager(triton, problem, torch.float16, temperature=0.5)
+
+
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+def test_empty_bag_gives_zero_and_no_gradient(dtype: torch.dtype) -> None:
+    feat = torch.rand(1, 1, 8, 3, 3).to(dtype).requires_grad_()
+    protos = torch.rand(0, 8).to(dtype).requires_grad_()
+    out = triton(feat, protos, offsets_of(0))
+    assert torch.equal(out[0, 0, 0, :8], feat[0, 0])
+    assert torch.equal(out[0, 0, 0, 8:], torch.zeros(8, 3, 3, dtype=dtype))
+    out[:, :, :, 8:].sum().backward()
+    assert torch.equal(feat.grad, torch.zeros_like(feat))
+    assert protos.grad.shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+def test_one_prototype_has_weight_one_exactly(dtype: torch.dtype) -> None:
+    feat = torch.rand(1, 2, 33, 5, 5).to(dtype).requires_grad_()
+    protos = torch.rand(1, 33).to(dtype).requires_grad_()
+    t = torch.tensor(0.05, requires_grad=True)
+    out = triton(feat, protos, offsets_of(1), temperature=t, concat=False)
+    expected = protos.detach().reshape(1, 1, 33, 1, 1).expand_as(feat)
+    assert torch.equal(out[:, :, 0], feat * expected)
+    out.sum().backward()
+    assert torch.equal(feat.grad, expected)
+    assert t.grad.item() == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 100.1])
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+def test_a_constant_feature_has_cosine_zero_with_everything(
+    value: float, dtype: torch.dtype
+) -> None:
+    protos = torch.rand(7, 48, dtype=torch.float64).to(dtype)
+    protos[3] = value  # also with a constant prototype
+    feat = torch.full((1, 1, 48, 2, 2), value, dtype=dtype)
+    out = triton(feat, protos, offsets_of(7), concat=False)
+    mean = protos.double().mean(dim=0).reshape(1, 1, 1, 48, 1, 1)
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert torch.allclose(out.double(), mean * feat.double().unsqueeze(2), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("mean", [30.0, 100.0])
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+def test_a_large_mean_costs_no_more_than_in_eager(mean: float, dtype: torch.dtype) -> None:
+    problem = Problem("mean", ((20, 9),), dim=64, height=4, width=4, mean=mean)
+    assert_as_good_as_eager(triton, problem, dtype)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("count", [1, 2, 70])
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+def test_bad_values_propagate_as_in_the_reference(
+    bad: float, count: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    feat = torch.rand(1, 1, 20, 4, 4, generator=generator).to(dtype)
+    protos = torch.rand(count, 20, generator=generator).to(dtype)
+    feat[0, 0, 3, 1, 2] = bad
+    offsets = offsets_of(count)
+    ours = triton(feat, protos, offsets)
+    expected = proto_attention(feat, protos, offsets, backend="reference")
+    assert ours.isnan().any()
+    assert torch.equal(ours.isnan(), expected.isnan())
+    protos[0, 5] = bad
+    assert triton(feat, protos, offsets)[..., 20:, :, :].isnan().all()
+
+
+def test_spare_rows_change_nothing_and_get_zero_gradient() -> None:
+    problem = Problem("spare", ((8, 2),), dim=48, height=4, width=4, spare=80)
+    feat, protos, offsets = problem.make()
+    protos[10:] = float("nan")  # never looked at
+    protos.requires_grad_()
+    out = triton(feat, protos, offsets)
+    assert torch.equal(out.detach(), triton(feat, protos[:10].detach(), offsets))
+    out.sum().backward()
+    assert torch.equal(protos.grad[10:], torch.zeros(80, 48))
+    assert protos.grad[:10].abs().sum() > 0
+
+
+def test_no_queries() -> None:
+    protos = torch.rand(3, 8, requires_grad=True)
+    out = triton(torch.rand(1, 0, 8, 4, 4), protos, offsets_of(3))
+    assert out.shape == (1, 0, 1, 16, 4, 4)
+    out.sum().backward()
+    assert torch.equal(protos.grad, torch.zeros(3, 8))
+
+
+def test_overlapping_pixels() -> None:
+    windows = torch.randn(40).unfold(0, 4, 1)  # both strides are 1
+    feat, protos = windows.T[None, None, :, None, :], torch.randn(3, 4)
+    expected = reference.proto_attention(feat, protos, offsets_of(3))
+    assert torch.allclose(triton(feat, protos, offsets_of(3)), expected, atol=1e-5)
+
+
+def test_more_bags_than_a_program_searches_at_once() -> None:
+    counts = torch.randint(0, 3, (1100, 1), generator=torch.Generator().manual_seed(0))
+    problem = Problem("bags", tuple(map(tuple, counts.tolist())), dim=16, height=1, width=2)
+    assert launch.search_block(1100) == 1024
+    ours = run(triton, problem, torch.float64)
+    truth = run(reference.proto_attention, problem, torch.float64)
+    assert torch.allclose(ours.out, truth.out, atol=1e-12)
+    assert torch.allclose(ours.grad_protos, truth.grad_protos, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "offsets", [[1, 3, 6], [0, 5, 2], [0, -1, 6], [0, 3, 9], [0, 2**31 - 1, -5]]
+)
+def test_offsets_that_make_no_sense_give_nan_where_they_cannot_be_checked(
+    offsets: list[int],
+) -> None:
+    """On a GPU only the kernels read them: nothing out of bounds, no plausible numbers."""
+    feat, protos = torch.rand(1, 1, 8, 3, 3), torch.rand(6, 8)
+    bad = torch.tensor(offsets, dtype=torch.int32)
+    out, *saved = ops._forward_now(feat, protos, bad, None, 0.05, 1e-6, False, True)
+    assert out.isnan().any()
+    grads = ops._backward_now(
+        torch.ones_like(out), feat, protos, bad, None, *saved, 0.05, 1e-6, False, True, False
+    )
+    assert grads[0].isnan().all()
+
+
+@pytest.mark.parametrize("t", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_makes_no_sense_gives_nan(t: float) -> None:
+    feat, protos = torch.rand(1, 1, 8, 3, 3), torch.rand(6, 8)
+    with pytest.raises(InputError, match="temperature"):
+        triton(feat, protos, offsets_of(6), temperature=torch.tensor(t))
+    out, *_ = ops._forward_now(
+        feat, protos, offsets_of(6), torch.tensor(t), 1.0, 1e-6, False, False
+    )
+    assert out.isnan().all()
+
+
+def test_a_map_beyond_32_bit_offsets_is_refused() -> None:
+    feat = torch.empty(1, 1, 2048, 1024, 1024, device="meta")
+    with pytest.raises(InputError, match="at most 1073741823 with backend 'triton'"):
+        launch.check_size(feat)
+
+
+@pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
+def test_every_element_of_every_result_is_written(dtype: torch.dtype) -> None:
+    problem = Problem("written", ((5, 0, 9),), dim=20, height=3, width=3, spare=7)
+    before = torch.are_deterministic_algorithms_enabled()
+    plain = run(triton, problem, dtype)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        filled = run(triton, problem, dtype)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for field in ("out", "grad_feat", "grad_protos", "grad_temperature"):
+        assert torch.equal(getattr(plain, field), getattr(filled, field)), field
+
+
+SMALL = [
+    Problem("mixed", ((0, 1, 7), (5, 3, 0)), queries=2, dim=6, height=3, width=2),
+    Problem("channels_last", ((3, 7),), 2, dim=6, height=3, width=2, layout="channels_last"),
+    Problem("strided", ((3, 7),), dim=6, height=3, width=2, layout="strided"),
+]
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=lambda p: p.name)
+def test_opcheck(problem: Problem) -> None:
+    feat, protos, offsets = problem.make(torch.float32)
+    inputs = (feat.requires_grad_(), protos.requires_grad_(), offsets)
+    t = torch.tensor(0.2, requires_grad=True)
+    forward = torch.ops.fastproto.triton_fwd.default
+    torch.library.opcheck(forward, (*inputs, t, 0.2, 1e-6, True, True))
+    torch.library.opcheck(forward, (*inputs, None, 0.2, 1e-6, False, True))
+    detached = [x.detach() for x in inputs]
+    out, *saved = forward(*detached, None, 0.2, 1e-6, True, True)
+    torch.library.opcheck(
+        torch.ops.fastproto.triton_bwd.default,
+        (torch.randn_like(out), *detached, None, *saved, 0.2, 1e-6, True, True, False),
+    )
+
+
+def test_gradcheck() -> None:
+    feat, protos, offsets = SMALL[0].make(torch.float64)
+    t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def op(f: Tensor, p: Tensor, t: Tensor) -> Tensor:
+        return triton(f, p, offsets, temperature=t)
+
+    inputs = (feat[:, :1].requires_grad_(), protos.requires_grad_(), t)
+    assert torch.autograd.gradcheck(op, inputs, fast_mode=True)
+
+
+def test_says_that_it_has_no_second_derivative() -> None:
+    feat, protos, offsets = SMALL[0].make()
+    feat.requires_grad_()
+    out = triton(feat, protos, offsets)
+    (grad,) = torch.autograd.grad(out.square().sum(), feat, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r'triton backend.*backend="reference"'):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_compile_equals_eager_and_does_not_recompile_as_n_changes(layout: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(feat: Tensor, protos: Tensor, offsets: Tensor) -> Tensor:
+        return triton(feat * 2, protos, offsets).sin()
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for background, organ in [(20, 5), (7, 30), (2, 2), (60, 8)]:
+        problem = Problem("n", ((background, organ),), dim=16, height=4, width=4, layout=layout)
+        feat, protos, offsets = problem.make(torch.float32)
+        inputs = [(feat.clone().requires_grad_(), protos.clone().requires_grad_()) for _ in "ab"]
+        torch._dynamo.mark_dynamic(inputs[1][1], 0)
+        expected, actual = step(*inputs[0], offsets), compiled(*inputs[1], offsets)
+        assert actual.stride() == expected.stride()
+        assert torch.allclose(actual, expected, atol=1e-6)
+        expected.sum().backward()
+        actual.sum().backward()
+        for eager, graph in zip(inputs[0], inputs[1], strict=True):
+            assert torch.allclose(graph.grad, eager.grad, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_autocast_casts_to_its_dtype(dtype: torch.dtype) -> None:
+    feat, protos, offsets = SMALL[0].make(torch.float32)
+    feat.requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        out = triton(feat, protos, offsets)
+    assert out.dtype == dtype
+    assert torch.equal(out, triton(feat.to(dtype), protos.to(dtype), offsets))
+    out.float().sum().backward()
+    assert feat.grad.dtype == torch.float32
+
+
+def test_a_frozen_support_and_a_gradient_that_is_expanded() -> None:
+    feat, protos, offsets = PROBLEMS[9].make(torch.float32)
+    both = triton(feat.requires_grad_(), protos.requires_grad_(), offsets)
+    expected = torch.autograd.grad(both.sum(), (feat, protos))
+    (query,) = torch.autograd.grad(triton(feat, protos.detach(), offsets).sum(), feat)
+    assert torch.equal(query, expected[0])

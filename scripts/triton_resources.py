@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every configuration of the Triton kernels' table, GPU or not, and prints what it needs.
+
+python scripts/triton_resources.py            # a table; exit code 1 if anything spills
+python scripts/triton_resources.py --write    # and into docs/kernels/triton.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import re
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton.compiler.errors import CompilationError
+
+from fastproto.testing.offline import SHARED_MEMORY, Case, Resources, cases
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels" / "triton.md"
+
+
+def _compile(case: Case) -> Resources | str:
+    try:
+        return case.compile()
+    except CompilationError as error:
+        return str(error)
+
+
+def table(results: list[tuple[Case, Resources]]) -> str:
+    """Markdown: one line per row of the table, chip and type, the worst of layouts and modes."""
+    lines = [
+        "| kernel | form | pixels x prototypes x channels | chip | type | registers | stack | "
+        "shared KiB | matrix instructions |",
+        "|---|---|---|---|---|---:|---:|---:|---|",
+    ]
+    groups: dict[tuple[str, ...], list[Resources]] = {}
+    for case, found in results:
+        config = case.row.config
+        tile = f"{config.block_m} x {config.block_n} x {config.chunk}"
+        split = f", {config.out_chunks or 'all'} chunks, {config.warps} warps"
+        kind = str(case.dtype)[6:]
+        if case.dtype == torch.float32:
+            kind += f" {case.precision}"
+        key = (case.row.kernel, case.row.variant, tile + split, f"sm_{case.capability}", kind)
+        groups.setdefault(key, []).append(found)
+    for key, found_all in groups.items():
+        cells = [
+            str(max(found.registers for found in found_all)),
+            str(max(found.stack for found in found_all)),
+            f"{max(found.shared for found in found_all) / 1024:.0f}",
+            ", ".join(sorted({kind for found in found_all for kind in found.instructions})),
+        ]
+        lines.append("| " + " | ".join([*key, *cells]) + " |")
+    versions = f"triton {triton.__version__}, torch {torch.__version__}"
+    lines += ["", f"<sub>{versions}; `python scripts/triton_resources.py --write`</sub>"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compile, print, and say whether all is well."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    parser.add_argument("--filter", default="", help="only cases whose name contains this")
+    arguments = parser.parse_args()
+    todo = [case for case in cases() if arguments.filter in case.name]
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        outcomes = list(zip(todo, pool.map(_compile, todo), strict=True))
+    results = [(case, found) for case, found in outcomes if isinstance(found, Resources)]
+    text = table(results)
+    print(text)
+    bad = [f"{case.name}: {found}" for case, found in outcomes if isinstance(found, str)]
+    bad += [
+        f"{case.name}: {found}"
+        for case, found in results
+        if found.stack or found.shared > min(case.row.shared_memory, SHARED_MEMORY[case.capability])
+    ]
+    print("\n".join(bad), file=sys.stderr)
+    if arguments.write:
+        page = PAGE.read_text(encoding="utf-8")
+        pattern = r"(<!-- table: resources -->\n).*?(<!-- end -->)"
+        page, count = re.subn(pattern, lambda m: m[1] + text + "\n" + m[2], page, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"{PAGE}: found {count} tables 'resources'; allowed: one.")
+        PAGE.write_text(page, encoding="utf-8")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
