@@ -153,14 +153,7 @@ def write_average(
     ch = part * CHUNK
 
     cells = shots * pixels
-    first, total = first_row(counts, bag, bags, BAGS)
     place = tl.load(position + bag * (cells + 1) + cells)
-    row = destination(place, cells, bag, first, total, cells)
-    if part == 0:
-        tl.store(offsets + bag + 1, first + tl.load(counts + bag))
-        if bag == 0:
-            tl.store(offsets, first)
-
     channels = tl.arange(0, CHUNK)
     wide_channels = channels.to(tl.int64)
     features += (bag // ways).to(tl.int64) * feat_e
@@ -177,6 +170,12 @@ def write_average(
             shot_features, pix.to(tl.int64), feat_hw, pix_ok, ch, wide_channels, feat_d, D
         )
         acc += s.to(ACC)[:, None] * f.to(ACC)
+    first, total = first_row(counts, bag, bags, BAGS)
+    row = destination(place, cells, bag, first, total, cells)
+    if part == 0:
+        tl.store(offsets + bag + 1, first + tl.load(counts + bag))
+        if bag == 0:
+            tl.store(offsets, first)
     average = tl.sum(acc, 0) / tl.maximum(tl.load(mass + bag), TINY).to(ACC)
     target = protos + row * D + ch + channels
     tl.store(target, average.to(protos.dtype.element_ty), mask=ch + channels < D)
@@ -301,7 +300,7 @@ def pack_backward_kernel(
         average = tl.load(bag_position + cells)
         grad_average = tl.load(
             bag_grad + average.to(tl.int64) * D + ch + channels,
-            mask=(average >= 0) & (ch + channels < D),
+            mask=ch + channels < tl.where(average >= 0, D, 0),
             other=0.0,
         )
         weight = tl.load(share + bag * cells + cell, mask=pix_ok, other=0.0).to(ACC)
