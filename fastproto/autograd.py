@@ -64,14 +64,14 @@ def call(
         feat.requires_grad or protos.requires_grad or differentiable
     )
     inputs = (feat, protos, offsets, tensor, number, eps, concat)
-    if _is_traced():
+    if is_traced():
         return op(pair.forward)(*inputs, save)[0]
     if save:
         return _EagerFunction.apply(pair, *inputs)
     return pair.forward_now(*inputs, False)[0]
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether something stands between this call and the kernel that must see the op."""
     return (
         torch.compiler.is_compiling()

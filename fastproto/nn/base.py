@@ -75,6 +75,9 @@ class FewShotModel(nn.Module):
     )
     """Arguments of the constructor that a saved model is built from again."""
 
+    backend: str | None = None
+    """Of ``extract_prototypes`` and ``proto_attention``; None for the best one that can run."""
+
     def __init__(
         self,
         encoder: str,
@@ -180,6 +183,7 @@ class FewShotModel(nn.Module):
             one_hot,
             threshold=self.mask_threshold,
             append_global=self.append_global,
+            backend=self.backend,
         )
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:

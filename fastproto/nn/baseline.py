@@ -58,6 +58,7 @@ class PrototypeNet(FewShotModel):
         with torch.device("meta"):
             baseline = cls(**config)
         baseline.encoder = model.encoder
+        baseline.backend = model.backend
         baseline.training = model.training
         return baseline
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastproto import backends
 from fastproto.errors import ArgumentError, CheckpointError
 from fastproto.nn.weights import read_safetensors, write_safetensors
 from fastproto.reference import normalize
@@ -146,6 +147,7 @@ def extract_prototypes(
     *,
     threshold: float = 0.5,
     append_global: bool = False,
+    backend: str | None = None,
 ) -> Prototypes:
     """Prototypes of every class: the features of the cells that the class fills.
 
@@ -162,9 +164,11 @@ def extract_prototypes(
         masks: One mask per class, values in [0, 1]; H and W the same multiple of h and w.
         threshold: tau, in [0, 1).
         append_global: Append the mask-weighted average to every bag that is not empty.
+        backend: As in ``proto_attention``. ``"triton"`` packs with a kernel, the others in plain
+            PyTorch; so does it for float64 on a GPU and for masks that require a gradient.
 
     Raises:
-        ArgumentError: Shapes that do not fit, or a threshold outside [0, 1).
+        ArgumentError: Shapes or devices that do not fit, or a threshold outside [0, 1).
     """
     if features.ndim != 5 or not features.is_floating_point():
         raise ArgumentError(
@@ -183,12 +187,43 @@ def extract_prototypes(
             "integer n, to fit the features",
             fix="Pad the masks with zeros.",
         )
+    if masks.device != features.device:
+        raise ArgumentError(
+            "masks", found=f"device {masks.device}", allowed=f"{features.device}, as the features"
+        )
     check_threshold(threshold)
-    classes = masks.shape[2]
-    cells = shots * height * width
 
     share = F.avg_pool2d(masks.flatten(0, 1), cell).unflatten(0, (episodes, shots))
     share = share.transpose(1, 2).flatten(2)  # [E, K, S*h*w]
+    if _packs_by_kernel(features, share, backend):
+        from fastproto.triton import ops as triton_ops
+
+        protos, offsets = triton_ops.pack_prototypes(
+            features, share.float(), float(threshold), append_global
+        )
+    else:
+        protos, offsets = _pack(features, share, threshold, append_global)
+    return Prototypes(protos, offsets, masks.shape[2])
+
+
+def _packs_by_kernel(features: Tensor, share: Tensor, backend: str | None) -> bool:
+    if backends.choose(features.device.type, backend) != "triton":
+        return False
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    if features.device.type == "cpu":
+        dtypes += (torch.float64,)
+    fits = features.dtype in dtypes
+    return fits and features.numel() > 0 and share.numel() > 0 and not share.requires_grad
+
+
+def _pack(
+    features: Tensor,  # [E, S, D, h, w]
+    share: Tensor,  # [E, K, S*h*w]
+    threshold: float,
+    append_global: bool,
+) -> tuple[Tensor, Tensor]:  # [E*K*(S*h*w + 1), D], [E*K + 1]
+    """Bags of prototypes from the share of every cell, packed in plain PyTorch."""
+    episodes, classes, cells = share.shape
     picked = share > threshold
     mass = share.sum(dim=2, keepdim=True)  # [E, K, 1]
     wanted = mass > 0 if append_global else (mass > 0) & ~picked.any(dim=2, keepdim=True)
@@ -210,8 +245,7 @@ def extract_prototypes(
     protos = table[row[order]].masked_fill(unused.bool().unsqueeze(1), 0.0)
 
     ends = keep.sum(dim=2).flatten().cumsum(0).to(torch.int32)
-    offsets = torch.cat([ends.new_zeros(1), ends])
-    return Prototypes(protos, offsets, classes)
+    return protos, torch.cat([ends.new_zeros(1), ends])
 
 
 def prototype_scores(feat: Tensor, prototypes: Prototypes, *, temperature: float) -> Tensor:

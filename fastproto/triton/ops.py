@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton op in torch's eyes: registration, autograd, and the call itself.
+"""The Triton ops in torch's eyes: registration, autograd, and the calls themselves.
 
 ``torch.library.triton_op`` lets torch.compile look inside: the kernels become part of its graph.
 Under ``TRITON_INTERPRET=1`` there is nothing to compile for, and the same functions are opaque
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastproto import autograd
-from fastproto.triton import launch, support
+from fastproto.layout import is_channels_last
+from fastproto.triton import launch, pack_launch, support
 from fastproto.triton.configs import H200, INTERPRETER, Chip, Plan, Shape
 from fastproto.triton.launch import Launch, Run
 from fastproto.triton.tuning import plan_for
@@ -49,8 +50,10 @@ def float32_precision() -> str:
 
 
 def _plan(feat: Tensor, offsets: Tensor) -> Plan:
-    episodes, queries, dim, height, width = feat.shape
-    ways = (offsets.shape[0] - 1) // episodes
+    # Under torch.compile with dynamic shapes these sizes become constants of the graph; the number
+    # of prototypes does not.
+    episodes, queries, dim, height, width = map(int, feat.shape)
+    ways = (int(offsets.shape[0]) - 1) // episodes
     shape = Shape(episodes, queries, ways, height * width, dim, feat.dtype)
     return plan_for(shape, chip_of(feat.device))
 
@@ -212,3 +215,111 @@ def proto_attention(
 ) -> Tensor:
     """Call the kernels on checked arguments; shapes as in ``fastproto.proto_attention``."""
     return autograd.call(_PAIR, feat, protos, offsets, temperature, eps, concat)
+
+
+def _pack_now(features: Tensor, *rest: Any) -> Any:
+    with _on_device_of(features):
+        return pack_launch.run_pack(launch.run_now, features, *rest)
+
+
+def _pack_backward_now(grad_protos: Tensor, *rest: Any) -> Any:
+    with _on_device_of(grad_protos):
+        return pack_launch.run_pack_backward(launch.run_now, grad_protos, *rest)
+
+
+@_register("fastproto::triton_pack", mutates_args=())
+def _pack_op(
+    features: Tensor, share: Tensor, threshold: float, append_global: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return pack_launch.run_pack(_RUN, features, share, threshold, append_global)
+
+
+@_register("fastproto::triton_pack_bwd", mutates_args=())
+def _pack_backward_op(
+    grad_protos: Tensor,
+    share: Tensor,
+    position: Tensor,
+    mass: Tensor,
+    offsets: Tensor,
+    height: int,
+    width: int,
+    channels_last: bool,
+) -> Tensor:
+    return pack_launch.run_pack_backward(
+        _RUN, grad_protos, share, position, mass, offsets, height, width, channels_last
+    )
+
+
+if support.INTERPRETED:
+    _pack_op.register_fake(functools.partial(pack_launch.run_pack, _run_not))
+    _pack_backward_op.register_fake(functools.partial(pack_launch.run_pack_backward, _run_not))
+
+
+def _pack_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, share = inputs[:2]
+    _, offsets, position, mass = output
+    ctx.mark_non_differentiable(offsets)
+    ctx.save_for_backward(share, position, mass, offsets)
+    ctx.maps = (*features.shape[-2:], is_channels_last(features))
+
+
+class _EagerPack(torch.autograd.Function):
+    """The registered formula below at a fraction of its cost per call, see autograd.py."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _pack_now(*inputs)
+        _pack_save(ctx, inputs, output)
+        return output[0], output[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_protos: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # With create_graph: through autograd, which says that it cannot.
+        backward = _PACK_BACKWARD if torch.is_grad_enabled() else _pack_backward_now
+        return backward(grad_protos, *ctx.saved_tensors, *ctx.maps), None, None, None
+
+
+def _pack_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _pack_save(ctx, inputs, output)
+
+
+def _pack_gradients(ctx: Any, grad_protos: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return _PACK_BACKWARD(grad_protos, *ctx.saved_tensors, *ctx.maps), None, None, None
+
+
+def _pack_no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "extract_prototypes: the triton backend has no second derivative; "
+        'call it with backend="reference", which has.'
+    )
+
+
+_PACK = autograd.op("fastproto::triton_pack")
+_PACK_BACKWARD = autograd.op("fastproto::triton_pack_bwd")
+torch.library.register_autograd(
+    "fastproto::triton_pack", _pack_gradients, setup_context=_pack_setup_context
+)
+torch.library.register_autograd("fastproto::triton_pack_bwd", _pack_no_second_derivative)
+
+
+def pack_prototypes(
+    features: Tensor, share: Tensor, threshold: float, append_global: bool
+) -> tuple[Tensor, Tensor]:
+    """Pack the cells of ``features`` [E, S, D, h, w] that classes fill into bags of prototypes.
+
+    ``share`` [E, K, S*h*w] float32 is the part of every cell that belongs to a class. A bag has its
+    cells with more than ``threshold``, and their weighted average where it has no such cell, or
+    always (``append_global``), unless no cell has a share.
+
+    Returns:
+        protos [E*K*(S*h*w + 1), D], zeros after the bags, and offsets [E*K + 1] int32.
+        Differentiable in ``features`` alone.
+    """
+    if autograd.is_traced():
+        protos, offsets, _, _ = _PACK(features, share, threshold, append_global)
+        return protos, offsets
+    if torch.is_grad_enabled() and features.requires_grad:
+        return _EagerPack.apply(features, share, threshold, append_global)
+    protos, offsets, _, _ = _pack_now(features, share, threshold, append_global)
+    return protos, offsets
