@@ -165,10 +165,11 @@ class Suite:
                 Inputs(setting, self.timer.device, seed)
                 for seed in range(sets_for(setting, self.timer.cache_bytes))
             ]
-        compiled = self._compiled(setting)
+        uncompiled = implementations.peers(sets[0].bounds)
+        compiled = self._compiled(setting, uncompiled)
         for what in WHATS:
             ops = dict(self.ours)
-            ops |= {n: implementations.peer(op) for n, op in self._peers(sets[0]).items()}
+            ops |= {n: implementations.peer(op) for n, op in uncompiled.items()}
             wanted = self._winners.get((setting.kind, what != "forward"))
             for name, op in compiled[what != "forward"].items():
                 if wanted in (None, name):
@@ -184,14 +185,12 @@ class Suite:
         seconds = time.monotonic() - began
         print(f"    {setting.name}: {len(sets)} sets of inputs, {seconds:.0f} s", flush=True)
 
-    def _peers(self, inputs: Inputs) -> dict[str, baselines.Op]:
-        return implementations.peers(inputs.bounds)
-
-    def _compiled(self, setting: Setting) -> dict[bool, dict[str, baselines.Op]]:
+    def _compiled(
+        self, setting: Setting, uncompiled: Mapping[str, baselines.Op]
+    ) -> dict[bool, dict[str, baselines.Op]]:
         """By whether gradients are wanted: code is made for one or the other."""
         if not setting.compile:
             return {False: {}, True: {}}
-        uncompiled = implementations.peers(bounds_of(setting.problem))
         return {
             gradient: {
                 name: implementations.compiled(uncompiled[form]) for name, form in FORMS.items()
@@ -321,10 +320,10 @@ class Suite:
     def measure_ceilings(self) -> None:
         """Rates of a large copy and of large matrix products of random numbers."""
         device = self.timer.device
-        elements, size = (1 << 12, 32) if self.quick else (1 << 30, 8192)
+        elements, size = (1 << 12, 32) if self.quick else (1 << 29, 8192)  # 2 GiB
         rounds = 2 if self.quick else 5
         with self.timer.scope():
-            source = torch.randn(elements // 2, device=device).view(torch.uint8)  # 2 GiB
+            source = torch.randn(elements, device=device)
             target = torch.empty_like(source)
             self._ceiling("copy", 2 * source.nbytes, rounds, lambda: [target.copy_(source)])
             del source, target
@@ -334,15 +333,14 @@ class Suite:
                 ("tf32", torch.float32),
                 ("float32", torch.float32),
             ):
-                side = size if dtype != torch.float32 or self.quick else size // 2
-                a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+                a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
                 out = torch.empty_like(a)
                 before = torch.get_float32_matmul_precision()
                 torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
                 try:
                     self._ceiling(
                         name,
-                        2 * side**3,
+                        2 * size**3,
                         rounds,
                         lambda a=a, b=b, out=out: [torch.mm(a, b, out=out)],
                     )

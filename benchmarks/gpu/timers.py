@@ -140,7 +140,7 @@ class HostTimer:
 
     def __init__(self) -> None:
         self.device = "cpu"
-        self.cache_bytes = 1 << 14
+        self.cache_bytes = 1 << 10
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Nothing to enter."""
