@@ -114,7 +114,7 @@ def proto_stats(size: Size) -> Work:
 
 
 def backward_query(size: Size, *, concat: bool = True) -> Work:
-    """dF alone: three products, S again, dA = dO P^T, and dF = dS P.
+    """DF alone: three products, S again, dA = dO P^T, and dF = dS P.
 
     flops = 3 * 2 R HW D
     bytes = M c D HW s (dY) + I D HW s (F) + N D s (P) + M D HW s (G) + I D HW s (dF)
@@ -127,7 +127,7 @@ def backward_query(size: Size, *, concat: bool = True) -> Work:
 
 
 def backward_protos(size: Size) -> Work:
-    """dP alone: four products, S and dA again, and dP = A^T dO + dS^T F.
+    """DP alone: four products, S and dA again, and dP = A^T dO + dS^T F.
 
     flops = 4 * 2 R HW D
     bytes = M D HW s (second half of dY) + I D HW s (F) + 2 N D s (P, dP) + 2 M HW a (log-sum-exp,

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import fastproto
 from gpu import cases, record
 from gpu.suite import Suite
 from gpu.timers import CudaTimer, HostTimer, Timer
+
+import fastproto
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
