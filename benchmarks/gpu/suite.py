@@ -323,10 +323,7 @@ class Suite:
         elements, size = (1 << 12, 32) if self.quick else (1 << 29, 8192)  # 2 GiB
         rounds = 2 if self.quick else 5
         with self.timer.scope():
-            source = torch.randn(elements, device=device)
-            target = torch.empty_like(source)
-            self._ceiling("copy", 2 * source.nbytes, rounds, lambda: [target.copy_(source)])
-            del source, target
+            self._copy_ceiling(elements, rounds)
             for name, dtype in (
                 ("bfloat16", torch.bfloat16),
                 ("float16", torch.float16),
@@ -346,6 +343,11 @@ class Suite:
                     )
                 finally:
                     torch.set_float32_matmul_precision(before)
+
+    def _copy_ceiling(self, elements: int, rounds: int) -> None:
+        source = torch.randn(elements, device=self.timer.device)
+        target = torch.empty_like(source)
+        self._ceiling("copy", 2 * source.nbytes, rounds, lambda: [target.copy_(source)])
 
     def _ceiling(self, name: str, amount: int, rounds: int, call: Call) -> None:
         for _ in range(2):

@@ -79,9 +79,8 @@ def test_complete_compares_with_peers_and_ceilings() -> None:
 
 
 def test_complete_without_peers_ceilings_or_ours() -> None:
-    assert "peer_over_ours" not in record.complete(
-        case("a", "both", {"triton": 1.0}), "triton", None
-    )
+    alone, peer = (case("a", "both", {name: 1.0}) for name in ("triton", "eager"))
+    assert "peer_over_ours" not in record.complete(alone, "triton", None)
     assert "gb_per_s" not in record.complete(peer, "triton", None)
 
 
@@ -89,9 +88,7 @@ def test_goals() -> None:
     wall = {"triton": 10.0, "eager": 60.0}
     ceilings = Ceilings(4e12, {"bfloat16": 800e12})
     rows = [
-        case(
-            size, "forward", {"triton": us, "eager": 20.0}, wall_us={"triton": 10.0, "eager": 60.0}
-        )
+        case(size, "forward", {"triton": us, "eager": 20.0}, wall_us=wall)
         for size, us in zip(record.SMALL, (6.0, 7.0, 13.0, 9.0), strict=True)
     ]
     rows.append(case("512x256", "forward", {"triton": 0.3, "eager": 0.75}))
