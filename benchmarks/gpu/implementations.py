@@ -3,7 +3,8 @@
 
 Where all bags have the same size the peers compute them in one batched call; where they differ,
 they are those of the CPU suite (``baselines.py``), which normalise everything at once, loop over
-the bags, and copy the results together once. Each may return its result in the layout that suits it.
+the bags, and copy the results together once. Each may return its result in the layout that suits
+it.
 """
 
 from __future__ import annotations

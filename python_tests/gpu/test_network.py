@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 pytest.importorskip("safetensors", reason="fastproto.nn imports safetensors")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from fastproto.testing.problems import PROBLEMS, Problem
