@@ -13,7 +13,7 @@ import pytest
 import torch
 from gpu import cases, implementations, record
 from gpu import suite as gpu_suite
-from gpu.timers import Call, HostTimer, Replay
+from gpu.timers import Call, CudaTimer, HostTimer, Replay
 from roofline import Ceilings
 
 from fastproto.testing.problems import Problem
@@ -232,3 +232,88 @@ def test_turns_are_fair() -> None:
     rounds = [tuple(order[i : i + 3]) for i in range(0, 60, 3)]
     assert all(set(turn) == set("abc") for turn in rounds)
     assert len(set(rounds)) > 3
+
+
+class FakeCuda:
+    """What CudaTimer uses of torch.cuda, writing down the order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.clock = 0.0
+        fake = self
+
+        class Stream:
+            pass
+
+        class Graph:
+            def replay(self) -> None:
+                fake.log.append("replay")
+                fake.clock += 6.0
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                fake.log.append("record")
+                self.at = fake.clock
+
+            def synchronize(self) -> None:
+                fake.log.append("wait")
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class Properties:
+            name, major, minor = "NVIDIA H200", 9, 0
+            multi_processor_count, total_memory, L2_cache_size = 132, 139 << 30, 1 << 10
+
+        class Buffer:
+            def zero_(self) -> None:
+                fake.log.append("flush")
+                fake.clock += 1.0
+
+        @contextlib.contextmanager
+        def entered(name: str) -> Any:
+            fake.log.append(name)
+            yield
+            fake.log.append(f"/{name}")
+
+        def graph(graph: Graph, stream: Stream) -> Any:
+            assert isinstance(stream, Stream)
+            return entered("capture")
+
+        for name, value in {
+            "Stream": Stream,
+            "CUDAGraph": Graph,
+            "Event": Event,
+            "graph": graph,
+            "stream": lambda stream: entered("stream"),
+            "synchronize": lambda: fake.log.append("synchronize"),
+            "get_device_properties": lambda device: Properties,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        real = torch.empty
+
+        def empty(*shape: int, **options: Any) -> Any:
+            return Buffer() if options.get("device") == "cuda" else real(*shape, **options)
+
+        monkeypatch.setattr(torch, "empty", empty)
+
+
+def test_cuda_timer_flushes_outside_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    timer = CudaTimer()
+    results = [[torch.full((1,), float(i))] for i in range(3)]
+    with timer.scope():
+        replay = timer.replay([lambda r=r: r for r in results])
+        fake.log.clear()
+        assert replay.sample() == pytest.approx(6e-3 / 3)
+        assert fake.log == [*["flush"] * 3, "record", "replay", "record", "wait"]
+        fake.log.clear()
+        assert timer.wall(lambda: results[1]) > 0
+        assert fake.log == ["synchronize"] * 2
+    assert replay.results is results[0]
+    assert fake.log[-2:] == ["/stream", "synchronize"]
+    described = timer.describe()
+    assert (described["capability"], described["multiprocessors"]) == ("9.0", 132)
