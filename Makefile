@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES))
 
-.PHONY: install develop demo test sanitize bench lint format clean
+.PHONY: install develop demo test sanitize bench gpu-check lint format clean
 
 install: $(VENV)/.installed
 
@@ -55,6 +55,11 @@ sanitize: $(VENV)/.extras
 bench: develop
 	$(BIN)/pytest benchmarks --record benchmarks/results
 	$(BIN)/python scripts/update_tables.py
+
+# Build, tests, kernels' resources and benchmark on an NVIDIA GPU, with the $(PYTHON) that has torch
+# with CUDA, triton and pytest: nothing is installed into it. GPU_CHECK="--out OUT --budget 6"
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py $(GPU_CHECK)
 
 lint: develop
 	$(BIN)/ruff check .

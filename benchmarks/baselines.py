@@ -23,6 +23,9 @@ Bounds = tuple[int, ...]
 Op = Callable[[Tensor, Tensor, Bounds], Tensor]
 TEMPERATURE = 0.05
 EPS = 1e-6
+# Largest distance from the float32 formula, as a fraction of its norm. Loose: it asks whether
+# the same thing is computed; python_tests asks how well.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 5e-3}
 
 
 def native(feat: Tensor, protos: Tensor, bounds: Bounds) -> Tensor:
@@ -96,6 +99,12 @@ def compiled(gradient: bool, threads: int) -> Op:
     return torch.compile(
         eager_nchw if gradient else eager, dynamic=False, options={"cpp.threads": threads}
     )
+
+
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """Distance from ``truth`` as a fraction of its norm."""
+    assert result.shape == truth.shape
+    return float((result.float() - truth).norm() / truth.norm())
 
 
 @functools.cache

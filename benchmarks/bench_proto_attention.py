@@ -13,7 +13,7 @@ from collections.abc import Callable
 import baselines
 import pytest
 import torch
-from baselines import Op
+from baselines import TOLERANCE, Op, relative_error
 from measure import (
     OURS,
     THREADS,
@@ -31,9 +31,6 @@ from torch import Tensor
 
 from fastproto.testing.problems import Problem
 
-# Largest distance from the float32 formula, as a fraction of its norm. Loose: it asks whether
-# the same thing is computed; python_tests/ops asks how well.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 5e-3}
 # The broadcasting cosine is tens of times slower: it takes part while it is bearable, and after the
 # others: its hundreds of megabytes drive them out of every cache and the heap back to the system.
 BROADCAST_PROTOTYPES = 32
@@ -132,12 +129,6 @@ def setting(request: pytest.FixtureRequest, quick: bool, record: Record) -> Sett
         # A graph that is kept must not lend its buffers. Costs nothing that could be measured.
         torch._functorch.config.donated_buffer = False
     return Setting(problem, dtype, threads, compile)
-
-
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    """Distance from ``truth`` as a fraction of its norm."""
-    assert result.shape == truth.shape
-    return float((result.float() - truth).norm() / truth.norm())
 
 
 def _timed(call: Callable[[], list[Tensor]]) -> Call:

@@ -31,6 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_report_header() -> str:
+    """Why the folder gpu has no tests."""
+    gpu = "" if torch.cuda.is_available() else "; torch finds no CUDA device here"
+    return f"benchmarks/gpu is a program of its own, not collected: make gpu-check{gpu}"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Start the record."""
     ceilings = Ceilings(sizes=(64,), tries=1) if config.getoption("quick") else Ceilings()

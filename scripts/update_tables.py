@@ -218,6 +218,93 @@ def ceilings(results: Path) -> str:
     return "\n\n".join(blocks) or NO_RECORD
 
 
+def gpu_records(results: Path) -> list[dict[str, Any]]:
+    """The newest record of every GPU: those that say which one."""
+    return [record for record in newest(results, "") if "gpu" in record]
+
+
+def gpu_gaps(record: dict[str, Any]) -> list[str]:
+    """What a record lacks, if anything, in sentences."""
+    lines = []
+    if record["left_out"]:
+        names = ", ".join(row["setting"] for row in record["left_out"])
+        lines.append(f"Left out ({record['left_out'][0]['why']}): {names}.")
+    lines += [f"Failed: {row['what']}: {row['error']}" for row in record["failed"]]
+    return ["\n".join(f"* {line}".replace("|", "/") for line in lines)] if lines else []
+
+
+def gpu_cells(case: dict[str, Any]) -> list[str]:
+    """One measurement: the columns of ``GPU``."""
+    ours, peer = case["ours"], case.get("fastest_peer")
+
+    def shown(key: str, form: str) -> str:
+        return format(case[key], form) if key in case else "-"
+
+    def time_of(name: str | None, key: str = "us") -> str:
+        return digits(case[key][name]) if name in case.get(key, {}) else "-"
+
+    wall = case.get("wall_us", {})
+    eager = [wall[name] for name in ("eager", "eager_nchw") if name in wall]
+    return [
+        time_of(ours),
+        peer or "-",
+        time_of(peer),
+        shown("peer_over_ours", ".2f"),
+        shown("expected_us", ".2f"),
+        shown("measured_over_expected", ".2f"),
+        shown("gb_per_s", ".0f"),
+        shown("of_copy", ".0%"),
+        shown("tflops", ".1f"),
+        shown("of_matmul", ".0%"),
+        time_of(ours, "wall_us"),
+        digits(min(eager)) if eager else "-",
+    ]
+
+
+GPU = ["us", "fastest peer", "its us", "ratio", "expected us", "over expected", "GB/s", "of copy"]
+GPU += ["TFLOP/s", "of matmul", "wall us", "eager's wall us"]
+
+
+def gpu(results: Path) -> str:
+    """A GPU: ours beside the fastest peer and what the machine could reach, by type and pass."""
+    blocks = []
+    for record in gpu_records(results):
+        for dtype in dict.fromkeys(case["dtype"] for case in record["cases"]):
+            for what in ("forward", "backward", "both"):
+                rows = [
+                    [case["size"], *gpu_cells(case)]
+                    for case in record["cases"]
+                    if (case["dtype"], case["what"]) == (dtype, what)
+                ]
+                if rows:
+                    title = f"{record['gpu']['name']}: {what}, {dtype}, {record['ours']}"
+                    blocks.append(table(title, ["size", *GPU], rows))
+        rows = [
+            [row["rate"], f"{digits(row['median'])} {row['unit']}", str(len(row["measurements"]))]
+            for row in record["ceilings"]
+        ]
+        if rows:
+            blocks.append(table("what the machine reaches", ["rate", "", "measurements"], rows))
+        blocks += [*gpu_gaps(record), provenance(record)]
+    return "\n\n".join(blocks) or NO_RECORD
+
+
+def gpu_goals(results: Path) -> str:
+    """What was aimed for on a GPU, and what was reached, line by line."""
+    blocks = []
+    for record in gpu_records(results):
+        lines = [f"**{record['gpu']['name']}: bfloat16, D = 512, 16 x 16 pixels**", ""]
+        lines += ["| goal | wanted | reached | met |", "|---|---:|---:|---|"]
+        for row in record["goals"]:
+            reached, met = "not measured", "-"
+            if row["reached"] is not None:
+                reached = f"{row['reached']} {row['unit']} ({row['at']})"
+                met = "yes" if row["met"] else "**no**"
+            lines.append(f"| {row['goal']} | {row['wanted']} | {reached} | {met} |")
+        blocks += ["\n".join(lines), provenance(record)]
+    return "\n\n".join(blocks) or NO_RECORD
+
+
 Table = Callable[[Path], str]
 PAGES: dict[str, dict[str, Table]] = {
     "README.md": {"heldout": heldout, "memory": memory},
@@ -230,6 +317,8 @@ PAGES: dict[str, dict[str, Table]] = {
         "mixed-bags": mixed_bags,
         "op-memory": op_memory,
         "overhead": overhead,
+        "gpu-goals": gpu_goals,
+        "gpu": gpu,
     },
 }
 

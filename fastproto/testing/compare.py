@@ -49,17 +49,18 @@ def run(
     temperature: float = 0.05,
     concat: bool = True,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Result:
     """Forward and backward of ``op`` on ``problem`` made in ``dtype``, computed in ``compute``."""
-    feat, protos, offsets = problem.make(dtype, seed)
+    feat, protos, offsets = problem.make(dtype, seed, device)
     compute = compute or dtype
     # `to` keeps strides; the leaf keeps the layout under test.
     feat = feat.detach().to(compute).requires_grad_()
     protos = protos.to(compute).requires_grad_()
     scalar = torch.float64 if compute == torch.float64 else torch.float32
-    t = torch.tensor(temperature, dtype=scalar, requires_grad=True)
+    t = torch.tensor(temperature, dtype=scalar, device=device, requires_grad=True)
     out = op(feat, protos, offsets, temperature=t, concat=concat)
-    grad = _gradient(problem, concat, seed).to(dtype).to(out.dtype)
+    grad = _gradient(problem, concat, seed).to(dtype).to(out)
     inputs = (feat, protos, t)
     grads = torch.autograd.grad(out, inputs, grad, allow_unused=True, materialize_grads=True)
     return Result(out.detach(), *grads)
@@ -99,9 +100,14 @@ def assert_as_good_as_eager(
     temperature: float = 0.05,
     concat: bool = True,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> None:
-    """Hold ``op`` to the float64 reference by the rule of this module, gradients included."""
+    """Hold ``op`` to the float64 reference by the rule of this module, gradients included.
+
+    All three run on ``device``, eager PyTorch with its settings there, e.g. for TF32.
+    """
     options: dict[str, Any] = {"temperature": temperature, "concat": concat, "seed": seed}
+    options["device"] = device
     exact = run(reference.proto_attention, problem, dtype, compute=torch.float64, **options)
     eager = run(reference.proto_attention, problem, dtype, **options)
     ours = run(op, problem, dtype, **options)

@@ -54,8 +54,16 @@ class Problem:
         """Shape of the result with ``concat=True``."""
         return (self.episodes, self.queries, self.ways, 2 * self.dim, self.height, self.width)
 
-    def make(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
-        """(feat, protos, offsets): ReLU of normal numbers, as behind a ResNet's last block."""
+    def make(
+        self,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> tuple[Tensor, ...]:
+        """(feat, protos, offsets): ReLU of normal numbers, as behind a ResNet's last block.
+
+        The same numbers on every device.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def features(*shape: int) -> Tensor:
@@ -71,15 +79,15 @@ class Problem:
         if self.constant:
             feat.flatten(0, 3)[::3] = self.mean + 0.1
             protos[::3] = self.mean + 0.1
-        feat, protos = feat.to(dtype), protos.to(dtype)
+        feat, protos = feat.to(device, dtype), protos.to(device, dtype)
         feat = feat.movedim(-1, 2)  # [E, Q, D, H, W], channels last in memory
         if self.layout == "nchw":
             feat = feat.contiguous()
         elif self.layout == "strided":
-            larger = torch.zeros(*feat.shape[:-1], 2 * self.width, dtype=dtype)
+            larger = feat.new_zeros(*feat.shape[:-1], 2 * self.width)
             larger[..., ::2] = feat
             feat = larger[..., ::2]
-        return feat, protos, offsets
+        return feat, protos, offsets.to(device)
 
 
 PROBLEMS = [

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,10 +27,15 @@ def pages(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(*command: str | Path, cwd: Path) -> None:
+def run(*command: str | Path, cwd: Path, **environment: str) -> None:
     """Run a program of this repository, away from its sources."""
     result = subprocess.run(
-        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -61,6 +67,32 @@ def test_measure_record_tables(pages: Path) -> None:
     text = update_tables(pages)
     assert path.name in text
     assert "**forward, float32, 1 thread**" in text
+
+
+def test_gpu_suite_record_tables(pages: Path) -> None:
+    """All of it but the clock and the graphs: interpreted kernels on CPU tensors."""
+    pytest.importorskip("triton")
+    results = pages / "benchmarks" / "results"
+    program = ROOT / "benchmarks" / "run_gpu.py"
+    options = ["--quick", "--device", "cpu", "--out", results]
+    run(program, *options, cwd=pages, TRITON_INTERPRET="1")
+    (path,) = results.glob("*.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["failed"] == record["left_out"] == []
+    assert [(case["size"], case["what"]) for case in record["cases"]] == [
+        (size, what) for size in ("1x5", "mixed") for what in ("forward", "backward", "both")
+    ]
+    for case in record["cases"]:
+        assert {"triton", "eager", "eager_nchw", "sdpa"} <= set(case["us"])
+        assert case["relative_errors"]["triton"] < 1e-4
+        assert {"fastest_peer", "peer_over_ours", "measured_over_expected", "of_copy"} <= set(case)
+        assert ("wall_us" in case) == (case["size"] == "1x5" and case["what"] != "backward")
+    assert {row["rate"] for row in record["ceilings"]} > {"copy", "bfloat16", "tf32"}
+    assert all(row["met"] is None for row in record["goals"])
+    text = update_tables(pages)
+    assert text.count(path.name) == 2
+    assert "**none: CPU tensors: both, float32, " in text
+    assert "| not measured | - |" in text
 
 
 def test_tables_without_a_record(pages: Path) -> None:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes and types that are measured, the most important first: time may run out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+
+from fastproto.testing.problems import Problem
+
+WHATS = ("forward", "backward", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A problem in a type.
+
+    Attributes:
+        problem: Its name is "BxN", B images with a bag of N prototypes each, or "mixed...".
+        dtype: Of features, prototypes and results.
+        kind: "one" image and class, "many" equal bags, or "mixed" ones: the kinds between which
+            another form of the formula may be the better one to compile.
+        compile: Whether torch.compile takes part.
+    """
+
+    problem: Problem
+    dtype: torch.dtype
+    kind: str
+    compile: bool = True
+
+    @property
+    def name(self) -> str:
+        """For a line of a log."""
+        return f"{self.problem.name} {str(self.dtype)[6:]}"
+
+
+def bags(images: int, count: int) -> Problem:
+    """``images`` query images, each compared with one bag of its own."""
+    return Problem(f"{images}x{count}", ((count,),) * images)
+
+
+# A training step of several episodes, as in the CPU suite, and sixteen of them at once.
+EPISODES = ((600, 3), (250, 40), (128, 12), (400, 90))
+MIXED = Problem("mixed", EPISODES, queries=2)
+MIXED_LARGE = Problem("mixed-large", EPISODES * 16, queries=2)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def _one(count: int, dtype: torch.dtype) -> Setting:
+    return Setting(bags(1, count), dtype, "one")
+
+
+def _many(images: int, count: int, dtype: torch.dtype) -> Setting:
+    return Setting(bags(images, count), dtype, "many")
+
+
+SETTINGS = [
+    _one(256, BF16),
+    _many(512, 256, BF16),
+    _one(1, BF16),
+    _one(16, BF16),
+    _one(64, BF16),
+    _many(512, 64, BF16),
+    _many(512, 16, BF16),
+    _many(64, 256, BF16),
+    _many(8, 256, BF16),
+    _one(1024, BF16),
+    _many(16, 4096, BF16),
+    Setting(MIXED, BF16, "mixed"),
+    _one(256, FP16),
+    _many(512, 256, FP16),
+    _one(256, FP32),
+    _many(512, 256, FP32),
+    # A loop over 128 bags would take torch.compile minutes.
+    Setting(MIXED_LARGE, BF16, "mixed", compile=False),
+    _one(16, FP32),
+    _many(64, 256, FP16),
+    _many(64, 256, FP32),
+]
+
+# To try the suite itself: small enough for kernels that are interpreted.
+QUICK = [
+    Setting(Problem("1x5", ((5,),), dim=16, height=4, width=2), FP32, "one", compile=False),
+    Setting(
+        Problem("mixed", ((5, 3),), queries=2, dim=16, height=2, width=2),
+        FP32,
+        "mixed",
+        compile=False,
+    ),
+]
+
+
+def bounds_of(problem: Problem) -> tuple[int, ...]:
+    """Where each bag starts, and the end."""
+    return (0, *itertools.accumulate(n for episode in problem.bags for n in episode))

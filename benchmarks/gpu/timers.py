@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clocks: CUDA events around graph replays, and, to try the suite without a GPU, the host's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], list[Tensor]]
+
+
+@dataclasses.dataclass
+class Replay:
+    """Calls made ready to be timed.
+
+    Attributes:
+        results: Of the first call; ``sample`` writes them anew.
+        sample: Runs all calls once; seconds per call.
+    """
+
+    results: list[Tensor]
+    sample: Callable[[], float]
+
+
+class Timer(Protocol):
+    """What the suite needs of a clock and the device it is the clock of."""
+
+    device: str
+    cache_bytes: int
+    """Of the last-level cache; what is timed rotates among inputs of several times as much."""
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Where everything that is timed is made and called."""
+
+    def replay(self, calls: Sequence[Call]) -> Replay:
+        """Make ``calls``, which have run before, ready to be timed without the host's part."""
+
+    def wall(self, call: Call) -> float:
+        """Seconds of one call from the host, until its result is there."""
+
+    def alive(self) -> str | None:
+        """None, or why nothing can be measured any more."""
+
+    def describe(self) -> dict[str, Any]:
+        """The device, for the record."""
+
+
+class CudaTimer:
+    """Events around the replay of a CUDA graph of all calls.
+
+    Calls, and the forward passes that backward passes differentiate, run on one stream: autograd
+    runs a backward pass on the stream of its forward pass. Before every sample a buffer of four
+    times the L2 cache is written, on the same stream and outside the events: the cache then holds
+    no inputs, and the replay is enqueued before the device gets to it.
+    """
+
+    FLUSHES = 3  # long enough for the host to enqueue a replay meanwhile
+
+    def __init__(self) -> None:
+        self.device = "cuda"
+        self._properties: Any = torch.cuda.get_device_properties("cuda")
+        self.cache_bytes = int(self._properties.L2_cache_size)
+        self._stream = torch.cuda.Stream()
+        self._buffer = torch.empty(4 * self.cache_bytes, dtype=torch.uint8, device="cuda")
+
+    @contextlib.contextmanager
+    def scope(self) -> Any:
+        """The stream."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.synchronize()
+
+    def replay(self, calls: Sequence[Call]) -> Replay:
+        """Capture ``calls`` in one graph; each has outputs of its own."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            results = [call() for call in calls]
+        first = results[0]
+        del results  # their memory stays the graph's
+
+        def sample() -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(self.FLUSHES):
+                self._buffer.zero_()
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) * 1e-3 / len(calls)
+
+        return Replay(first, sample)
+
+    def wall(self, call: Call) -> float:
+        """From an idle device to an idle device."""
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        result = call()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        del result
+        return seconds
+
+    def alive(self) -> str | None:
+        """An error of a kernel ends the process's use of the device."""
+        try:
+            torch.cuda.synchronize()
+            return None if float(torch.ones(1, device="cuda")) == 1 else "the device computes wrong"
+        except RuntimeError as error:
+            return f"the CUDA context is lost: {error}".splitlines()[0]
+
+    def describe(self) -> dict[str, Any]:
+        """Name, driver and sizes. Clocks and power limits are left alone."""
+        p = self._properties
+        return {
+            "name": p.name,
+            "driver": driver_version(),
+            "capability": f"{p.major}.{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+            "memory_gib": round(p.total_memory / 2**30, 1),
+            "l2_mib": round(p.L2_cache_size / 2**20, 1),
+        }
+
+
+class HostTimer:
+    """The host's clock around plain calls on CPU tensors.
+
+    Its times say nothing about a GPU: it is there to run the rest of the suite where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.device = "cpu"
+        self.cache_bytes = 1 << 10
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing to enter."""
+        return contextlib.nullcontext()
+
+    def replay(self, calls: Sequence[Call]) -> Replay:
+        """The calls themselves; their results are copied to where the first ones were."""
+        results = calls[0]()
+
+        def sample() -> float:
+            began = time.perf_counter()
+            latest = [call() for call in calls]
+            seconds = time.perf_counter() - began
+            with torch.no_grad():
+                for old, new in zip(results, latest[0], strict=True):
+                    old.copy_(new)
+            return seconds / len(calls)
+
+        return Replay(results, sample)
+
+    def wall(self, call: Call) -> float:
+        """Seconds of a call."""
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+
+    def alive(self) -> str | None:
+        """It is."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """No GPU, and it says so."""
+        return {"name": "none: CPU tensors", "driver": "none", "host": platform.machine()}
+
+
+def driver_version() -> str:
+    """NVIDIA's driver, as nvidia-smi names it."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown"
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = result.stdout.split() if result.returncode == 0 else []
+    return lines[0] if lines else "unknown"

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of proto_attention on a GPU beside its peers, against what the machine could reach.
+
+Writes FOLDER/<date>-<gpu>.json after every setting, also when time runs out or something fails;
+then the exit code is 1. How it is measured: docs/performance.md.
+
+    python benchmarks/run_gpu.py                          # into benchmarks/results
+    python benchmarks/run_gpu.py --only "512x256 bfloat16" --out /tmp
+    TRITON_INTERPRET=1 python benchmarks/run_gpu.py --quick --device cpu --out /tmp
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import cases, record
+from gpu.suite import Suite
+from gpu.timers import CudaTimer, HostTimer, Timer
+
+import fastproto
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument(
+        "--budget", type=float, default=6.0, metavar="MINUTES", help="no setting starts after it"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="settings whose name has it")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny settings, two rounds: does the suite run?"
+    )
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: with --quick alone"
+    )
+    found = parser.parse_args()
+    if found.device == "cpu" and not found.quick:
+        parser.error("--device cpu measures nothing; allowed: with --quick, to try the suite")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return {
+        "fastproto": fastproto.__version__,
+        "torch": torch.__version__,
+        "triton": triton,
+        "cuda": torch.version.cuda or "none",
+        "python": platform.python_version(),
+    }
+
+
+def build_record(suite: Suite, timer: Timer, seconds: float) -> dict[str, Any]:
+    """Everything there is so far."""
+    gpu = timer.describe()
+    ceilings = record.ceilings_of(suite.ceilings)
+    completed = [record.complete(case, suite.chosen, ceilings) for case in suite.cases]
+    sizes = ""
+    if "multiprocessors" in gpu:
+        sizes = (
+            f", driver {gpu['driver']}, {gpu['multiprocessors']} SMs, {gpu['memory_gib']} GiB, "
+            f"L2 {gpu['l2_mib']} MiB, clocks as found"
+        )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/run_gpu.py", *sys.argv[1:]]),
+        "machine": gpu["name"] + sizes,
+        "versions": versions(),
+        "gpu": gpu,
+        "ours": suite.chosen,
+        "seconds": round(seconds),
+        "goals": record.compare_goals(completed, suite.chosen),
+        "ceilings": record.ceiling_rows(suite.ceilings),
+        "failed": suite.failed,
+        "left_out": suite.left_out,
+        "cases": completed,
+    }
+
+
+def write(folder: Path, found: dict[str, Any]) -> Path:
+    """Replace the file of this day and machine, in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{found['date']}-{record.tag(found['gpu']['name'])}.json"
+    temporary = path.with_suffix(".part")
+    temporary.write_text(record.one_line_per_row(found), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def report(found: dict[str, Any]) -> None:
+    """The cases and the goals, for a terminal."""
+    print(f"\nmedians: us of {found['ours']}; how many times as long each peer took")
+    for case in found["cases"]:
+        mine = case["us"].get(found["ours"])
+        if mine is None:
+            print(f"{case['setting']:<22} {case['what']:<8} not measured")
+            continue
+        others = "  ".join(
+            f"{name} {value / mine:.2f}"
+            for name, value in case["us"].items()
+            if name != found["ours"]
+        )
+        rates = ""
+        if "measured_over_expected" in case:
+            rates = (
+                f"{case['measured_over_expected']:6.2f} x expected {case['gb_per_s']:7.0f} GB/s "
+                f"({case['of_copy']:4.0%} of copy) {case['tflops']:6.1f} TFLOP/s  "
+            )
+        wall = f"  wall {case['wall_us'].get(found['ours'], 0):.0f} us" if "wall_us" in case else ""
+        print(f"{case['setting']:<22} {case['what']:<8} {mine:10.2f} us {rates}{others}{wall}")
+    for row in found["goals"]:
+        reached = "not measured"
+        if row["reached"] is not None:
+            reached = f"{row['reached']} {row['unit']} ({'met' if row['met'] else 'NOT met'})"
+        print(f"goal: {row['goal']}: wanted {row['wanted']}, reached {reached}")
+    for row in found["left_out"]:
+        print(f"left out: {row['setting']}: {row['why']}")
+    for row in found["failed"]:
+        print(f"failed: {row['what']}: {row['error']}")
+
+
+def main() -> int:
+    """Measure, write, print."""
+    options = arguments()
+    began = time.monotonic()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("run_gpu.py: torch finds no CUDA device; nothing was measured.", file=sys.stderr)
+        return 2
+    timer: Timer = CudaTimer() if options.device == "cuda" else HostTimer()
+    settings = cases.QUICK if options.quick else cases.SETTINGS
+    settings = [setting for setting in settings if options.only in setting.name]
+    if not settings:
+        print(f"run_gpu.py: no setting's name has {options.only!r}.", file=sys.stderr)
+        return 2
+    suite = Suite(timer, options.budget * 60, options.quick)
+
+    def write_so_far() -> Path:
+        return write(options.out, build_record(suite, timer, time.monotonic() - began))
+
+    suite.run(settings, write_so_far)
+    path = write_so_far()
+    report(build_record(suite, timer, time.monotonic() - began))
+    print(f"Result: {path}")
+    return 1 if suite.failed or not suite.cases else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

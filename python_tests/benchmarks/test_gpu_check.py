@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/gpu_check.py where there is no GPU: it says so; and its parts that need none."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "gpu_check.py"
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--out", tmp_path, "--logs", tmp_path / "logs"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("gpu-check: cannot run: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_keeps_its_output(gpu_check: ModuleType, tmp_path: Path) -> None:
+    program = "import os; print('seen', os.environ['X']); raise SystemExit(3)"
+    log = tmp_path / "log"
+    environment = dict(os.environ) | {"X": "5"}
+    code, expired = gpu_check.run([sys.executable, "-c", program], log, environment, tmp_path, 60)
+    assert (code, expired, log.read_text()) == (3, False, "seen 5\n")
+
+
+def test_a_step_is_stopped_in_the_end(gpu_check: ModuleType, tmp_path: Path) -> None:
+    # A helper of the step that holds its output open must not keep us waiting.
+    program = "import subprocess; subprocess.run(['sleep', '600'])"
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", program]
+    code, expired = gpu_check.run(command, log, dict(os.environ), tmp_path, 3)
+    assert expired
+    assert code != 0
+
+
+JUNIT = (
+    '<testsuites><testsuite name="pytest" errors="{2}" failures="{1}" '
+    'skipped="{3}" tests="{0}"></testsuite></testsuites>'
+)
+
+
+@pytest.mark.parametrize(
+    ("counts", "words", "good"),
+    [
+        ((9, 0, 0, 2), "7 passed, 0 failed, 2 skipped", True),
+        ((9, 1, 1, 2), "5 passed, 2 failed, 2 skipped", False),
+        ((9, 0, 0, 9), "0 passed, 0 failed, 9 skipped", False),
+    ],
+)
+def test_counts(
+    gpu_check: ModuleType, tmp_path: Path, counts: tuple[int, ...], words: str, good: bool
+) -> None:
+    path = tmp_path / "junit.xml"
+    assert gpu_check.count(path) == "no junit file was written"
+    assert not gpu_check.passed(path)
+    path.write_text(JUNIT.format(*counts))
+    assert gpu_check.count(path) == words
+    assert gpu_check.passed(path) == good
+
+
+def test_all_steps_run_whatever_fails(
+    gpu_check: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    codes = iter([(1, False), (0, False), (-9, True)])
+
+    def run(*arguments: Any) -> tuple[int, bool]:
+        return next(codes)
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check, "why_not", lambda: None)
+    monkeypatch.setattr(gpu_check, "RESOURCES", tmp_path / "none.py")
+    monkeypatch.setattr(
+        sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--logs", str(tmp_path / "logs")]
+    )
+    assert gpu_check.main() == 1
+    text = capsys.readouterr().out
+    assert "| install | failed |" in text
+    assert "| tests | failed |" in text  # exit code 0, but no test is known to have passed
+    assert "| resources | skipped | 0 | there is no scripts/none.py |" in text
+    assert "| benchmark | failed |" in text
+    assert "stopped after 600 s" in text
+    assert (tmp_path / "logs" / "summary.md").read_text().strip() in text

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests that need an NVIDIA GPU: ``pytest python_tests/gpu -m gpu``, or ``make gpu-check``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto import backends, proto_attention
+
+FOLDER = Path(__file__).parent
+BACKENDS = ("native", "triton")
+
+Op = Callable[..., Tensor]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in this folder."""
+    for item in items:
+        if item.path.is_relative_to(FOLDER):
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the tests run."""
+    return "cuda"
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, device: str) -> str:
+    """Every backend of this package that can run on the GPU."""
+    reason = backends.why_not(request.param, device)
+    if reason is not None:
+        pytest.skip(f"backend {request.param} cannot run on {device}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def op(backend: str) -> Op:
+    """``proto_attention`` on that backend."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return proto_attention(*args, backend=backend, **kwargs)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _restore_settings() -> Iterator[None]:
+    """What tests here may set for the whole process."""
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # torch's default
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("default")

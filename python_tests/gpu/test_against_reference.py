@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op on a GPU against the float64 reference there: values and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto import reference
+from fastproto.testing.compare import assert_as_good_as_eager, run
+from fastproto.testing.problems import PROBLEMS, Problem
+
+Op = Callable[..., Tensor]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = Problem("small", ((70, 5),), dim=64, height=8, width=8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_as_good_as_eager(op: Op, problem: Problem, dtype: torch.dtype, device: str) -> None:
+    if problem.constant:
+        pytest.skip("eager centres a constant vector to noise; see test_edges.py")
+    torch.set_float32_matmul_precision("highest")
+    assert_as_good_as_eager(op, problem, dtype, device=device)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_float32_with_tf32_as_good_as_eager_with_tf32(
+    op: Op, problem: Problem, device: str
+) -> None:
+    if problem.constant:
+        pytest.skip("eager centres a constant vector to noise; see test_edges.py")
+    torch.set_float32_matmul_precision("high")
+    assert_as_good_as_eager(op, problem, torch.float32, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("concat", [True, False])
+@pytest.mark.parametrize("temperature", [0.001, 0.02, 0.05, 1.0, 50.0])
+def test_temperatures(
+    op: Op, temperature: float, concat: bool, dtype: torch.dtype, device: str
+) -> None:
+    """Of a tensor: the yardstick asks for its gradient."""
+    options = {"temperature": temperature, "concat": concat, "device": device}
+    assert_as_good_as_eager(op, SMALL, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 1.0])
+def test_a_number_and_a_tensor_mean_the_same_temperature(
+    op: Op, temperature: float, dtype: torch.dtype, device: str
+) -> None:
+    feat, protos, offsets = SMALL.make(dtype, device=device)
+    number = op(feat, protos, offsets, temperature=temperature)
+    t = torch.tensor(temperature, device=device)
+    for tensor in (t, t.reshape(1), t.double()):
+        found = op(feat, protos, offsets, temperature=tensor)
+        torch.testing.assert_close(found, number, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("concat", [True, False])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(op: Op, layout: str, dtype: torch.dtype, concat: bool, device: str) -> None:
+    problem = Problem("layout", ((33, 7),), queries=2, dim=96, height=7, width=9, layout=layout)
+    assert_as_good_as_eager(op, problem, dtype, concat=concat, device=device)
+    feat, protos, offsets = problem.make(dtype, device=device)
+    out = op(feat, protos, offsets, concat=concat)
+    plain = dataclasses.replace(problem, layout="nchw").make(dtype, device=device)
+    assert torch.equal(out, op(*plain, concat=concat))
+    assert (out.stride(3) == 1) == (layout == "channels_last")
+
+
+def test_wide_features_that_no_tile_holds(op: Op, device: str) -> None:
+    problem = Problem("wide", ((40, 3),), dim=1536, height=4, width=5)
+    for dtype in DTYPES:
+        assert_as_good_as_eager(op, problem, dtype, device=device)
+
+
+def test_many_bags(op: Op, device: str) -> None:
+    """More tiles than multiprocessors, bags of every size from 0 to 96."""
+    sizes = tuple((n, 96 - n) for n in range(0, 97, 6))
+    problem = Problem("many", sizes, queries=2, dim=512)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert_as_good_as_eager(op, problem, dtype, device=device)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[9:13] + PROBLEMS[16:18], ids=lambda p: p.name)
+def test_float64_equals_the_reference(op: Op, problem: Problem, device: str) -> None:
+    ours = run(op, problem, torch.float64, device=device)
+    truth = run(reference.proto_attention, problem, torch.float64, device=device)
+    for name in ("out", "grad_feat", "grad_protos"):
+        value, expected = getattr(ours, name), getattr(truth, name)
+        scale = float(expected.abs().max())
+        assert torch.allclose(value, expected, rtol=0, atol=1e-12 * scale), name

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that wants a GPU, in one go: build, tests, kernels' resources, benchmark, tables.
+
+Runs with any Python that has torch with CUDA, triton and pytest; installs nothing else and needs no
+network. The package is built and installed into a folder of its own, so that the environment stays
+as it is. A step that fails does not stop those after it; the exit code is 1 if any failed.
+
+    make gpu-check                              # results to benchmarks/results
+    python scripts/gpu_check.py --out OUT --budget 6
+    python scripts/gpu_check.py --installed     # what `import fastproto` finds, no fresh build
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RESOURCES = ROOT / "scripts" / "triton_resources.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What came of a step.
+
+    Attributes:
+        name: For the table.
+        result: "passed", "failed" or "skipped".
+        seconds: Wall time.
+        detail: Counts, or why.
+        log: Its output, if it had any.
+    """
+
+    name: str
+    result: str
+    seconds: float
+    detail: str
+    log: Path | None = None
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the benchmark's record"
+    )
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        default=ROOT / "build" / "gpu-check",
+        metavar="FOLDER",
+        help="for every step's output and the summary",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=6.0, metavar="MINUTES", help="of the benchmark"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=20.0, metavar="MINUTES", help="of every other step"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes of the tests, where pytest-xdist is installed (they wait for compilers)",
+    )
+    parser.add_argument("--installed", action="store_true", help="do not build and install")
+    parser.add_argument(
+        "--only", nargs="+", choices=STEPS, default=list(STEPS), help="some of the steps"
+    )
+    return parser.parse_args()
+
+
+def why_not() -> str | None:
+    """Why nothing can be checked here, in a sentence; None if it can."""
+    for name in ("torch", "triton", "pytest"):
+        if importlib.util.find_spec(name) is None:
+            return f"{sys.executable} has no {name}"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    return None
+
+
+class Check:
+    """The steps; all run in processes of their own, away from the sources."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.logs: Path = options.logs.resolve()
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.environment = {
+            key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
+        }
+        if not options.installed:
+            self._look_first_in(self.logs / "package")
+
+    def _look_first_in(self, folder: Path) -> None:
+        """Before the environment's own packages; the sources last, should the build fail."""
+        path = [str(folder), os.environ.get("PYTHONPATH", ""), str(ROOT)]
+        self.environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+
+    def install(self) -> Step:
+        """Build and install into a folder."""
+        if self.options.installed:
+            return Step("install", "skipped", 0.0, "--installed")
+        folder = self.logs / "package"
+        shutil.rmtree(folder, ignore_errors=True)
+        pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+        pip += ["--disable-pip-version-check", "--no-index", "--verbose", "--target", str(folder)]
+        return self._step("install", [*pip, str(ROOT)], self._what_is_installed)
+
+    def _what_is_installed(self) -> str:
+        program = (
+            "import fastproto; from fastproto import backends; print(fastproto.__file__, "
+            "*(n for n in ('native', 'triton') if backends.why_not(n, 'cuda') is None))"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=self.logs,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if found.returncode != 0:
+            return f"does not import: {found.stderr.strip().splitlines()[-1]}"
+        file, *backends = found.stdout.split()
+        return f"{Path(file).parent}; backends on CUDA: {', '.join(backends) or 'none'}"
+
+    def tests(self) -> Step:
+        """The tests marked gpu."""
+        junit = self.logs / "tests.xml"
+        junit.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
+        command += ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-m", "gpu", "--tb=short"]
+        command += [f"--junitxml={junit}", str(ROOT / "python_tests" / "gpu")]
+        if self.options.workers > 1 and importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(self.options.workers)]
+        return self._step("tests", command, lambda: count(junit), lambda: passed(junit))
+
+    def resources(self) -> Step:
+        """Compile every configuration of the table for this device."""
+        if not RESOURCES.is_file():
+            return Step("resources", "skipped", 0.0, f"there is no scripts/{RESOURCES.name}")
+        return self._step("resources", [sys.executable, str(RESOURCES)])
+
+    def benchmark(self) -> Step:
+        """The GPU suite."""
+        program = ROOT / "benchmarks" / "run_gpu.py"
+        out = self.options.out.resolve()
+        command = [sys.executable, str(program), "--out", str(out)]
+        command += ["--budget", str(self.options.budget)]
+        return self._step(
+            "benchmark", command, limit=(self.options.budget + 4) * 60, describe=lambda: str(out)
+        )
+
+    def _step(
+        self,
+        name: str,
+        command: Sequence[str],
+        describe: Callable[[], str] = lambda: "",
+        accept: Callable[[], bool] = lambda: True,
+        limit: float | None = None,
+    ) -> Step:
+        log = self.logs / f"{name}.log"
+        print(f"\n== {name}: {' '.join(command)}", flush=True)
+        began = time.monotonic()
+        limit = self.options.limit * 60 if limit is None else limit
+        code, timed_out = run(command, log, self.environment, self.logs, limit)
+        seconds = time.monotonic() - began
+        details = [f"stopped after {limit:.0f} s" if timed_out else "", describe()]
+        if code != 0 and not timed_out:
+            details.insert(0, f"exit code {code}")
+        result = "passed" if code == 0 and accept() else "failed"
+        return Step(name, result, seconds, "; ".join(filter(None, details)), log)
+
+
+STEPS = ("install", "tests", "resources", "benchmark")
+
+
+def run(
+    command: Sequence[str], log: Path, environment: dict[str, str], cwd: Path, limit: float
+) -> tuple[int, bool]:
+    """Exit code, and whether time ran out; the output goes to the terminal and to ``log``."""
+    expired = threading.Event()
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment | {"PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a group of its own, to stop its helpers with it
+        )
+
+        def stop() -> None:
+            expired.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(limit, stop)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                print(line, end="", flush=True)
+            code = process.wait()
+        finally:
+            timer.cancel()
+    return code, expired.is_set()
+
+
+def _suite(junit: Path) -> dict[str, int]:
+    """Counts of a junit file; empty where there is none."""
+    if not junit.is_file():
+        return {}
+    keys = ("tests", "failures", "errors", "skipped")
+    totals = dict.fromkeys(keys, 0)
+    for suite in xml.etree.ElementTree.parse(junit).getroot().iter("testsuite"):
+        for key in keys:
+            totals[key] += int(suite.get(key, 0))
+    return totals
+
+
+def count(junit: Path) -> str:
+    """Passed, failed and skipped, in words."""
+    totals = _suite(junit)
+    if not totals:
+        return "no junit file was written"
+    bad = totals["failures"] + totals["errors"]
+    good = totals["tests"] - bad - totals["skipped"]
+    return f"{good} passed, {bad} failed, {totals['skipped']} skipped"
+
+
+def passed(junit: Path) -> bool:
+    """Whether something ran and nothing failed: all skipped is no success."""
+    totals = _suite(junit)
+    bad = totals.get("failures", 0) + totals.get("errors", 0)
+    return bool(totals) and bad == 0 and totals["tests"] > totals["skipped"]
+
+
+def summary(steps: Sequence[Step]) -> str:
+    """The table of the steps, in markdown."""
+    lines = ["| step | result | seconds | | output |", "|---|---|---:|---|---|"]
+    lines += [
+        f"| {s.name} | {s.result} | {s.seconds:.0f} | {s.detail.replace('|', '/')} | "
+        f"{'' if s.log is None else s.log} |"
+        for s in steps
+    ]
+    return "\n".join(lines)
+
+
+def tables(results: Path) -> str:
+    """The tables of the newest record in ``results``, as docs/performance.md has them."""
+    spec = importlib.util.spec_from_file_location(
+        "update_tables", ROOT / "scripts" / "update_tables.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return "\n\n".join((module.gpu(results), module.gpu_goals(results)))
+
+
+def main() -> int:
+    """Run the steps, print the tables."""
+    options = arguments()
+    reason = why_not()
+    if reason is not None:
+        print(f"gpu-check: cannot run: {reason}.", file=sys.stderr)
+        return 2
+    check = Check(options)
+    methods: dict[str, Callable[[], Step]] = {name: getattr(check, name) for name in STEPS}
+    steps = []
+    for name in STEPS:
+        if name in options.only:
+            try:
+                steps.append(methods[name]())
+            except Exception as error:  # the next step may still tell something
+                steps.append(Step(name, "failed", 0.0, f"{type(error).__name__}: {error}"))
+    text = summary(steps)
+    if "benchmark" in options.only:
+        text += "\n\n" + tables(options.out)
+    (check.logs / "summary.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}")
+    return 1 if any(step.result == "failed" for step in steps) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
