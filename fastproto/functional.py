@@ -71,7 +71,7 @@ def proto_attention(
     _check(feat, protos, offsets, temperature, eps)
     if isinstance(temperature, Tensor) and temperature.dtype not in (torch.float32, torch.float64):
         temperature = temperature.float()
-    chosen = backends.choose(feat.device.type, backend)
+    chosen = backends.choose(feat.device.type, backend, feat.dtype)
     if chosen == "native":
         from fastproto import ops
 

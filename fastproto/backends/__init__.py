@@ -22,14 +22,20 @@ _AUTOMATIC = {"cpu": ("native", "reference")}
 _FORCED = os.environ.get("FASTPROTO_BACKEND") or None
 
 
-def why_not(name: str, device: str) -> str | None:
-    """Why backend ``name`` cannot run on device type ``device``, in a sentence; None if it can."""
+def why_not(name: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why backend ``name`` cannot run on device type ``device``, in a sentence; None if it can.
+
+    With a ``dtype`` of the features, whether it can run that.
+    """
     if name == "reference":
         return None
     if name == "triton":
         from fastproto.triton import support
 
-        return support.why_not(device)
+        reason = support.why_not(device)
+        if reason is None and dtype == torch.float64 and device != "cpu":
+            return "it computes float64 only interpreted, for tests"
+        return reason
     if device == "cuda":
         return _library.why_not_cuda() or "its CUDA kernels are not written yet"
     if device == "cpu":
@@ -38,21 +44,21 @@ def why_not(name: str, device: str) -> str | None:
 
 
 @functools.cache
-def _choose(device: str, forced: str | None, source: str) -> str:
+def _choose(device: str, dtype: torch.dtype | None, forced: str | None, source: str) -> str:
     if forced is not None:
         if forced not in LADDER:
             raise ArgumentError(source, found=repr(forced), allowed=", ".join(LADDER))
-        reason = why_not(forced, device)
+        reason = why_not(forced, device, dtype)
         if reason is not None:
             raise ArgumentError(
                 source,
                 found=f"{forced!r}, which cannot run on {device!r}: {reason}",
-                allowed=", ".join(name for name in LADDER if why_not(name, device) is None),
+                allowed=", ".join(name for name in LADDER if why_not(name, device, dtype) is None),
             )
         return forced
     reasons: list[str] = []
     for name in _AUTOMATIC.get(device, LADDER):
-        reason = why_not(name, device)
+        reason = why_not(name, device, dtype)
         if reason is None:
             if name == "reference" and reasons:
                 _library.say_once(
@@ -64,15 +70,15 @@ def _choose(device: str, forced: str | None, source: str) -> str:
     raise AssertionError("the reference runs everywhere")
 
 
-def choose(device: str, backend: str | None = None) -> str:
-    """Name of the backend to use on device type ``device``.
+def choose(device: str, backend: str | None = None, dtype: torch.dtype | None = None) -> str:
+    """Name of the backend to use on device type ``device``, for features of type ``dtype``.
 
     Raises:
         ArgumentError: ``backend`` (or FASTPROTO_BACKEND) is unknown or cannot run there; says why.
     """
     if backend is not None:
-        return _choose(device, backend, "backend")
-    return _choose(device, _FORCED, "FASTPROTO_BACKEND")
+        return _choose(device, dtype, backend, "backend")
+    return _choose(device, dtype, _FORCED, "FASTPROTO_BACKEND")
 
 
 # The choice depends on the installation alone, so torch.compile may take it as a constant. This is

@@ -207,13 +207,14 @@ def extract_prototypes(
 
 
 def _packs_by_kernel(features: Tensor, share: Tensor, backend: str | None) -> bool:
-    if backends.choose(features.device.type, backend) != "triton":
-        return False
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    if features.device.type == "cpu":
-        dtypes += (torch.float64,)
-    fits = features.dtype in dtypes
-    return fits and features.numel() > 0 and share.numel() > 0 and not share.requires_grad
+    chosen = backends.choose(features.device.type, backend, features.dtype)
+    # The kernel has no gradient for masks, and nothing to do without cells.
+    return (
+        chosen == "triton"
+        and features.numel() > 0
+        and share.numel() > 0
+        and not share.requires_grad
+    )
 
 
 def _pack(

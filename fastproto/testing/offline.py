@@ -119,12 +119,12 @@ def launches(
     offsets = torch.empty(5, dtype=torch.int32, device="meta")
     found: list[Launch] = []
     settings: Any = (feat, protos, offsets, 0.05)
-    out, *saved = launch.run_forward(found.append, plan, *settings, 1e-6, True, save, precision)
+    forward: Any = (found.append, plan, *settings, 1e-6, True, save, precision)
+    out, *saved = launch.run_forward(*forward)
     if save:
-        grad = torch.empty_like(out)
-        launch.run_backward(
-            found.append, plan, grad, *settings, *saved, 1e-6, True, True, True, precision
-        )
+        options = (1e-6, True, True, True, precision)  # eps, concat, needs, needs
+        backward: Any = (found.append, plan, torch.empty_like(out), *settings, *saved, *options)
+        launch.run_backward(*backward)
     (wanted,) = [one for one in found if one.kernel.__name__ == f"{kernel}_kernel"]
     return wanted
 

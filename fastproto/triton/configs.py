@@ -88,7 +88,8 @@ class Chip:
     """The device.
 
     Attributes:
-        capability: Compute capability times ten, e.g. 90; 0 where it is not NVIDIA's.
+        capability: Compute capability times ten, e.g. 90; 0 where it is not NVIDIA's; -1 is the
+            interpreter.
         multiprocessors: How many programs run side by side, about.
         shared_memory: Bytes a program may have.
     """
@@ -99,7 +100,7 @@ class Chip:
 
 
 H200 = Chip(90, 132, 227 * 1024)
-INTERPRETER = Chip(0, 132, 227 * 1024)
+INTERPRETER = Chip(-1, 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,23 +128,27 @@ class Row:
 
 HALF = (torch.bfloat16, torch.float16)
 SINGLE = (torch.float32,)
-DOUBLE = (torch.float64,)
+ALL_TYPES = (*HALF, *SINGLE, torch.float64)
 ANY_DIM = 2**20
 ALL = (0, 999)
 SM80 = (80, 89)
 SM90 = (90, 99)
-NOT_NVIDIA = (0, 0)  # other makes, and the interpreter
+INTERPRETED = (-1, -1)
 KIB = 1024
 
 # Of the rows that apply the first is taken; the others are what autotuning may try.
 TABLE: tuple[Row, ...] = (
+    *(
+        # The fewest programs: the interpreter takes milliseconds for each.
+        Row(kernel, "any", ALL_TYPES, INTERPRETED, 0, ANY_DIM, Config(64, 64, 128, 0, True, 4, 1))
+        for kernel in ("forward", "backward_query", "backward_protos")
+    ),
     Row("forward", "throughput", HALF, ALL, 101 * KIB, 512, Config(32, 64, 128, 0, True, 8, 2)),
     Row("forward", "throughput", HALF, ALL, 67 * KIB, 512, Config(32, 32, 128, 0, True, 8, 2)),
     Row("forward", "small", HALF, ALL, 99 * KIB, 512, Config(16, 64, 128, 1, True, 4, 2, True)),
     Row("forward", "any", HALF, SM90, 48 * KIB, ANY_DIM, Config(64, 64, 64, 4, False, 8, 3)),
     Row("forward", "any", HALF, ALL, 8 * KIB, ANY_DIM, Config(16, 32, 64, 2, False, 4, 2)),
     Row("forward", "any", SINGLE, ALL, 17 * KIB, ANY_DIM, Config(32, 32, 32, 2, False, 8, 2)),
-    Row("forward", "any", DOUBLE, NOT_NVIDIA, 0, ANY_DIM, Config(16, 16, 32, 1, False, 4, 1)),
     Row(
         "backward_query",
         "throughput",
@@ -167,9 +172,6 @@ TABLE: tuple[Row, ...] = (
     Row("backward_query", "any", HALF, ALL, 13 * KIB, ANY_DIM, Config(32, 32, 64, 4, False, 8, 2)),
     Row("backward_query", "any", SINGLE, ALL, 9 * KIB, ANY_DIM, Config(16, 32, 32, 4, False, 8, 2)),
     Row("backward_query", "any", SINGLE, ALL, 7 * KIB, ANY_DIM, Config(16, 16, 32, 2, False, 4, 2)),
-    Row(
-        "backward_query", "any", DOUBLE, NOT_NVIDIA, 0, ANY_DIM, Config(16, 16, 32, 1, False, 4, 1)
-    ),
     Row(
         "backward_protos",
         "throughput",
@@ -200,9 +202,6 @@ TABLE: tuple[Row, ...] = (
     Row("backward_protos", "any", HALF, ALL, 7 * KIB, ANY_DIM, Config(16, 16, 64, 1, False, 4, 2)),
     Row(
         "backward_protos", "any", SINGLE, ALL, 7 * KIB, ANY_DIM, Config(16, 16, 32, 2, False, 4, 2)
-    ),
-    Row(
-        "backward_protos", "any", DOUBLE, NOT_NVIDIA, 0, ANY_DIM, Config(16, 16, 32, 1, False, 4, 1)
     ),
 )
 

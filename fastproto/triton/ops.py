@@ -65,11 +65,23 @@ def _forward(
     offsets: Tensor,
     temperature_tensor: Tensor | None,
     temperature: float,
-    *options: Any,  # eps, concat, save_for_backward
+    eps: float,
+    concat: bool,
+    save: bool,
 ) -> Any:
     t = temperature if temperature_tensor is None else temperature_tensor
-    plan = _plan(feat, offsets)
-    return launch.run_forward(run, plan, feat, protos, offsets, t, *options, float32_precision())
+    return launch.run_forward(
+        run,
+        _plan(feat, offsets),
+        feat,
+        protos,
+        offsets,
+        t,
+        eps,
+        concat,
+        save,
+        float32_precision(),
+    )
 
 
 def _backward(
@@ -84,7 +96,10 @@ def _backward(
     query_stats: Tensor,
     proto_stats: Tensor,
     temperature: float,
-    *options: Any,  # eps, concat, needs_protos, needs_temperature
+    eps: float,
+    concat: bool,
+    needs_protos: bool,
+    needs_temperature: bool,
 ) -> Any:
     t = temperature if temperature_tensor is None else temperature_tensor
     return launch.run_backward(
@@ -99,7 +114,10 @@ def _backward(
         lse,
         query_stats,
         proto_stats,
-        *options,
+        eps,
+        concat,
+        needs_protos,
+        needs_temperature,
         float32_precision(),
     )
 

@@ -53,7 +53,7 @@ def test_as_good_as_eager(problem: Problem, dtype: torch.dtype) -> None:
 def rows() -> list[Row]:
     """One row for each configuration that differs."""
     different = {(row.kernel, row.config): row for row in TABLE}
-    return list(different.values())
+    return [row for row in different.values() if row.capabilities != configs.INTERPRETED]
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -61,16 +61,16 @@ def rows() -> list[Row]:
     "row", rows(), ids=lambda r: f"{r.kernel}-{'-'.join(map(str, dataclasses.astuple(r.config)))}"
 )
 def test_every_row_of_the_table(row: Row, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks of channels and part of a third, tiles that end inside, very unequal bags."""
-    dim = 2 * row.config.chunk + 5
+    """Several programs share the channels, a chunk is padded, tiles end inside, bags vary."""
+    config = row.config
+    dim = 2 * max(config.out_chunks, 1) * config.chunk - 3
     dtype = torch.float16 if torch.float16 in row.dtypes else row.dtypes[0]
-    problem = Problem("rows", ((70, 0), (3, 33)), 1, dim, 7, 5, layout=layout)
+    problem = Problem("rows", ((3, 0), (66, 1)), 1, dim, 5, 5, layout=layout)
 
     def plan(feat: Tensor, offsets: Tensor) -> Plan:
-        shape = configs.Shape(2, 1, 2, 35, dim, feat.dtype)
-        return dataclasses.replace(
-            configs.choose(shape, configs.INTERPRETER), **{row.kernel: row.config.fit(dim)}
-        )
+        shape = configs.Shape(1, 1, 2, 25, dim, dtype)
+        plan = configs.choose(shape, configs.INTERPRETER)
+        return dataclasses.replace(plan, **{row.kernel: config.fit(dim)})
 
     monkeypatch.setattr(ops, "_plan", plan)
     assert_as_good_as_eager(triton, problem, dtype)
