@@ -34,8 +34,10 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
 demo: install
 	$(BIN)/python scripts/demo.py
 
+# The Triton kernels in a process of their own, in which they are interpreted.
 test: develop
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/triton
 
 # The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++ and Linux), on every
 # instruction set of this CPU; the first report ends the run. Python is not instrumented, so it must

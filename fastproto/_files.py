@@ -63,3 +63,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cache_folder() -> Path:
+    """Where downloads and measured plans are kept: ``FASTPROTO_CACHE``, or ~/.cache/fastproto."""
+    return Path(os.environ.get("FASTPROTO_CACHE") or Path.home() / ".cache" / "fastproto")

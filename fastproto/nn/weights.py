@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastproto._files import atomic_write
+from fastproto._files import atomic_write, cache_folder
 from fastproto.errors import ArgumentError, CheckpointError
 
 IMAGENET_URL = "https://download.pytorch.org/models/"
@@ -224,8 +224,7 @@ def _require_file(path: Path) -> None:
 def _imagenet_file(name: str) -> Path:
     """The cached ImageNet file of an encoder, downloaded where it is not there yet, and checked."""
     filename = IMAGENET_FILES[name]
-    cache = Path(os.environ.get("FASTPROTO_CACHE") or Path.home() / ".cache" / "fastproto")
-    path = cache / filename
+    path = cache_folder() / filename
     if path.exists():
         _check_imagenet(path, path)
         return path

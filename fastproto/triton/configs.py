@@ -126,6 +126,7 @@ class Row:
     config: Config
 
 
+KERNELS = ("forward", "backward_query", "backward_protos")
 HALF = (torch.bfloat16, torch.float16)
 SINGLE = (torch.float32,)
 ALL_TYPES = (*HALF, *SINGLE, torch.float64)
@@ -141,7 +142,7 @@ TABLE: tuple[Row, ...] = (
     *(
         # The fewest programs: the interpreter takes milliseconds for each.
         Row(kernel, "any", ALL_TYPES, INTERPRETED, 0, ANY_DIM, Config(64, 64, 128, 0, True, 4, 1))
-        for kernel in ("forward", "backward_query", "backward_protos")
+        for kernel in KERNELS
     ),
     Row("forward", "throughput", HALF, ALL, 101 * KIB, 512, Config(32, 64, 128, 0, True, 8, 2)),
     Row("forward", "throughput", HALF, ALL, 67 * KIB, 512, Config(32, 32, 128, 0, True, 8, 2)),
@@ -255,8 +256,5 @@ def choose(shape: Shape, chip: Chip) -> Plan:
     return Plan(
         variant_of(shape, chip),
         stats_config(shape.dim),
-        *(
-            candidates(kernel, shape, chip)[0]
-            for kernel in ("forward", "backward_query", "backward_protos")
-        ),
+        *(candidates(kernel, shape, chip)[0] for kernel in KERNELS),
     )

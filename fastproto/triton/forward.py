@@ -222,7 +222,7 @@ def forward_kernel(
 
     # 0, but the compiler does not know: else it keeps the addresses of the query tile in registers
     # all through the loop, and spills.
-    opaque_zero = tl.multiple_of(tl.minimum(count, 0), 16)
+    opaque_zero = tl.multiple_of(tl.minimum(n_total, 0), 16)
     pix = opaque_zero + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     pix_ok = pix < pixels
     channels = opaque_zero + tl.arange(0, CHUNK)

@@ -55,7 +55,7 @@ def _plan(feat: Tensor, offsets: Tensor) -> Plan:
     episodes, queries, dim, height, width = map(int, feat.shape)
     ways = (int(offsets.shape[0]) - 1) // episodes
     shape = Shape(episodes, queries, ways, height * width, dim, feat.dtype)
-    return plan_for(shape, chip_of(feat.device))
+    return plan_for(shape, chip_of(feat.device), feat.device)
 
 
 def _forward(

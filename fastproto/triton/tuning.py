@@ -1,13 +1,160 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans."""
+"""The plan of a problem: the table's, or with ``FASTPROTO_TRITON_AUTOTUNE=1`` a measured one.
+
+Measured once per shape, GPU, Triton and fastproto: the choice is kept in
+``$FASTPROTO_CACHE/triton-plans.json``. Nothing is measured while a CUDA graph is captured or a
+graph is compiled; what the file knows is used there too.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from fastproto.triton.configs import Chip, Plan, Shape, choose
+import torch
+
+from fastproto import _library
+from fastproto._files import cache_folder, write_text
+from fastproto._version import __version__
+from fastproto.triton import launch
+from fastproto.triton.configs import KERNELS, Chip, Config, Plan, Shape, candidates, choose
+
+PROTOTYPES = 256
+"""Of every bag while measuring: the real number is not known to the host."""
+
+Measure = Callable[[Shape, str, Plan], float]
+
+
+def enabled() -> bool:
+    """Whether the user asked for measured plans."""
+    return os.environ.get("FASTPROTO_TRITON_AUTOTUNE") == "1"
+
+
+class Tuner:
+    """Chooses among the table's candidates by measurement, and remembers.
+
+    Args:
+        file: JSON file of past choices; written atomically, made where it is missing.
+        measure: Seconds of one kernel under a plan.
+        where: What a choice depends on beside the shape: GPU and versions.
+    """
+
+    def __init__(self, file: Path, measure: Measure, where: str) -> None:
+        self._file, self._measure, self._where = file, measure, where
+        self._known = self._read()
+
+    def plan(self, shape: Shape, chip: Chip, may_measure: bool) -> Plan:
+        """The remembered plan, or a new one if measuring is allowed now, or the table's."""
+        key = f"{self._where}; {shape}"
+        if key in self._known:
+            return self._remembered(key, shape, chip)
+        plan = choose(shape, chip)
+        if not may_measure:
+            return plan
+        seconds: dict[str, dict[str, float]] = {}
+        for kernel in KERNELS:
+            seconds[kernel] = {}
+            best = float("inf")
+            for config in candidates(kernel, shape, chip):
+                one = self._measure(shape, kernel, dataclasses.replace(plan, **{kernel: config}))
+                seconds[kernel][_text(config)] = one
+                if one < best:
+                    best, fastest = one, config
+            plan = dataclasses.replace(plan, **{kernel: fastest})
+        self._known[key] = seconds
+        self._write()
+        return plan
+
+    def _remembered(self, key: str, shape: Shape, chip: Chip) -> Plan:
+        """The fastest of the remembered configurations that the table still holds."""
+        plan = choose(shape, chip)
+        for kernel in KERNELS:
+            known = self._known[key].get(kernel, {})
+            measured = [c for c in candidates(kernel, shape, chip) if _text(c) in known]
+            if measured:
+                fastest = min(measured, key=lambda c, known=known: known[_text(c)])  # type: ignore[misc]
+                plan = dataclasses.replace(plan, **{kernel: fastest})
+        return plan
+
+    def _read(self) -> dict[str, dict[str, dict[str, float]]]:
+        if not self._file.exists():
+            return {}
+        try:
+            known = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            _library.say_once(f"fastproto: {self._file} cannot be read ({error}); measuring anew.")
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _write(self) -> None:
+        write_text(self._file, json.dumps(self._known, indent=1))
+
+
+def _text(config: Config) -> str:
+    return json.dumps(dataclasses.astuple(config))
+
+
+def measure(shape: Shape, kernel: str, plan: Plan) -> float:
+    """Seconds of one kernel (forward: and of the statistics it asks for) on this GPU."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        values = torch.randn(*size, device="cuda", generator=generator)
+        return values.relu().to(shape.dtype)
+
+    bags = shape.episodes * shape.ways
+    feat = random(shape.episodes, shape.queries, shape.dim, 1, shape.pixels)
+    protos = random(bags * PROTOTYPES, shape.dim)
+    offsets = torch.arange(bags + 1, dtype=torch.int32, device="cuda") * PROTOTYPES
+    settings: Any = (feat, protos, offsets, 0.05)
+    seconds: list[float] = []
+
+    def timed(one: launch.Launch) -> None:
+        if one.kernel.__name__ != f"{kernel}_kernel":
+            return launch.run_now(one)
+        launch.run_now(one)  # compiles
+        for _ in range(15):
+            events = [torch.cuda.Event(enable_timing=True) for _ in "ab"]
+            events[0].record()
+            launch.run_now(one)
+            events[1].record()
+            torch.cuda.synchronize()
+            seconds.append(events[0].elapsed_time(events[1]) / 1e3)
+        return None
+
+    forward: Any = (timed, plan, *settings, 1e-6, True, True, "tf32x3")
+    out, *saved = launch.run_forward(*forward)
+    if kernel != "forward":
+        options = (1e-6, True, True, False, "tf32x3")
+        backward: Any = (timed, plan, torch.ones_like(out), *settings, *saved, *options)
+        launch.run_backward(*backward)
+    return statistics.median(seconds)
 
 
 @functools.cache
-def plan_for(shape: Shape, chip: Chip) -> Plan:
-    return choose(shape, chip)
+def _tuner(device: int) -> Tuner:
+    import triton
+
+    name = torch.cuda.get_device_name(device)
+    where = f"{name}; triton {triton.__version__}; fastproto {__version__}"
+    return Tuner(cache_folder() / "triton-plans.json", measure, where)
+
+
+_table_plan = functools.cache(choose)
+
+
+def plan_for(shape: Shape, chip: Chip, device: torch.device) -> Plan:
+    """The plan to run ``shape`` with on ``device``."""
+    if not enabled() or device.type != "cuda" or not torch.cuda.is_available():
+        return _table_plan(shape, chip)
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    may_measure = not traced and not torch.cuda.is_current_stream_capturing()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with torch.cuda.device(index):
+        return _tuner(index).plan(shape, chip, may_measure)

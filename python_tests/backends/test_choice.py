@@ -46,7 +46,7 @@ def test_without_native_code_the_reference_runs_and_says_so_once() -> None:
 def test_the_environment_forces_a_backend() -> None:
     assert python(CALL, FASTPROTO_BACKEND="reference").stdout.split()[0] == "reference"
     result = python(CALL, FASTPROTO_BACKEND="fast")
-    assert "FASTPROTO_BACKEND: found 'fast'; allowed: native, reference" in result.stderr
+    assert "FASTPROTO_BACKEND: found 'fast'; allowed: native, triton, reference" in result.stderr
 
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:

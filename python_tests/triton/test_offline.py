@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be proved about the compiled kernels without a GPU: they compile, fit, do not spill.
+
+And torch.compile sees through the ops: traced with tensors of a GPU that is not there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from fastproto.triton import support
+
+pytest.importorskip("triton", reason="triton is not installed")
+if support.INTERPRETED:
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from fastproto.testing import offline
+from fastproto.testing.offline import SHARED_MEMORY, Case, Resources, cases
+
+CASES = list(cases())
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[dict[str, concurrent.futures.Future[Resources]]]:
+    """Everything, on all cores: a second for each."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        yield {case.name: pool.submit(Case.compile, case) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_fits_without_spilling(
+    case: Case, compiled: dict[str, concurrent.futures.Future[Resources]]
+) -> None:
+    found = compiled[case.name].result()
+    assert found.stack == 0
+    assert found.shared <= min(case.row.shared_memory, SHARED_MEMORY[case.capability])
+    config = case.row.config
+    # Hopper's own instruction needs 64 rows: pixels, or prototypes where they are the rows.
+    rows = config.block_n if case.row.kernel == "backward_protos" else config.block_m
+    half = case.dtype in (offline.torch.bfloat16, offline.torch.float16)
+    if case.capability == 90 and rows >= 64 and half:
+        assert found.instructions == ("wgmma.mma_async",)
+    else:
+        assert found.instructions == ("mma.sync",)
+
+
+def test_a_spilling_configuration_is_noticed() -> None:
+    row = next(row for row in offline.TABLE if row.kernel == "forward" and row.variant == "small")
+    config = offline.Config(64, 64, 512, 0, True, 4, 1)
+    case = Case(offline.dataclasses.replace(row, config=config), 80, row.dtypes[0], False, True, "")
+    assert case.compile().stack > 0
+
+
+TRACE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic, ShapeEnv, StatelessSymbolicContext
+)
+from fastproto.triton import ops
+
+class Driver:  # what torch asks of the GPU to find out which tensors a kernel writes
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_active_torch_device(self): return torch.device("cuda", 0)
+triton.runtime.driver.set_active(Driver())
+
+class Step(torch.nn.Module):
+    def forward(self, feat, protos, offsets, grad):
+        out, *saved = torch.ops.fastproto.triton_fwd(
+            feat * 2, protos, offsets, None, 0.05, 1e-6, True, True
+        )
+        grads = torch.ops.fastproto.triton_bwd(
+            grad, feat * 2, protos, offsets, None, *saved, 0.05, 1e-6, True, True, False
+        )
+        return (out.sin(), *(g + 1 for g in grads[:2]))
+
+env = ShapeEnv()
+with FakeTensorMode(shape_env=env) as mode:
+    def cuda(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, device="cuda", dtype=dtype)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    real = torch.empty(300, device="meta")
+    total = mode.from_tensor(real, symbolic_context=context).shape[0]
+    inputs = (cuda(2, 1, 512, 16, 16), cuda(total, 512), cuda(5, dtype=torch.int32))
+    module, _ = aot_export_module(Step(), (*inputs, cuda(2, 1, 2, 1024, 16, 16)), trace_joint=False)
+for node in module.graph.nodes:
+    if "triton_kernel_wrapper" in str(node.target):
+        print(node.kwargs["tensors_to_clone"])
+print([str(guard.expr) for guard in env.guards])
+"""
+
+
+def test_compile_sees_the_kernels_and_what_they_write() -> None:
+    """Forward and backward in one graph, whatever the number of prototypes."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRACE],
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    *written, guards = result.stdout.splitlines()
+    assert written == [
+        "['proto_stats']",
+        "['out', 'agg', 'lse', 'query_stats']",
+        "['grad_feat', 'delta', 'temperature_terms']",
+        # torch takes the rows' addresses, computed from the offsets, for a write to the offsets:
+        # a copy of a few bytes.
+        "['offsets', 'grad_protos']",
+    ]
+    assert guards == "[]"  # nothing is assumed of the number of prototypes
