@@ -148,7 +148,7 @@ TABLE: tuple[Row, ...] = (
     Row("forward", "throughput", HALF, ALL, 67 * KIB, 512, Config(32, 32, 128, 0, True, 8, 2)),
     Row("forward", "small", HALF, ALL, 99 * KIB, 512, Config(16, 64, 128, 1, True, 4, 2, True)),
     Row("forward", "any", HALF, SM90, 48 * KIB, ANY_DIM, Config(64, 64, 64, 4, False, 8, 3)),
-    Row("forward", "any", HALF, ALL, 8 * KIB, ANY_DIM, Config(16, 32, 64, 2, False, 4, 2)),
+    Row("forward", "any", HALF, ALL, 10 * KIB, ANY_DIM, Config(32, 32, 64, 2, False, 8, 2)),
     Row("forward", "any", SINGLE, ALL, 17 * KIB, ANY_DIM, Config(32, 32, 32, 2, False, 8, 2)),
     Row(
         "backward_query",

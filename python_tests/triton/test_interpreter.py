@@ -5,7 +5,7 @@ In a process of its own, because Triton decides when a kernel is defined whether
 
     TRITON_INTERPRET=1 pytest python_tests/triton
 
-The interpreter computes products of bfloat16 wrongly, and TF32 as float32: one test each mends that.
+The interpreter multiplies bfloat16 wrongly and takes TF32 for float32: two tests mend that.
 """
 
 from __future__ import annotations
