@@ -217,6 +217,11 @@ class Plan:
     backward_query: Config
     backward_protos: Config
 
+    def replaced(self, kernel: str, config: Config) -> Plan:
+        """The same with another configuration for ``kernel``."""
+        changed: Any = {kernel: config}
+        return dataclasses.replace(self, **changed)
+
 
 def power_of_two_from(n: int) -> int:
     """The smallest power of two that is at least ``n``."""

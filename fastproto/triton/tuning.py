@@ -62,11 +62,11 @@ class Tuner:
             seconds[kernel] = {}
             best = float("inf")
             for config in candidates(kernel, shape, chip):
-                one = self._measure(shape, kernel, dataclasses.replace(plan, **{kernel: config}))
+                one = self._measure(shape, kernel, plan.replaced(kernel, config))
                 seconds[kernel][_text(config)] = one
                 if one < best:
                     best, fastest = one, config
-            plan = dataclasses.replace(plan, **{kernel: fastest})
+            plan = plan.replaced(kernel, fastest)
         self._known[key] = seconds
         self._write()
         return plan
@@ -78,8 +78,8 @@ class Tuner:
             known = self._known[key].get(kernel, {})
             measured = [c for c in candidates(kernel, shape, chip) if _text(c) in known]
             if measured:
-                fastest = min(measured, key=lambda c, known=known: known[_text(c)])  # type: ignore[misc]
-                plan = dataclasses.replace(plan, **{kernel: fastest})
+                seconds = [known[_text(config)] for config in measured]
+                plan = plan.replaced(kernel, measured[seconds.index(min(seconds))])
         return plan
 
     def _read(self) -> dict[str, dict[str, dict[str, float]]]:

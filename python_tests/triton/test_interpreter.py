@@ -74,8 +74,7 @@ def test_every_row_of_the_table(row: Row, layout: str, monkeypatch: pytest.Monke
 
     def plan(feat: Tensor, offsets: Tensor) -> Plan:
         shape = configs.Shape(1, 1, 2, 25, dim, dtype)
-        plan = configs.choose(shape, configs.INTERPRETER)
-        return dataclasses.replace(plan, **{row.kernel: config.fit(dim)})
+        return configs.choose(shape, configs.INTERPRETER).replaced(row.kernel, config.fit(dim))
 
     monkeypatch.setattr(ops, "_plan", plan)
     assert_as_good_as_eager(triton, problem, dtype)

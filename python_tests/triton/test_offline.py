@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from fastproto.triton import support
 
@@ -45,11 +46,23 @@ def test_fits_without_spilling(
     config = case.row.config
     # Hopper's own instruction needs 64 rows: pixels, or prototypes where they are the rows.
     rows = config.block_n if case.row.kernel == "backward_protos" else config.block_m
-    half = case.dtype in (offline.torch.bfloat16, offline.torch.float16)
+    half = case.dtype in (torch.bfloat16, torch.float16)
     if case.capability == 90 and rows >= 64 and half:
         assert found.instructions == ("wgmma.mma_async",)
     else:
         assert found.instructions == ("mma.sync",)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kernels_beside_the_table(dtype: torch.dtype, channels_last: bool, capability: int) -> None:
+    found = offline.launches_beside_the_table(dtype, channels_last)
+    assert len(found) == 4
+    for launch in found:
+        resources = offline.compile_launch(launch, capability)
+        assert resources.stack == 0
+        assert resources.shared <= 48 * 1024  # any GPU's
 
 
 def test_a_spilling_configuration_is_noticed() -> None:
