@@ -58,7 +58,7 @@ def call(
         tensor, number = temperature, 1.0
         differentiable = temperature.requires_grad
     else:
-        tensor, number = None, temperature
+        tensor, number = None, float(temperature)
         differentiable = False
     save = torch.is_grad_enabled() and (
         feat.requires_grad or protos.requires_grad or differentiable

@@ -64,6 +64,7 @@ class CudaTimer:
     """
 
     FLUSHES = 3  # long enough for the host to enqueue a replay meanwhile
+    HEAD_START = 4_000_000  # clock cycles, about two milliseconds
 
     def __init__(self) -> None:
         self.device = "cuda"
@@ -93,6 +94,8 @@ class CudaTimer:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for _ in range(self.FLUSHES):
                 self._buffer.zero_()
+            # The GPU waits while the host launches, or a gap before a large graph would count.
+            torch.cuda._sleep(self.HEAD_START)
             start.record()
             graph.replay()
             end.record()

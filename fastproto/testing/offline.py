@@ -60,6 +60,7 @@ def source_of(launch: Launch) -> ASTSource:
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int, ...], Any] = {}
+    not_specialised = launch.kernel.do_not_specialize
     for index, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments.get(name)
         if name in constants or value is None:
@@ -70,12 +71,12 @@ def source_of(launch: Launch) -> ASTSource:
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
+        elif value == 1 and name not in not_specialised:
             signature[name] = "constexpr"
             constants[name] = 1
         else:
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in not_specialised:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
 

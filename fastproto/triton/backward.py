@@ -38,7 +38,7 @@ def load_grad_agg(
         return (dy.to(tl.float32) * f.to(tl.float32)).to(f.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_total"])
 def backward_query_kernel(
     # inputs
     grad_out,  # [E, Q, K, 2D or D, HW]
@@ -133,7 +133,7 @@ def backward_query_kernel(
         scale = tl.where(valid, scale, float("nan"))
         bag_protos = protos + begin.to(tl.int64) * D
         map_index = (image * ways + way).to(tl.int64)
-        bag_grad = grad_enhanced + way * grad_k
+        bag_grad = grad_enhanced + tl.cast(way, tl.int64) * grad_k
         bag_agg = agg + map_index * D * pixels
         lse_q = tl.load(lse + map_index * pixels + pix, mask=pix_ok, other=0.0)
 
@@ -248,14 +248,15 @@ def backward_query_kernel(
         df = (acc[i] - sum_mean[:, None]) / power[:, None]
         df -= (f - mean_q[:, None]) * projection[:, None]
         for way in range(ways):
+            wide = tl.cast(way, tl.int64)
             dy = load_tile(
-                grad_enhanced + way * grad_k, pix, grad_hw, pix_ok, ch, channels, grad_d, D
+                grad_enhanced + wide * grad_k, pix, grad_hw, pix_ok, ch, channels, grad_d, D
             )
-            g = load_tile(agg + way * D * pixels, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
+            g = load_tile(agg + wide * D * pixels, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
             df += dy.to(ACC) * g.to(ACC)
             if CONCAT:
                 dy = load_tile(
-                    grad_out + way * grad_k, pix, grad_hw, pix_ok, ch, channels, grad_d, D
+                    grad_out + wide * grad_k, pix, grad_hw, pix_ok, ch, channels, grad_d, D
                 )
                 df += dy.to(ACC)
         store_tile(grad_feat, df.to(dtype), pix, agg_hw, pix_ok, ch, channels, agg_d, D)
@@ -274,12 +275,14 @@ def find_bag(offsets, tile, bags, BLOCK_N: tl.constexpr, SEARCH: tl.constexpr):
     for start in range(0, bags + 1, SEARCH):
         bag = start + tl.arange(0, SEARCH)
         ok = bag <= bags
-        first_tile = tl.load(offsets + bag, mask=ok, other=0) // BLOCK_N + bag
+        # Clamped, so that no offset, whatever it is, leads to a row before the first.
+        first_row = tl.maximum(tl.load(offsets + bag, mask=ok, other=0), 0)
+        first_tile = first_row // BLOCK_N + bag
         owners += (ok & (first_tile <= tile)).to(tl.int32)
     return tl.maximum(tl.sum(owners, 0) - 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_total"])
 def backward_protos_kernel(
     # inputs
     grad_out,  # [E, Q, K, 2D or D, HW]

@@ -5,6 +5,8 @@ One program computes BLOCK_M pixels of one image and class, for OUT_CHUNKS of th
 of channels. RESIDENT keeps the query tile of all channels on the chip and, where a program computes
 all channels, uses each prototype tile as key and as value; otherwise both are streamed per block
 of prototypes, for any D.
+
+``n_total`` is not specialised: no kernel is compiled anew as the number of prototypes changes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fastproto.triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_total"])
 def proto_stats_kernel(
     # inputs
     protos,  # [N_total, D]
@@ -52,7 +54,7 @@ def proto_stats_kernel(
     tl.store(proto_stats + n_total + rows, rnorm, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_total"])
 def forward_kernel(
     # inputs
     feat,  # [E, Q, D, HW]

@@ -59,8 +59,13 @@ def run_now(launch: Launch) -> None:
 
 
 def walkable(maps: Tensor) -> Tensor:
-    """``maps`` itself if its pixels run as one dimension, else an NCHW copy."""
-    return maps if pixels_are_one_dim(maps) else maps.contiguous()
+    """``maps`` [..., C, H, W] itself if the kernels can address it, else an NCHW copy.
+
+    Its pixels must run as one dimension, and one image must lie within 32-bit offsets.
+    """
+    channels, pixels = maps.shape[-3], maps.shape[-2] * maps.shape[-1]
+    reach = (channels - 1) * maps.stride(-3) + (pixels - 1) * pixel_stride(maps)
+    return maps if pixels_are_one_dim(maps) and reach <= MAX_INT32 else maps.contiguous()
 
 
 def temperature_argument(
@@ -79,14 +84,22 @@ def needs_running_max(dtype: torch.dtype, temperature: float | Tensor) -> bool:
     return temperature < SMALLEST_BOUNDED_TEMPERATURE
 
 
-def check_size(feat: Tensor) -> None:
-    """Raise ArgumentError if a map is too large for the kernels' 32-bit offsets."""
+def check_size(feat: Tensor, protos: Tensor) -> None:
+    """Raise ArgumentError if a map or all bags are too large for the kernels' 32-bit offsets."""
     _, _, dim, height, width = feat.shape
     if 2 * dim * height * width > MAX_INT32:
         raise ArgumentError(
             "feat",
             found=f"{dim} x {height} x {width} values per image",
             allowed=f"at most {MAX_INT32 // 2} with backend 'triton'",
+        )
+    total = protos.shape[0]
+    # A symbolic size is not asked: the answer would be a condition of the compiled graph.
+    if isinstance(total, int) and total * dim > MAX_INT32:
+        raise ArgumentError(
+            "protos",
+            found=f"{total} x {dim} values",
+            allowed=f"at most {MAX_INT32} with backend 'triton'",
         )
 
 
@@ -130,8 +143,8 @@ def run_forward(
     precision: str,
 ) -> tuple[Tensor, ...]:
     """(out, agg, lse, query_stats, proto_stats); all but the first empty unless ``save``."""
-    check_size(feat)
-    feat, protos = walkable(feat), protos.contiguous()
+    check_size(feat, protos)
+    feat, protos, offsets = walkable(feat), protos.contiguous(), offsets.contiguous()
     episodes, queries, dim, height, width = feat.shape
     pixels = height * width
     ways = (offsets.shape[0] - 1) // episodes
@@ -219,7 +232,8 @@ def run_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_feat, grad_protos, grad_temperature); the latter two empty where not needed."""
-    feat, protos, grad_out = walkable(feat), protos.contiguous(), walkable(grad_out)
+    feat, protos, offsets = walkable(feat), protos.contiguous(), offsets.contiguous()
+    grad_out = walkable(grad_out)
     episodes, queries, dim, height, width = feat.shape
     pixels = height * width
     bags = offsets.shape[0] - 1

@@ -45,6 +45,8 @@ def float32_precision() -> str:
     "ieee" or unset (the default, "highest") is three TF32 products per product: their sum has the
     digits of float32, at tensor core speed. "tf32" ("high", "medium") is one.
     """
+    if torch.version.hip is not None:
+        return "ieee"  # Triton has no other for AMD
     setting = torch.backends.cuda.matmul.fp32_precision
     return "tf32" if setting == "tf32" else "tf32x3"
 
@@ -134,6 +136,8 @@ def _run_not(launch: Launch) -> None:
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
+    if not torch.cuda.is_available():
+        return contextlib.nullcontext()
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
@@ -164,17 +168,18 @@ def _forward_op(
     concat: bool,
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward(
-        _RUN,
-        feat,
-        protos,
-        offsets,
-        temperature_tensor,
-        temperature,
-        eps,
-        concat,
-        save_for_backward,
-    )
+    with _on_device_of(feat):
+        return _forward(
+            _RUN,
+            feat,
+            protos,
+            offsets,
+            temperature_tensor,
+            temperature,
+            eps,
+            concat,
+            save_for_backward,
+        )
 
 
 @_register("fastproto::triton_bwd", mutates_args=())
@@ -194,23 +199,26 @@ def _backward_op(
     needs_protos: bool,
     needs_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(
-        _RUN,
-        grad_out,
-        feat,
-        protos,
-        offsets,
-        temperature_tensor,
-        agg,
-        lse,
-        query_stats,
-        proto_stats,
-        temperature,
-        eps,
-        concat,
-        needs_protos,
-        needs_temperature,
-    )
+    # torch takes addresses computed from the offsets for a write to the offsets; as a write
+    # to its input it would keep the backward out of CUDA graphs.
+    with _on_device_of(feat):
+        return _backward(
+            _RUN,
+            grad_out,
+            feat,
+            protos,
+            offsets.clone(),
+            temperature_tensor,
+            agg,
+            lse,
+            query_stats,
+            proto_stats,
+            temperature,
+            eps,
+            concat,
+            needs_protos,
+            needs_temperature,
+        )
 
 
 if support.INTERPRETED:
@@ -249,7 +257,8 @@ def _pack_backward_now(grad_protos: Tensor, *rest: Any) -> Any:
 def _pack_op(
     features: Tensor, share: Tensor, threshold: float, append_global: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return pack_launch.run_pack(_RUN, features, share, threshold, append_global)
+    with _on_device_of(features):
+        return pack_launch.run_pack(_RUN, features, share, threshold, append_global)
 
 
 @_register("fastproto::triton_pack_bwd", mutates_args=())
@@ -263,9 +272,10 @@ def _pack_backward_op(
     width: int,
     channels_last: bool,
 ) -> Tensor:
-    return pack_launch.run_pack_backward(
-        _RUN, grad_protos, share, position, mass, offsets, height, width, channels_last
-    )
+    with _on_device_of(grad_protos):
+        return pack_launch.run_pack_backward(
+            _RUN, grad_protos, share, position, mass, offsets, height, width, channels_last
+        )
 
 
 if support.INTERPRETED:
@@ -276,7 +286,6 @@ if support.INTERPRETED:
 def _pack_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, share = inputs[:2]
     _, offsets, position, mass = output
-    ctx.mark_non_differentiable(offsets)
     ctx.save_for_backward(share, position, mass, offsets)
     ctx.maps = (*features.shape[-2:], is_channels_last(features))
 
@@ -287,6 +296,7 @@ class _EagerPack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = _pack_now(*inputs)
+        ctx.mark_non_differentiable(output[1])
         _pack_save(ctx, inputs, output)
         return output[0], output[1]
 

@@ -35,7 +35,8 @@ def test_float32_with_tf32_as_good_as_eager_with_tf32(
     if problem.constant:
         pytest.skip("eager centres a constant vector to noise; see test_edges.py")
     torch.set_float32_matmul_precision("high")
-    assert_as_good_as_eager(op, problem, torch.float32, device=device)
+    # cuBLAS need not take TF32 for products that are small or oddly shaped.
+    assert_as_good_as_eager(op, problem, torch.float32, device=device, rounding=2**-10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,7 +72,8 @@ def test_layouts(op: Op, layout: str, dtype: torch.dtype, concat: bool, device: 
     feat, protos, offsets = problem.make(dtype, device=device)
     out = op(feat, protos, offsets, concat=concat)
     plain = dataclasses.replace(problem, layout="nchw").make(dtype, device=device)
-    assert torch.equal(out, op(*plain, concat=concat))
+    # Not to the bit: in another layout threads hold other elements and add in another order.
+    torch.testing.assert_close(out, op(*plain, concat=concat))
     assert (out.stride(3) == 1) == (layout == "channels_last")
 
 

@@ -134,7 +134,8 @@ def test_an_unreadable_file_of_plans_is_said_and_replaced(
 def test_a_remembered_configuration_that_left_the_table_is_not_used(tmp_path: Path) -> None:
     file = tmp_path / "plans.json"
     key = f"GPU; {MANY}"
-    file.write_text(json.dumps({key: {"forward": {"[1, 2, 3]": 0.1}}}), encoding="utf-8")
+    known = {"forward": {"[1, 2, 3]": 0.1}, "backward_query": "fast"}
+    file.write_text(json.dumps({key: known}), encoding="utf-8")
     plan = tuning.Tuner(file, Clock(), "GPU").plan(MANY, H200, may_measure=False)
     assert plan == choose(MANY, H200)
 

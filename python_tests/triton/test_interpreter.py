@@ -290,20 +290,48 @@ def test_more_bags_than_a_program_searches_at_once(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "offsets", [[1, 3, 6], [0, 5, 2], [0, -1, 6], [0, 3, 9], [0, 2**31 - 1, -5]]
+    "offsets",
+    [[1, 3, 6], [0, 5, 2], [0, -1, 6], [0, 3, 9], [0, 2**31 - 1, -5], [0, -1000, 6], [0, -99, 2]],
 )
 def test_offsets_that_make_no_sense_give_nan_where_they_cannot_be_checked(
-    offsets: list[int],
+    offsets: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU only the kernels read them: nothing out of bounds, no plausible numbers."""
+    guard = torch.full((300, 8), 7.0)
     feat, protos = torch.rand(1, 1, 8, 3, 3), torch.rand(6, 8)
     bad = torch.tensor(offsets, dtype=torch.int32)
+    # The gradient's neighbours in memory must stay what they are.
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty_inside(guard, protos.shape))
     out, *saved = ops._forward_now(feat, protos, bad, None, 0.05, 1e-6, False, True)
     assert out.isnan().any()
     grads = ops._backward_now(
         torch.ones_like(out), feat, protos, bad, None, *saved, 0.05, 1e-6, False, True, False
     )
     assert grads[0].isnan().all()
+    assert (guard[:147] == 7).all()
+    assert (guard[153:] == 7).all()
+
+
+def new_empty_inside(guard: Tensor, shape: torch.Size) -> Callable[..., Tensor]:
+    """``new_empty`` that takes memory of ``shape`` from the middle of ``guard``."""
+    original = torch.Tensor.new_empty
+
+    def new_empty(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        if size == (shape,):
+            return guard[147 : 147 + shape[0]]
+        return original(self, *size, **options)
+
+    return new_empty
+
+
+def test_offsets_with_a_stride() -> None:
+    feat, protos = torch.rand(1, 1, 8, 3, 3, requires_grad=True), torch.rand(9, 8)
+    strided = torch.tensor([0, 0, 3, 0, 9, 0], dtype=torch.int32)[::2]
+    out = triton(feat, protos, strided)
+    expected = triton(feat, protos, strided.clone())
+    assert torch.equal(out, expected)
+    grads = [torch.autograd.grad(x.square().sum(), feat)[0] for x in (out, expected)]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("t", [0.0, -1.0, float("nan")])
@@ -319,8 +347,25 @@ def test_a_temperature_that_makes_no_sense_gives_nan(t: float) -> None:
 
 def test_a_map_beyond_32_bit_offsets_is_refused() -> None:
     feat = torch.empty(1, 1, 2048, 1024, 1024, device="meta")
+    protos = torch.empty(2**20, 2048, device="meta")
     with pytest.raises(InputError, match="at most 1073741823 with backend 'triton'"):
-        launch.check_size(feat)
+        launch.check_size(feat, protos)
+    with pytest.raises(InputError, match="protos: found 1048576 x 2048 values"):
+        launch.check_size(feat[:, :, :, :3, :3], protos)
+
+
+def test_an_image_that_is_spread_too_far_is_copied() -> None:
+    far = torch.empty(2048, 1, 1, 1024, 1024, device="meta").movedim(0, 2)
+    assert launch.walkable(far) is far
+    farther = torch.empty(2048, 2, 1, 1024, 1024, device="meta").movedim(0, 2)
+    assert launch.walkable(farther).is_contiguous()
+
+
+def test_a_temperature_of_another_kind_of_number() -> None:
+    feat, protos = torch.rand(1, 1, 8, 3, 3), torch.rand(6, 8)
+    expected = triton(feat, protos, offsets_of(6), temperature=1.0)
+    for t in (1, np.float32(1.0), np.float64(1.0)):
+        assert torch.equal(triton(feat, protos, offsets_of(6), temperature=t), expected)
 
 
 @pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
