@@ -39,7 +39,7 @@ def proto_attention(
 
     Args:
         feat: Query features [E, Q, D, H, W] of E episodes with Q images each; NCHW or
-            channels_last (other strides are copied). float32, bfloat16, float16, or float64 on
+            channels_last (other strides may be copied). float32, bfloat16, float16, or float64 on
             the CPU. The result has the same layout and dtype; sums are in float32 (float64).
         protos: The bags of prototypes [N_total, D], packed in the order (episode, class).
         offsets: Where each bag starts, [E*K + 1] int32 on the device of ``protos``, never falling,
