@@ -289,6 +289,7 @@ class FakeCuda:
             "Event": Event,
             "graph": graph,
             "stream": lambda stream: entered("stream"),
+            "_sleep": lambda cycles: fake.log.append("sleep"),
             "synchronize": lambda: fake.log.append("synchronize"),
             "get_device_properties": lambda device: Properties,
         }.items():
@@ -309,7 +310,7 @@ def test_cuda_timer_flushes_outside_the_events(monkeypatch: pytest.MonkeyPatch) 
         replay = timer.replay([lambda r=r: r for r in results])
         fake.log.clear()
         assert replay.sample() == pytest.approx(6e-3 / 3)
-        assert fake.log == [*["flush"] * 3, "record", "replay", "record", "wait"]
+        assert fake.log == [*["flush"] * 3, "sleep", "record", "replay", "record", "wait"]
         fake.log.clear()
         assert timer.wall(lambda: results[1]) > 0
         assert fake.log == ["synchronize"] * 2
