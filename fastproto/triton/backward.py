@@ -247,18 +247,20 @@ def backward_query_kernel(
         f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D).to(ACC)
         df = (acc[i] - sum_mean[:, None]) / power[:, None]
         df -= (f - mean_q[:, None]) * projection[:, None]
-        for way in range(ways):
-            wide = tl.cast(way, tl.int64)
-            dy = load_tile(
-                grad_enhanced + wide * grad_k, pix, grad_hw, pix_ok, ch, channels, grad_d, D
-            )
-            g = load_tile(agg + wide * D * pixels, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
+        # The steps from class to class are 64 bits wide; as pointers they cost fewest registers.
+        way_grad = grad_enhanced
+        way_copy = grad_out
+        way_agg = agg
+        for _ in range(ways):
+            dy = load_tile(way_grad, pix, grad_hw, pix_ok, ch, channels, grad_d, D)
+            g = load_tile(way_agg, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
             df += dy.to(ACC) * g.to(ACC)
             if CONCAT:
-                dy = load_tile(
-                    grad_out + wide * grad_k, pix, grad_hw, pix_ok, ch, channels, grad_d, D
-                )
+                dy = load_tile(way_copy, pix, grad_hw, pix_ok, ch, channels, grad_d, D)
                 df += dy.to(ACC)
+            way_grad += grad_k
+            way_copy += grad_k
+            way_agg += D * pixels
         store_tile(grad_feat, df.to(dtype), pix, agg_hw, pix_ok, ch, channels, agg_d, D)
     if part == 0:
         tl.store(temperature_terms + image * tiles + tile, tl.sum(sum_cos, 0))

@@ -168,11 +168,11 @@ TABLE: tuple[Row, ...] = (
         512,
         Config(32, 32, 128, 2, True, 8, 2),
     ),
-    Row("backward_query", "small", HALF, ALL, 116 * KIB, 512, Config(16, 64, 128, 1, True, 8, 2)),
+    Row("backward_query", "small", HALF, ALL, 116 * KIB, 512, Config(16, 64, 64, 2, True, 8, 2)),
     Row("backward_query", "any", HALF, SM90, 25 * KIB, ANY_DIM, Config(64, 32, 64, 4, False, 8, 2)),
     Row("backward_query", "any", HALF, ALL, 13 * KIB, ANY_DIM, Config(32, 32, 64, 4, False, 8, 2)),
     Row("backward_query", "any", SINGLE, ALL, 9 * KIB, ANY_DIM, Config(16, 32, 32, 4, False, 8, 2)),
-    Row("backward_query", "any", SINGLE, ALL, 7 * KIB, ANY_DIM, Config(16, 16, 32, 2, False, 4, 2)),
+    Row("backward_query", "any", SINGLE, ALL, 7 * KIB, ANY_DIM, Config(16, 16, 32, 2, False, 8, 2)),
     Row(
         "backward_protos",
         "throughput",
