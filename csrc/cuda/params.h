@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a CUDA kernel sees: sizes, raw pointers and strides (in elements). Symbols: docs/math.md.
+#pragma once
+
+#include <cstdint>
+
+namespace fastproto::cuda {
+
+// How float32 products are computed: PyTorch's setting for float32 matrix products.
+enum class Float32Precision : int {
+  kTf32x3,  // "highest": three TF32 products, the digits of float32
+  kTf32,    // "high", "medium"
+};
+
+struct Problem {
+  int32_t episodes;  // E
+  int32_t queries;   // Q, query images per episode
+  int32_t ways;      // K, bags per episode
+  int32_t dim;       // D
+  int32_t pixels;    // HW
+  int32_t total;     // rows of `protos`; rows past offsets[E*K] belong to no bag
+  int32_t concat;    // 1: out = [F ; G*F], 0: G*F alone
+  // 1: softmax relative to the maximum of the pixel so far; 0: relative to the bound c = 1, which
+  // needs no maximum and is safe in float32 and bfloat16 for t >= 2/60.
+  int32_t running_max;
+  Float32Precision precision;
+  float eps;
+  float temperature;               // where temperature_tensor is null
+  const void* temperature_tensor;  // one float, or one double
+  int32_t temperature_is_double;
+};
+
+// Query features, or gradients of outputs. Pixels run as one dimension.
+struct Strided {
+  const void* data;
+  int64_t episode, query, way, channel, pixel;  // strides; `way` is 0 for features
+};
+
+// A dense stack of maps that the kernels write (or wrote): [E*Q*K or E*Q][channels][HW], either
+// NCHW (channel = HW, pixel = 1) or channels_last (channel = 1, pixel = channels).
+struct Dense {
+  void* data;
+  int64_t image, channel, pixel;
+};
+
+// Per-row statistics of the softmax and of centring; all float32, dense.
+struct Statistics {
+  float* protos;  // [2, N_total]: mean, then 1 / max(|P - mean|, eps) (0 for a constant vector)
+  float* query;   // [E*Q, 2, HW]: the same of F
+  float* lse;     // [E*Q*K, HW]: log2 sum_j exp2(c_j log2(e) / t); w_j = exp2(c_j log2(e)/t - lse)
+};
+
+struct ForwardParams {
+  Problem problem;
+  Strided feat;            // [E, Q, D, HW]
+  const void* protos;      // [N_total, D] contiguous
+  const int32_t* offsets;  // [E*K + 1]
+  // `statistics.protos` is read where not null (proto_stats_kernel wrote it), else the kernel
+  // computes what it needs; `query` and `lse` are written where not null.
+  Statistics statistics;
+  Dense out;  // [E*Q*K, 2D or D, HW]
+  Dense agg;  // [E*Q*K, D, HW] G in the features' type for the backward; null: not wanted
+};
+
+struct BackwardParams {
+  Problem problem;
+  Strided feat;
+  Strided grad_out;  // [E, Q, K, 2D or D, HW]
+  const void* protos;
+  const int32_t* offsets;
+  Statistics statistics;     // all read
+  Dense agg;                 // read
+  float* delta;              // [E*Q*K, HW] <dO, G>: backward_query writes it, backward_protos reads
+  Dense grad_feat;           // [E*Q, D, HW]
+  void* grad_protos;         // [N_total, D] contiguous
+  float* temperature_terms;  // [programs of backward_query]: sum of dS c; null: not wanted
+};
+
+}  // namespace fastproto::cuda
