@@ -385,8 +385,9 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
   const Plan plan = c.plan(true);
   const Tensor delta = torch::stable::new_empty(feat, {layout.lse}, ScalarType::Float);
   p.delta = static_cast<float*>(delta.data_ptr());
-  const Tensor terms = torch::stable::new_empty(
-      feat, {needs_temperature ? plan.backward_query.blocks : 0}, ScalarType::Float);
+  const int tiles = plan.backward_query.blocks / plan.backward_query.slices;
+  const Tensor terms =
+      torch::stable::new_empty(feat, {needs_temperature ? tiles : 0}, ScalarType::Float);
   if (needs_temperature) p.temperature_terms = static_cast<float*>(terms.data_ptr());
 
   void* const stream = device.stream();

@@ -81,12 +81,36 @@ constexpr int item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; 
 
 constexpr int kSm90SharedMemory = 227 * 1024;  // the sm90 kernels take all there is
 
-// csrc/cuda/sm80/forward.cuh: rows of prototypes in a tile, and bytes of a block.
-constexpr int sm80_forward_tile_n(int item, int rows) { return item == 2 && rows == 16 ? 64 : 32; }
-constexpr int sm80_forward_bytes(int item, int dim, int rows, int stages) {
-  const int n = sm80_forward_tile_n(item, rows);
-  return (rows + stages * n) * dim * item + rows * n * item + rows * (3 + n / 4) * 4;
+// The tiles of csrc/cuda/sm80, which the kernels' traits repeat with the reasons: `item` is the
+// size of a number, `dim` padded.
+namespace sm80_tiles {
+
+constexpr int kWarps = 8;
+
+// `rows` pixels of a block: 16, or 64 in half types.
+constexpr int forward_n(int item, int rows) { return item == 2 && rows == 16 ? 64 : 32; }
+constexpr int forward_bytes(int item, int dim, int rows, int stages) {
+  const int n = forward_n(item, rows);
+  return (rows + stages * n) * dim * item + rows * n * item + rows * (3 + 2 * (n / 8)) * 4;
 }
+
+// 16 pixels of a block.
+constexpr int query_n(int item) { return item == 2 ? 64 : 16; }
+constexpr int query_bytes(int item, int dim, int stages) {
+  const int n = query_n(item), partials = kWarps / (n / 8) - 1;
+  return (2 * 16 + stages * n) * dim * item + 16 * n * item + partials * 2 * 16 * n * 4 +
+         16 * 5 * 4;
+}
+
+// `rows` prototypes of a block: 16, or 32 in half types.
+constexpr int protos_m(int item) { return item == 2 ? 32 : 16; }
+constexpr int protos_bytes(int item, int dim, int rows) {
+  const int m = protos_m(item), partials = kWarps / (m / 8) / (rows / 16) - 1;
+  return (rows + 2 * m) * dim * item + 2 * rows * m * item + partials * 2 * rows * m * 4 +
+         (5 * m + 3 * rows) * 4;
+}
+
+}  // namespace sm80_tiles
 
 // ---------------------------------------------------------------- the choice
 
@@ -143,6 +167,11 @@ inline void plan_stats(const Request& r, KernelPlan* plan) {
   plan->blocks = int(ceil_div(r.total, plan->tile_n));
 }
 
+// Tiles of `rows` prototypes where the host does not know how large the bags are.
+inline int64_t owned_tiles(const Request& r, int rows) {
+  return r.total / rows + r.episodes * r.ways + 1;
+}
+
 // The largest number of slices that leaves no block waiting, each of 64 channels or more.
 inline int latency_slices(const Request& r, int64_t tiles, int dim) {
   int slices = 1;
@@ -151,21 +180,21 @@ inline int latency_slices(const Request& r, int64_t tiles, int dim) {
 }
 
 inline void plan_sm80_forward(const Request& r, bool small, KernelPlan* plan) {
-  const int item = item_size(r.dtype), dim = padded_dim(r.dim);
-  const int64_t maps = r.episodes * r.queries * r.ways;
+  using namespace sm80_tiles;
+  const int item = item_size(r.dtype);
   plan->kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
-  plan->dim = dim;
-  // float32 has one tile: 64 rows of it would leave no room for prototypes.
-  plan->tile_m = small || item == 4                                        ? 16
-                 : sm80_forward_bytes(item, dim, 64, 1) <= r.shared_memory ? 64
-                                                                           : 16;
-  plan->tile_n = sm80_forward_tile_n(item, plan->tile_m);
-  plan->stages = sm80_forward_bytes(item, dim, plan->tile_m, 2) <= r.shared_memory ? 2 : 1;
+  plan->dim = padded_dim(r.dim);
+  // 64 rows of float32 would leave no room for prototypes.
+  const bool wide = !small && item == 2 && forward_bytes(item, plan->dim, 64, 1) <= r.shared_memory;
+  plan->tile_m = wide ? 64 : 16;
+  plan->tile_n = forward_n(item, plan->tile_m);
+  plan->stages = forward_bytes(item, plan->dim, plan->tile_m, 2) <= r.shared_memory ? 2 : 1;
+  const int64_t maps = r.episodes * r.queries * r.ways;
   const int64_t tiles = maps * ceil_div(r.pixels, plan->tile_m);
-  plan->slices = small ? latency_slices(r, tiles, dim) : 1;
+  plan->slices = small ? latency_slices(r, tiles, plan->dim) : 1;
   plan->blocks = int(tiles * plan->slices);
-  plan->threads = 256;
-  plan->shared_bytes = sm80_forward_bytes(item, dim, plan->tile_m, plan->stages);
+  plan->threads = 32 * kWarps;
+  plan->shared_bytes = forward_bytes(item, plan->dim, plan->tile_m, plan->stages);
 }
 
 inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
@@ -189,24 +218,31 @@ inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
   }
 }
 
-// Backward of the queries: classes are summed in a block. Of the prototypes: bag b owns the tiles
-// from offsets[b] / tile_n + b on, found on the device.
+// The queries: a block sums over the classes. The prototypes: bag b owns the tiles from
+// offsets[b] / tile_n + b on, found on the device.
 inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
+  using namespace sm80_tiles;
   const int item = item_size(r.dtype), dim = padded_dim(r.dim);
   KernelPlan query;
   query.kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
   query.dim = dim;
   query.tile_m = 16;
-  query.tile_n = 32;
-  query.threads = 256;
+  query.tile_n = query_n(item);
+  query.stages = query_bytes(item, dim, 2) <= r.shared_memory ? 2 : 1;
+  query.threads = 32 * kWarps;
+  query.shared_bytes = query_bytes(item, dim, query.stages);
   const int64_t tiles = r.episodes * r.queries * ceil_div(r.pixels, query.tile_m);
   query.slices = small ? latency_slices(r, tiles, dim) : 1;
   query.blocks = int(tiles * query.slices);
-  query.shared_bytes = sm80_forward_bytes(item, dim, query.tile_m, 1);
-  KernelPlan protos = query;
-  protos.tile_n = 16;
-  protos.tile_m = 32;
-  const int64_t owned = r.total / protos.tile_n + r.episodes * r.ways + 1;
+
+  KernelPlan protos;
+  protos.kernel = query.kernel;
+  protos.dim = dim;
+  protos.tile_m = protos_m(item);
+  protos.tile_n = item == 2 && !small ? 32 : 16;
+  protos.threads = query.threads;
+  protos.shared_bytes = protos_bytes(item, dim, protos.tile_n);
+  const int64_t owned = owned_tiles(r, protos.tile_n);
   protos.slices = small ? latency_slices(r, owned, dim) : 1;
   protos.blocks = int(owned * protos.slices);
   plan->backward_query = query;
@@ -222,7 +258,7 @@ inline void plan_sm90_backward(const Request& r, Plan* plan) {
   query.shared_bytes = kSm90SharedMemory;
   query.blocks = int(r.episodes * r.queries * ceil_div(r.pixels, 64));
   KernelPlan protos = query;
-  protos.blocks = int(r.total / 64 + r.episodes * r.ways + 1);
+  protos.blocks = int(owned_tiles(r, protos.tile_n));
   plan->backward_query = query;
   plan->backward_protos = protos;
 }
@@ -241,10 +277,10 @@ inline std::string why_not(const Request& r) {
                     kMaxInt / 2);
   if (r.total * r.dim > kMaxInt)
     return sentence("protos: found ", r.total, " x ", r.dim, " values; allowed: at most ", kMaxInt);
-  // Blocks: 16 pixels, a slice of 64 channels each, at the most.
-  if (maps * ceil_div(r.pixels, 16) > kMaxInt / 8)
-    return sentence("feat: found ", maps, " maps of ", r.pixels, " pixels; allowed: at most ",
-                    kMaxInt / 8, " tiles of 16 pixels");
+  // A block for 16 pixels or prototypes and a slice of 64 channels, at the most.
+  if (maps * ceil_div(r.pixels, 16) > kMaxInt / 8 || owned_tiles(r, 16) > kMaxInt / 8)
+    return sentence("feat, protos: found ", maps, " maps of ", r.pixels, " pixels, ", r.total,
+                    " prototypes; allowed: at most ", kMaxInt / 8, " tiles of 16");
   return "";
 }
 
@@ -313,6 +349,12 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
     plan_sm90_backward(r, &plan);
   else
     plan_sm80_backward(r, small, &plan);
+
+  for (const KernelPlan* one : {&plan.forward, &plan.backward_query, &plan.backward_protos}) {
+    if (one->shared_bytes <= r.shared_memory || (one != &plan.forward && !r.save)) continue;
+    plan.error = sentence("feat: D = ", r.dim, " takes ", one->shared_bytes,
+                          " bytes of shared memory in this dtype; the GPU has ", r.shared_memory);
+  }
   return plan;
 }
 
