@@ -61,7 +61,7 @@ def proto_attention(
     concat: bool,
 ) -> Tensor:
     """Call the native op on checked arguments; shapes as in ``fastproto.proto_attention``."""
-    modes = ()
+    modes: tuple[bool, ...] = ()
     if feat.device.type != "cpu" and feat.dtype == torch.float32:
         modes = (allows_tf32(),)
     return autograd.call(_PAIR, feat, protos, offsets, temperature, eps, concat, modes)
