@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../params.h"
+#include "sm80/configs.h"
 
 namespace fastproto::cuda {
 
@@ -73,44 +74,9 @@ constexpr const char* kKernelsAllowed =
 
 // ---------------------------------------------------------------- tiles of the kernels
 
-// Channels of the template that a kernel runs with: tiles are padded with zeros to that.
-constexpr int padded_dim(int64_t dim) {
-  return dim <= 64 ? 64 : dim <= 128 ? 128 : dim <= 256 ? 256 : 512;
-}
 constexpr int item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 constexpr int kSm90SharedMemory = 227 * 1024;  // the sm90 kernels take all there is
-
-// The tiles of csrc/cuda/sm80, which the kernels' traits repeat with the reasons: `item` is the
-// size of a number, `dim` padded.
-namespace sm80_tiles {
-
-constexpr int kWarps = 8;
-
-// `rows` pixels of a block: 16, or 64 in half types.
-constexpr int forward_n(int item, int rows) { return item == 2 && rows == 16 ? 64 : 32; }
-constexpr int forward_bytes(int item, int dim, int rows, int stages) {
-  const int n = forward_n(item, rows);
-  return (rows + stages * n) * dim * item + rows * n * item + rows * (3 + 2 * (n / 8)) * 4;
-}
-
-// 16 pixels of a block.
-constexpr int query_n(int item) { return item == 2 ? 64 : 16; }
-constexpr int query_bytes(int item, int dim, int stages) {
-  const int n = query_n(item), partials = kWarps / (n / 8) - 1;
-  return (2 * 16 + stages * n) * dim * item + 16 * n * item + partials * 2 * 16 * n * 4 +
-         16 * 5 * 4;
-}
-
-// `rows` prototypes of a block: 16, or 32 in half types.
-constexpr int protos_m(int item) { return item == 2 ? 32 : 16; }
-constexpr int protos_bytes(int item, int dim, int rows) {
-  const int m = protos_m(item), partials = kWarps / (m / 8) / (rows / 16) - 1;
-  return (rows + 2 * m) * dim * item + 2 * rows * m * item + partials * 2 * rows * m * 4 +
-         (5 * m + 3 * rows) * 4;
-}
-
-}  // namespace sm80_tiles
 
 // ---------------------------------------------------------------- the choice
 
@@ -172,29 +138,56 @@ inline int64_t owned_tiles(const Request& r, int rows) {
   return r.total / rows + r.episodes * r.ways + 1;
 }
 
-// The largest number of slices that leaves no block waiting, each of 64 channels or more.
+// All slices there can be where that leaves few blocks waiting, or one: a block computes the
+// cosines of its tile whichever slice it has.
 inline int latency_slices(const Request& r, int64_t tiles, int dim) {
-  int slices = 1;
-  while (2 * slices <= dim / 64 && 2 * slices * tiles <= r.multiprocessors) slices *= 2;
-  return slices;
+  const int most = sm80::most_slices(dim);
+  return tiles * most <= 2 * r.multiprocessors ? most : 1;
 }
 
 inline void plan_sm80_forward(const Request& r, bool small, KernelPlan* plan) {
-  using namespace sm80_tiles;
-  const int item = item_size(r.dtype);
+  const int item = item_size(r.dtype), dim = sm80::padded_dim(r.dim);
   plan->kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
-  plan->dim = padded_dim(r.dim);
+  plan->dim = dim;
   // 64 rows of float32 would leave no room for prototypes.
-  const bool wide = !small && item == 2 && forward_bytes(item, plan->dim, 64, 1) <= r.shared_memory;
+  const bool wide = !small && item == 2 && sm80::forward_bytes(item, dim, 64, 1) <= r.shared_memory;
   plan->tile_m = wide ? 64 : 16;
-  plan->tile_n = forward_n(item, plan->tile_m);
-  plan->stages = forward_bytes(item, plan->dim, plan->tile_m, 2) <= r.shared_memory ? 2 : 1;
+  plan->tile_n = sm80::forward_tile_n(item, plan->tile_m);
+  plan->stages = sm80::forward_bytes(item, dim, plan->tile_m, 2) <= r.shared_memory ? 2 : 1;
   const int64_t maps = r.episodes * r.queries * r.ways;
   const int64_t tiles = maps * ceil_div(r.pixels, plan->tile_m);
-  plan->slices = small ? latency_slices(r, tiles, plan->dim) : 1;
+  plan->slices = small ? latency_slices(r, tiles, dim) : 1;
   plan->blocks = int(tiles * plan->slices);
-  plan->threads = 32 * kWarps;
-  plan->shared_bytes = forward_bytes(item, plan->dim, plan->tile_m, plan->stages);
+  plan->threads = sm80::kThreads;
+  plan->shared_bytes = sm80::forward_bytes(item, dim, plan->tile_m, plan->stages);
+}
+
+// The queries: a block sums over the classes. The prototypes: bag b owns the tiles from
+// offsets[b] / tile_n + b on, found on the device.
+inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
+  const int item = item_size(r.dtype), dim = sm80::padded_dim(r.dim);
+  KernelPlan& query = plan->backward_query;
+  query.kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
+  query.dim = dim;
+  query.tile_m = 16;
+  query.tile_n = sm80::backward_query_tile_n(item);
+  query.stages = sm80::backward_query_bytes(item, dim, 2) <= r.shared_memory ? 2 : 1;
+  query.threads = sm80::kThreads;
+  query.shared_bytes = sm80::backward_query_bytes(item, dim, query.stages);
+  const int64_t tiles = r.episodes * r.queries * ceil_div(r.pixels, query.tile_m);
+  query.slices = small ? latency_slices(r, tiles, dim) : 1;
+  query.blocks = int(tiles * query.slices);
+
+  KernelPlan& protos = plan->backward_protos;
+  protos.kernel = query.kernel;
+  protos.dim = dim;
+  protos.tile_m = sm80::backward_protos_pixels(item);
+  protos.tile_n = item == 2 && !small ? 32 : 16;
+  protos.threads = sm80::kThreads;
+  protos.shared_bytes = sm80::backward_protos_bytes(item, dim, protos.tile_n);
+  const int64_t owned = owned_tiles(r, protos.tile_n);
+  protos.slices = small ? latency_slices(r, owned, dim) : 1;
+  protos.blocks = int(owned * protos.slices);
 }
 
 inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
