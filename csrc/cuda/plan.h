@@ -211,37 +211,6 @@ inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
   }
 }
 
-// The queries: a block sums over the classes. The prototypes: bag b owns the tiles from
-// offsets[b] / tile_n + b on, found on the device.
-inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
-  using namespace sm80_tiles;
-  const int item = item_size(r.dtype), dim = padded_dim(r.dim);
-  KernelPlan query;
-  query.kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
-  query.dim = dim;
-  query.tile_m = 16;
-  query.tile_n = query_n(item);
-  query.stages = query_bytes(item, dim, 2) <= r.shared_memory ? 2 : 1;
-  query.threads = 32 * kWarps;
-  query.shared_bytes = query_bytes(item, dim, query.stages);
-  const int64_t tiles = r.episodes * r.queries * ceil_div(r.pixels, query.tile_m);
-  query.slices = small ? latency_slices(r, tiles, dim) : 1;
-  query.blocks = int(tiles * query.slices);
-
-  KernelPlan protos;
-  protos.kernel = query.kernel;
-  protos.dim = dim;
-  protos.tile_m = protos_m(item);
-  protos.tile_n = item == 2 && !small ? 32 : 16;
-  protos.threads = query.threads;
-  protos.shared_bytes = protos_bytes(item, dim, protos.tile_n);
-  const int64_t owned = owned_tiles(r, protos.tile_n);
-  protos.slices = small ? latency_slices(r, owned, dim) : 1;
-  protos.blocks = int(owned * protos.slices);
-  plan->backward_query = query;
-  plan->backward_protos = protos;
-}
-
 inline void plan_sm90_backward(const Request& r, Plan* plan) {
   KernelPlan query;
   query.kernel = Kernel::kSm90Throughput;
