@@ -46,8 +46,6 @@ struct OnDevice {
   void* stream() const { return nullptr; }
 };
 
-constexpr bool kHasSm90 = true;
-
 #else
 
 Chip chip_of(const Tensor& tensor) {
@@ -87,12 +85,12 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
+#endif
+
 #ifdef FASTPROTO_SM90
 constexpr bool kHasSm90 = true;
 #else
 constexpr bool kHasSm90 = false;
-#endif
-
 #endif
 
 // ---------------------------------------------------------------- arguments
@@ -266,7 +264,7 @@ bool is_sm90(Kernel kernel) {
   return kernel == Kernel::kSm90Latency || kernel == Kernel::kSm90Throughput;
 }
 
-#if defined(FASTPROTO_SM90) || defined(FASTPROTO_EMULATE)
+#ifdef FASTPROTO_SM90
 #define FP_LAUNCH(function, plan, ...) \
   (is_sm90((plan).kernel) ? sm90::function(__VA_ARGS__) : sm80::function(__VA_ARGS__))
 #else
