@@ -266,7 +266,7 @@ FP_KERNEL backward_protos_kernel(FP_GRID_CONSTANT BackwardParams p) {
             else
               product -= float(problem.dim) * row_mean[h] * mean_q[column];
             const float cos = product * (row_rnorm[h] * rnorm_q[column]);
-            const float weight = exp2_fast(cos * scale - lse[column]);
+            const float weight = exp2_fast(multiply_add(cos, scale, -lse[column]));
             const float grad_cos = weight * (grad_weight - delta[column]) * (scale * kLn2);
             sum_cos[h] = multiply_add(grad_cos, cos, sum_cos[h]);
             const float rnorm_power = of_constant(row_rnorm[h], problem.eps) * power[h];

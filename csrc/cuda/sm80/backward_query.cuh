@@ -257,7 +257,7 @@ FP_KERNEL backward_query_kernel(FP_GRID_CONSTANT BackwardParams p, FP_GRID_CONST
             else
               product -= float(problem.dim) * mean[row] * mean_p;
             const float cos = product * (row_rnorm[h] * rnorm_p);
-            const float weight = inside ? exp2_fast(cos * scale - lse[row]) : 0;
+            const float weight = inside ? exp2_fast(multiply_add(cos, scale, -lse[row])) : 0;
             const float grad_cos = weight * (grad_weight - delta[row]) * (scale * kLn2);
             sum_cos[h] = multiply_add(grad_cos, cos, sum_cos[h]);
             pair[j] = to_float(from_float<T>(grad_cos * (rnorm_power[h] * rnorm_p)));

@@ -183,7 +183,8 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
     if constexpr (Traits::kFindsStatistics)
       first = to_float(*reinterpret_cast<const T*>(keys + swizzled<kRowBytes>(column0 + g, 0)));
     constexpr int kPartDim = kDim / Traits::kWarpsK;
-    constexpr int kUnroll = Traits::kQueriesInRegisters ? kPartDim / kDepth / 2 : 1;
+    [[maybe_unused]] constexpr int kUnroll =
+        Traits::kQueriesInRegisters ? kPartDim / kDepth / 2 : 1;
 #pragma unroll kUnroll
     for (int k = 0; k < kPartDim; k += 2 * kDepth) {
       typename Op::B b;
@@ -273,9 +274,8 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
         const int row = row0 + m * 16 + j / 2 * 8 + g;
         float product = s[0][m][j];
         if constexpr (!Traits::kCentred) product -= float(problem.dim) * mean[row] * mean_p[j % 2];
-        s[0][m][j] = column0 + 2 * i + j % 2 < left
-                         ? product * (rnorm[row] * rnorm_p[j % 2]) * scale
-                         : -infinity();
+        s[0][m][j] =
+            column0 + 2 * i + j % 2 < left ? product * (rnorm[row] * rnorm_p[j % 2]) : -infinity();
       }
     }
     if (problem.running_max) {
@@ -297,24 +297,30 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
         const int row = row0 + m * 16 + h * 8 + g;
         float bound = scale;
         if (problem.running_max) {
-          bound = row_max[m][h];
+          float most = row_max[m][h];
           FP_UNROLL
           for (int other = 0; other < Traits::kWarpsN; ++other)
-            bound = fmaxf(bound, exchange[2 * (other * kRows + row)]);
-          // Nothing but NaN so far: any bound will do.
-          const float factor = exp2_fast(row_max[m][h] - bound);
-          row_max[m][h] = bound;
+            most = fmaxf(most, exchange[2 * (other * kRows + row)]);
+          const float factor = step == 0 ? 0 : exp2_fast((row_max[m][h] - most) * scale);
+          row_max[m][h] = most;
           row_sum[m][h] *= factor;
           row_mean[m][h] *= factor;
           if (warp_n == 0 && warp_k == 0 && i == 0) rescale[row] = factor;
+          bound = most * scale;
         }
-        const float w0 = exp2_fast(s[0][m][2 * h] - bound);
-        const float w1 = exp2_fast(s[0][m][2 * h + 1] - bound);
-        row_sum[m][h] += w0 + w1;
-        if constexpr (Traits::kCentred) row_mean[m][h] += w0 * mean_p[0] + w1 * mean_p[1];
+        float w[2];
+        FP_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          // One rounding, not two: the logits may be large. A bag of one has the scale 0.
+          const float logit = multiply_add(s[0][m][2 * h + j], scale, -bound);
+          w[j] = column0 + 2 * i + j < left ? exp2_fast(logit) : 0;
+        }
+        row_sum[m][h] += w[0] + w[1];
+        if constexpr (Traits::kCentred) row_mean[m][h] += w[0] * mean_p[0] + w[1] * mean_p[1];
         if (warp_k == 0)
           Op::store_pair(
-              weights + swizzled<Traits::kWeightRowBytes>(row, (column0 + 2 * i) * kSize), w0, w1);
+              weights + swizzled<Traits::kWeightRowBytes>(row, (column0 + 2 * i) * kSize), w[0],
+              w[1]);
       }
     }
     sync_block();
@@ -369,7 +375,7 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
       if (i == 0 && warp_k == 0) {
         exchange[2 * (warp_n * kRows + row)] = sum;
         exchange[2 * (warp_n * kRows + row) + 1] = mean_sum;
-        if (warp_n == 0) rescale[row] = problem.running_max ? row_max[m][h] : scale;
+        if (warp_n == 0) rescale[row] = problem.running_max ? row_max[m][h] * scale : scale;
       }
     }
   }
