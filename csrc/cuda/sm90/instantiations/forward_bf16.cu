@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../forward.cuh"
+
+namespace fastproto::cuda::sm90 {
+template const char* launch_forward<bf16>(const ForwardParams&, int, void*);
+}  // namespace fastproto::cuda::sm90
