@@ -379,7 +379,7 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
         }
       }
 
-      // Waits and commits are in no branch: ptxas must see that no product is under way.
+      // In no branch: ptxas must see that no product is under way.
       wgmma_wait<0>();
       wgmma_hold(s);
       float top[2] = {-infinity(), -infinity()};
@@ -449,8 +449,8 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
         for (int k = 0; k < 4; ++k)
           SecondProduct::run(
               g, w[k], descriptor_mn_major(shared.protos(slot, group * Traits::kHalfSlices), k), 1);
+        wgmma_commit();
       }
-      wgmma_commit();
       sync_some(kAllConsumers, Traits::kConsumers);  // the other's weights
       if (has_other) {
         wgmma_begin();
@@ -459,12 +459,14 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
           SecondProduct::run(
               g, descriptor_k_major(shared.weights(other_slot), k),
               descriptor_mn_major(shared.protos(other_slot, group * Traits::kHalfSlices), k), 1);
+        wgmma_commit();
       }
-      wgmma_commit();
+      // The own tile is given back while the other is under way.
       wgmma_wait<1>();
-      if (has_own && lane == 0) barrier_arrive(shared.empty(slot, group));
+      if (has_own && has_other && lane == 0) barrier_arrive(shared.empty(slot, group));
       wgmma_wait<0>();
       wgmma_hold(g);
+      if (has_own && !has_other && lane == 0) barrier_arrive(shared.empty(slot, group));
       if (has_other && lane == 0) barrier_arrive(shared.empty(other_slot, group));
     }
     count += uint32_t(bag_tiles);

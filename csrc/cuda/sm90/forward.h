@@ -42,4 +42,9 @@ inline bool forward_applies(const ForwardParams& p) {
 template <class T>  // bf16, half
 const char* launch_forward(const ForwardParams& p, int multiprocessors, void* stream);
 
+// forward_latency.cuh: few pixels. Computes the prototypes' statistics where they are null.
+inline bool forward_latency_applies(const ForwardParams& p) { return vectors_apply(p); }
+template <class T>
+const char* launch_forward_latency(const ForwardParams& p, void* stream);
+
 }  // namespace fastproto::cuda::sm90
