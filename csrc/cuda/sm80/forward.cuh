@@ -7,9 +7,10 @@
 //               the statistics of the prototypes on the way, so that inference is one launch.
 //   throughput  kRows = 64 (half types), no product computed twice.
 //
-// A block owns kRows pixels of one image and class and walks over the bag in tiles of kN prototypes.
-// The prototypes are one tile in shared memory for both products. Of S = F P^T a warp owns 8 columns
-// (and a part of the rows or of D, whichever there are warps for), of G = W P a slice of channels.
+// A block owns kRows pixels of one image and class and walks over the bag in tiles of kN
+// prototypes. The prototypes are one tile in shared memory for both products. Of S = F P^T a warp
+// owns 8 columns (and a part of the rows or of D, whichever there are warps for), of G = W P a
+// slice of channels.
 //
 // Budget, D = 512 (docs/kernels/sm80.md has the compiler's figures):
 //   half, 16 rows      F 16 + P 64 a stage + W 2 KiB; F in 128 registers
@@ -30,7 +31,7 @@ struct ForwardTraits {
   static constexpr int kSlices = kSlices_;
   static constexpr int kSize = int(sizeof(T));
   static constexpr bool kCentred = kSize == 4;  // float32 tiles are centred in shared memory
-  static constexpr int kN = kSize == 2 && kRows == 16 ? 64 : 32;
+  static constexpr int kN = forward_tile_n(kSize, kRows);
   static constexpr int kWarpsN = kN / 8;
   static constexpr int kWarpsM = kRows / 16 < kWarps / kWarpsN ? kRows / 16 : kWarps / kWarpsN;
   static constexpr int kWarpsK = kWarps / kWarpsN / kWarpsM;
@@ -49,11 +50,13 @@ struct ForwardTraits {
   static constexpr int kFloats = kRows * (3 + 2 * kWarpsN);
   static constexpr int kThreads = sm80::kThreads;
   static constexpr int shared_bytes(int stages) {
-    return kMapBytes + stages * kStageBytes + kWeightBytes + kFloats * 4;
+    return forward_bytes(kSize, kDim, kRows, stages);
   }
   static constexpr int kSharedBytes = shared_bytes(2);
   static constexpr int kMaxRegisters = 255;
 
+  static_assert(shared_bytes(1) == kMapBytes + kStageBytes + kWeightBytes + kFloats * 4);
+  static_assert(shared_bytes(2) == shared_bytes(1) + kStageBytes);
   static_assert(kNTiles >= 1 && kNTiles * 8 * kWarps * kSlices == kDim);
   static_assert(kWarpsN * kWarpsM * kWarpsK == kWarps && kWarpsK <= 2);
   static_assert(kWarpsK == 1 || kSize == 4, "partial sums of S are floats and lie where W does");
@@ -119,8 +122,8 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
   copy_async_wait<1>();
   sync_block();
   map_statistics(queries, problem.dim, problem.eps, reinterpret_cast<float*>(weights), mean, rnorm);
-  T* const out = static_cast<T*>(p.out.data) + map * p.out.image +
-                 int64_t(first_pixel) * p.out.pixel;
+  T* const out =
+      static_cast<T*>(p.out.data) + map * p.out.image + int64_t(first_pixel) * p.out.pixel;
   const int first_channel = slice * Traits::kSliceDim;
   if (problem.concat)
     queries.store(out, p.out.channel, p.out.pixel, problem.dim, pixels, first_channel,
@@ -269,8 +272,7 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
       for (int j = 0; j < 4; ++j) {
         const int row = row0 + m * 16 + j / 2 * 8 + g;
         float product = s[0][m][j];
-        if constexpr (!Traits::kCentred)
-          product -= float(problem.dim) * mean[row] * mean_p[j % 2];
+        if constexpr (!Traits::kCentred) product -= float(problem.dim) * mean[row] * mean_p[j % 2];
         s[0][m][j] = column0 + 2 * i + j % 2 < left
                          ? product * (rnorm[row] * rnorm_p[j % 2]) * scale
                          : -infinity();
@@ -394,7 +396,9 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
       const float inverse = !bag.valid ? not_a_number() : bag.count == 0 ? 0 : 1 / sum;
       if (p.statistics.lse != nullptr && slice == 0 && warp == 0 && i == 0 && row < pixels)
         p.statistics.lse[int64_t(map) * problem.pixels + first_pixel + row] =
-            !bag.valid ? not_a_number() : bag.count == 0 ? 0 : rescale[row] + log2_fast(sum);
+            !bag.valid       ? not_a_number()
+            : bag.count == 0 ? 0
+                             : rescale[row] + log2_fast(sum);
       FP_UNROLL
       for (int n = 0; n < kNTiles; ++n) {
         FP_UNROLL
@@ -407,8 +411,8 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
     }
   }
   sync_block();
-  queries.store(out + (problem.concat ? problem.dim * p.out.channel : 0), p.out.channel, p.out.pixel,
-                problem.dim, pixels, first_channel, Traits::kSliceDim);
+  queries.store(out + (problem.concat ? problem.dim * p.out.channel : 0), p.out.channel,
+                p.out.pixel, problem.dim, pixels, first_channel, Traits::kSliceDim);
   if (p.agg.data == nullptr) return;
   sync_block();
   FP_UNROLL
@@ -422,8 +426,9 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
     }
   }
   sync_block();
-  queries.store(static_cast<T*>(p.agg.data) + map * p.agg.image + int64_t(first_pixel) * p.agg.pixel,
-                p.agg.channel, p.agg.pixel, problem.dim, pixels, first_channel, Traits::kSliceDim);
+  queries.store(
+      static_cast<T*>(p.agg.data) + map * p.agg.image + int64_t(first_pixel) * p.agg.pixel,
+      p.agg.channel, p.agg.pixel, problem.dim, pixels, first_channel, Traits::kSliceDim);
 }
 
 template <class Traits>
