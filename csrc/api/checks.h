@@ -18,4 +18,39 @@ inline void check_rank(const torch::stable::Tensor& t, const char* name, int64_t
            ".");
 }
 
+// Everything about feat, protos and offsets that can be checked without reading a value.
+inline void check_inputs(const torch::stable::Tensor& feat, const torch::stable::Tensor& protos,
+                         const torch::stable::Tensor& offsets, double eps) {
+  check_rank(feat, "feat", 5, "[E, Q, D, H, W]");
+  check_rank(protos, "protos", 2, "[N_total, D]");
+  check_rank(offsets, "offsets", 1, "[E*K + 1]");
+  const int64_t episodes = feat.size(0), bags = offsets.size(0) - 1;
+  FP_CHECK(protos.scalar_type() == feat.scalar_type(),
+           "protos: found a dtype other than that of feat; allowed: the same.");
+  FP_CHECK(offsets.scalar_type() == torch::headeronly::ScalarType::Int,
+           "offsets: found another dtype; allowed: int32.");
+  const auto same_device = [&feat](const torch::stable::Tensor& t) {
+    return t.is_cpu() == feat.is_cpu() && t.get_device_index() == feat.get_device_index();
+  };
+  FP_CHECK(same_device(protos) && same_device(offsets),
+           "protos, offsets: found another device than that of feat; allowed: the same.");
+  FP_CHECK(feat.size(2) >= 1 && protos.size(1) == feat.size(2), "protos: found ", protos.size(1),
+           " channels; allowed: those of feat, ", feat.size(2), ", at least 1.");
+  FP_CHECK(episodes >= 1 && bags >= 1 && bags % episodes == 0, "offsets: found ", bags + 1,
+           " entries; allowed: E*K + 1 with E = ", episodes, ", E and K at least 1.");
+  FP_CHECK(eps > 0, "eps: found ", eps, "; allowed: a number above 0.");
+}
+
+// Of a temperature given as a tensor.
+inline void check_temperature_tensor(const torch::stable::Tensor& t,
+                                     const torch::stable::Tensor& feat) {
+  using torch::headeronly::ScalarType;
+  FP_CHECK(t.is_cpu() == feat.is_cpu() && t.get_device_index() == feat.get_device_index(),
+           "temperature: found another device than that of feat; allowed: the same.");
+  FP_CHECK(t.numel() == 1, "temperature: found a tensor of ", t.numel(),
+           " elements; allowed: one.");
+  FP_CHECK(t.scalar_type() == ScalarType::Double || t.scalar_type() == ScalarType::Float,
+           "temperature: found a tensor of another dtype; allowed: float32, float64.");
+}
+
 }  // namespace fastproto

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // proto_attention on the CPU: check, allocate, fill the parameter struct, share out the tasks.
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -9,6 +8,7 @@
 
 #include "../cpu/kernels.h"
 #include "checks.h"
+#include "layout.h"
 
 namespace fastproto {
 namespace {
@@ -31,41 +31,6 @@ DType dtype_of(const Tensor& feat) {
   }
 }
 
-// channels_last when channels are contiguous and that says something, else NCHW; must agree with
-// _is_channels_last in fastproto/ops.py.
-bool is_channels_last(const Tensor& feat) {
-  return feat.stride(2) == 1 && feat.size(2) > 1 && feat.size(3) * feat.size(4) > 1;
-}
-
-// Height and width run as one dimension of `stride` (sizes of 1 have no say).
-bool pixels_are_one_dim(const Tensor& t, int64_t stride) {
-  const int64_t n = t.dim(), height = t.size(n - 2), width = t.size(n - 1);
-  return (width == 1 || t.stride(n - 1) == stride) &&
-         (height == 1 || t.stride(n - 2) == stride * width);
-}
-
-// [..., C, H, W] of the given layout: a new tensor.
-Tensor new_maps(const Tensor& like, std::vector<int64_t> sizes, bool channels_last,
-                std::optional<ScalarType> dtype = std::nullopt) {
-  if (!channels_last) return torch::stable::new_empty(like, sizes, dtype);
-  const int64_t n = int64_t(sizes.size());
-  std::rotate(sizes.end() - 3, sizes.end() - 2, sizes.end());  // C, H, W -> H, W, C
-  const Tensor rows = torch::stable::new_empty(like, sizes, dtype);
-  const Tensor swapped = torch::stable::transpose(rows, n - 3, n - 1);  // C, W, H
-  return torch::stable::transpose(swapped, n - 2, n - 1);
-}
-
-// The same values in memory the kernels can walk: dense, in the given layout.
-Tensor dense(const Tensor& t, bool channels_last) {
-  if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  const int64_t n = t.dim();
-  const Tensor rows =
-      torch::stable::transpose(torch::stable::transpose(t, n - 2, n - 1), n - 3, n - 1);
-  if (rows.is_contiguous()) return t;
-  const Tensor packed = torch::stable::contiguous(rows);
-  return torch::stable::transpose(torch::stable::transpose(packed, n - 3, n - 1), n - 2, n - 1);
-}
-
 // A dense [..., C, H, W] tensor as a stack of maps.
 Maps maps_of(const Tensor& t, bool channels_last) {
   const int64_t n = t.dim(), channels = t.size(n - 3), pixels = t.size(n - 2) * t.size(n - 1);
@@ -82,29 +47,20 @@ struct Checked {
   Tensor offsets;
 
   Features features() const {
-    const int64_t inner = channels_last ? feat.size(2) : 1;
-    const int64_t pixel = feat.size(4) > 1   ? feat.stride(4)
-                          : feat.size(3) > 1 ? feat.stride(3)
-                                             : inner;
+    const int64_t pixel = pixel_stride(feat, channels_last ? feat.size(2) : 1);
     return {feat.data_ptr(), feat.stride(0), feat.stride(1), channels_last ? 1 : feat.stride(2),
             pixel};
   }
   Bags bags() const { return {protos.data_ptr(), static_cast<const int32_t*>(offsets.data_ptr())}; }
 };
 
-double temperature_of(const std::optional<Tensor>& tensor, double number) {
+double temperature_of(const std::optional<Tensor>& tensor, double number, const Tensor& feat) {
   double t = number;
   if (tensor.has_value()) {
-    FP_CHECK(tensor->is_cpu(),
-             "temperature: found another device than that of feat; allowed: the same.");
-    FP_CHECK(tensor->numel() == 1, "temperature: found a tensor of ", tensor->numel(),
-             " elements; allowed: one.");
-    if (tensor->scalar_type() == ScalarType::Double)
-      t = *static_cast<const double*>(tensor->data_ptr());
-    else if (tensor->scalar_type() == ScalarType::Float)
-      t = double(*static_cast<const float*>(tensor->data_ptr()));
-    else
-      FP_CHECK(false, "temperature: found a tensor of another dtype; allowed: float32, float64.");
+    check_temperature_tensor(*tensor, feat);
+    t = tensor->scalar_type() == ScalarType::Double
+            ? *static_cast<const double*>(tensor->data_ptr())
+            : double(*static_cast<const float*>(tensor->data_ptr()));
   }
   FP_CHECK(t > 0, "temperature: found ", t, "; allowed: a number above 0.");
   return t;
@@ -113,31 +69,12 @@ double temperature_of(const std::optional<Tensor>& tensor, double number) {
 Checked check(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
               const std::optional<Tensor>& temperature_tensor, double temperature, double eps,
               bool concat) {
-  check_rank(feat, "feat", 5, "[E, Q, D, H, W]");
-  check_rank(protos, "protos", 2, "[N_total, D]");
-  check_rank(offsets, "offsets", 1, "[E*K + 1]");
+  check_inputs(feat, protos, offsets, eps);
   const int64_t episodes = feat.size(0), bags = offsets.size(0) - 1;
-  FP_CHECK(protos.scalar_type() == feat.scalar_type(),
-           "protos: found a dtype other than that of feat; allowed: the same.");
-  FP_CHECK(offsets.scalar_type() == ScalarType::Int,
-           "offsets: found another dtype; allowed: int32.");
-  FP_CHECK(protos.is_cpu() && offsets.is_cpu(),
-           "protos, offsets: found another device than that of feat; allowed: the same.");
-  FP_CHECK(feat.size(2) >= 1 && protos.size(1) == feat.size(2), "protos: found ", protos.size(1),
-           " channels; allowed: those of feat, ", feat.size(2), ", at least 1.");
-  FP_CHECK(episodes >= 1 && bags >= 1 && bags % episodes == 0, "offsets: found ", bags + 1,
-           " entries; allowed: E*K + 1 with E = ", episodes, ", E and K at least 1.");
-  FP_CHECK(eps > 0, "eps: found ", eps, "; allowed: a number above 0.");
-
   Checked c;
   c.dtype = dtype_of(feat);
   c.channels_last = is_channels_last(feat);
-  const bool walkable = c.channels_last
-                            ? pixels_are_one_dim(feat, feat.size(4) > 1   ? feat.stride(4)
-                                                       : feat.size(3) > 1 ? feat.stride(3)
-                                                                          : 1)
-                            : pixels_are_one_dim(feat, 1);
-  c.feat = walkable ? feat : dense(feat, c.channels_last);
+  c.feat = is_walkable(feat, c.channels_last) ? feat : dense(feat, c.channels_last);
   c.protos = dense(protos, false);
   c.offsets = dense(offsets, false);
   const int32_t* starts = static_cast<const int32_t*>(c.offsets.data_ptr());
@@ -154,7 +91,7 @@ Checked check(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
              feat.size(3) * feat.size(4),
              protos.size(0),
              concat,
-             temperature_of(temperature_tensor, temperature),
+             temperature_of(temperature_tensor, temperature, feat),
              eps};
   return c;
 }
@@ -207,7 +144,7 @@ ScalarType accumulate_type(DType dtype) {
 std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor protos, Tensor offsets,
                                                        std::optional<Tensor> temperature_tensor,
                                                        double temperature, double eps, bool concat,
-                                                       bool save_for_backward) {
+                                                       bool save_for_backward, bool /*tf32*/) {
   const Checked c = check(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
   const ProtoAttnShape& s = c.shape;
   const int64_t height = feat.size(3), width = feat.size(4);
@@ -262,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                                                        std::optional<Tensor> temperature_tensor,
                                                        Tensor agg, Tensor stats, double temperature,
                                                        double eps, bool concat, bool needs_protos,
-                                                       bool needs_temperature) {
+                                                       bool needs_temperature, bool /*tf32*/) {
   const Checked c = check(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
   const ProtoAttnShape& s = c.shape;
   check_rank(grad_out, "grad_out", 6, "[E, Q, K, 2D or D, H, W]");

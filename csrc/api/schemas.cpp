@@ -1,21 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every schema in one place. Shapes as in fastproto/functional.py.
+// Every schema of the library in one place. Shapes as in fastproto/functional.py.
+#include "schemas.h"
+
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastproto, m) {
-  // `temperature_tensor`, where given, takes the place of `temperature` and has a gradient.
-  // With save_for_backward: agg [E, Q, K, D, H, W] and stats [E, Q, K, 3, H*W] are what the
-  // backward of the same device needs (csrc/params.h); else both are empty.
-  m.def(
-      "proto_attention_fwd(Tensor feat, Tensor protos, Tensor offsets, Tensor? temperature_tensor, "
-      "float temperature, float eps, bool concat, bool save_for_backward) "
-      "-> (Tensor out, Tensor agg, Tensor stats)");
-  // grad_protos and grad_temperature are empty unless wanted.
-  m.def(
-      "proto_attention_bwd(Tensor grad_out, Tensor feat, Tensor protos, Tensor offsets, "
-      "Tensor? temperature_tensor, Tensor agg, Tensor stats, float temperature, float eps, "
-      "bool concat, bool needs_protos, bool needs_temperature) "
-      "-> (Tensor grad_feat, Tensor grad_protos, Tensor grad_temperature)");
+  m.def(fastproto::kProtoAttentionFwd);
+  m.def(fastproto::kProtoAttentionBwd);
   // `rounds` rounds of float32 multiply-adds on registers, on each of torch's threads; `operations`
   // (one float64) receives how many floating-point operations that was. For benchmarks.
   m.def("fma_loop(Tensor(a!) operations, int rounds) -> ()");

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory layouts of maps [..., C, H, W]: NCHW and channels_last. Twin of fastproto/layout.py.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+namespace fastproto {
+
+// channels_last when channels are contiguous and that says something, else NCHW; must agree with
+// is_channels_last in fastproto/layout.py.
+inline bool is_channels_last(const torch::stable::Tensor& maps) {
+  const int64_t n = maps.dim();
+  return maps.stride(n - 3) == 1 && maps.size(n - 3) > 1 && maps.size(n - 2) * maps.size(n - 1) > 1;
+}
+
+// Distance of neighbouring pixels where height and width run as one dimension; `alone` where there
+// is one pixel.
+inline int64_t pixel_stride(const torch::stable::Tensor& maps, int64_t alone) {
+  const int64_t n = maps.dim();
+  return maps.size(n - 1) > 1   ? maps.stride(n - 1)
+         : maps.size(n - 2) > 1 ? maps.stride(n - 2)
+                                : alone;
+}
+
+// Height and width run as one dimension of `stride` (sizes of 1 have no say).
+inline bool pixels_are_one_dim(const torch::stable::Tensor& maps, int64_t stride) {
+  const int64_t n = maps.dim(), height = maps.size(n - 2), width = maps.size(n - 1);
+  return (width == 1 || maps.stride(n - 1) == stride) &&
+         (height == 1 || maps.stride(n - 2) == stride * width);
+}
+
+// Whether kernels can walk the maps in that layout: its inner stride is 1 and pixels are one
+// dimension.
+inline bool is_walkable(const torch::stable::Tensor& maps, bool channels_last) {
+  if (!channels_last) return pixels_are_one_dim(maps, 1);
+  const int64_t n = maps.dim();
+  return (maps.size(n - 3) == 1 || maps.stride(n - 3) == 1) &&
+         pixels_are_one_dim(maps, pixel_stride(maps, 1));
+}
+
+// [..., C, H, W] of the given layout: a new tensor.
+inline torch::stable::Tensor new_maps(
+    const torch::stable::Tensor& like, std::vector<int64_t> sizes, bool channels_last,
+    std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  if (!channels_last) return torch::stable::new_empty(like, sizes, dtype);
+  const int64_t n = int64_t(sizes.size());
+  std::rotate(sizes.end() - 3, sizes.end() - 2, sizes.end());  // C, H, W -> H, W, C
+  const torch::stable::Tensor rows = torch::stable::new_empty(like, sizes, dtype);
+  const torch::stable::Tensor swapped = torch::stable::transpose(rows, n - 3, n - 1);  // C, W, H
+  return torch::stable::transpose(swapped, n - 2, n - 1);
+}
+
+// The same values in memory the kernels can walk: dense, in the given layout.
+inline torch::stable::Tensor dense(const torch::stable::Tensor& t, bool channels_last) {
+  using torch::stable::transpose;
+  if (!channels_last) return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  const int64_t n = t.dim();
+  const torch::stable::Tensor rows = transpose(transpose(t, n - 2, n - 1), n - 3, n - 1);
+  if (rows.is_contiguous()) return t;
+  const torch::stable::Tensor packed = torch::stable::contiguous(rows);
+  return transpose(transpose(packed, n - 3, n - 1), n - 2, n - 1);
+}
+
+}  // namespace fastproto
