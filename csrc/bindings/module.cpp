@@ -1,10 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
-// fastproto._C: facts about the build and this CPU. No torch header, no tensors, no arithmetic.
+// fastproto._C: facts about the build, this CPU and the plans. No torch header, no tensors, no
+// arithmetic.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../cpu/kernels.h"
+#include "../cuda/plan.h"
 
 namespace py = pybind11;
+
+namespace {
+
+using fastproto::DType;
+using namespace fastproto::cuda;
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  return DType::kFloat64;  // which the plan refuses
+}
+
+py::dict to_dict(const KernelPlan& plan) {
+  py::dict d;
+  d["kernel"] = kernel_name(plan.kernel);
+  d["tile_m"] = plan.tile_m;
+  d["tile_n"] = plan.tile_n;
+  d["dim"] = plan.dim;
+  d["slices"] = plan.slices;
+  d["stages"] = plan.stages;
+  d["cluster"] = plan.cluster;
+  d["blocks"] = plan.blocks;
+  d["threads"] = plan.threads;
+  d["shared_bytes"] = plan.shared_bytes;
+  return d;
+}
+
+py::dict cuda_plan(int capability, int multiprocessors, int shared_memory, const std::string& dtype,
+                   int64_t episodes, int64_t queries, int64_t ways, int64_t dim, int64_t pixels,
+                   int64_t total, bool save, bool tma_ok, bool has_sm90,
+                   const std::string& kernels) {
+  const Request request{
+      capability, multiprocessors, shared_memory, dtype_of(dtype), episodes, queries, ways, dim,
+      pixels,     total,           save,          tma_ok,          has_sm90};
+  std::vector<std::string> reasons;
+  const Plan plan = make_plan(request, kernels.c_str(), &reasons);
+  if (!plan.error.empty()) throw py::value_error(plan.error);
+  py::dict d;
+  d["stats"] = to_dict(plan.stats);
+  d["forward"] = to_dict(plan.forward);
+  d["backward_query"] = to_dict(plan.backward_query);
+  d["backward_protos"] = to_dict(plan.backward_protos);
+  d["reasons"] = reasons;
+  return d;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and CPU feature level of fastproto's native code.";
@@ -36,4 +87,11 @@ PYBIND11_MODULE(_C, m) {
       py::arg("item") = 4,
       "How the forward is cut on the CPU: (pixels of a strip, strips of a task, tasks). `item` is "
       "the bytes of a number in the panels, 8 for float64.");
+  m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("capability"), py::arg("multiprocessors"),
+        py::arg("shared_memory"), py::arg("dtype"), py::arg("episodes"), py::arg("queries"),
+        py::arg("ways"), py::arg("dim"), py::arg("pixels"), py::arg("total"),
+        py::arg("save") = false, py::arg("tma_ok") = true, py::arg("has_sm90") = true,
+        py::arg("kernels") = "",
+        "Which CUDA kernels a problem runs with on a chip, and the reasons in sentences. `kernels` "
+        "is FASTPROTO_CUDA_KERNELS. Raises ValueError where there is no plan.");
 }

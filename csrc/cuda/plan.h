@@ -38,7 +38,8 @@ struct Request {
   int64_t episodes, queries, ways, dim, pixels;
   int64_t total;  // rows of `protos`
   bool save;      // whether a backward follows
-  bool tma_ok;    // every tensor starts and steps in multiples of 16 bytes
+  bool tma_ok;    // every tensor starts and steps in multiples of 16 bytes, and none is empty
+  bool has_sm90;  // whether the library was built for sm_90a
 };
 
 // One launch.
@@ -46,7 +47,9 @@ struct KernelPlan {
   Kernel kernel = Kernel::kNone;
   int tile_m = 0;  // pixels of a tile
   int tile_n = 0;  // prototypes of a tile
+  int dim = 0;     // channels of a tile, D or more
   int slices = 1;  // blocks that share the channels of a tile's result
+  int stages = 1;  // tiles of prototypes (of pixels in backward_protos) in flight
   int cluster = 1;
   int blocks = 0;
   int threads = 0;
@@ -64,5 +67,253 @@ struct Plan {
 };
 
 constexpr int kMaxDim = 512;
+constexpr int64_t kMaxInt = INT32_MAX;
+constexpr const char* kKernelsAllowed =
+    "sm80, sm80-latency, sm80-throughput, sm90, sm90-latency, sm90-throughput";
+
+// ---------------------------------------------------------------- tiles of the kernels
+
+// Channels of the template that a kernel runs with: tiles are padded with zeros to that.
+constexpr int padded_dim(int64_t dim) {
+  return dim <= 64 ? 64 : dim <= 128 ? 128 : dim <= 256 ? 256 : 512;
+}
+constexpr int item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+constexpr int kSm90SharedMemory = 227 * 1024;  // the sm90 kernels take all there is
+
+// csrc/cuda/sm80/forward.cuh: rows of prototypes in a tile, and bytes of a block.
+constexpr int sm80_forward_tile_n(int item, int rows) { return item == 2 && rows == 16 ? 64 : 32; }
+constexpr int sm80_forward_bytes(int item, int dim, int rows, int stages) {
+  const int n = sm80_forward_tile_n(item, rows);
+  return (rows + stages * n) * dim * item + rows * n * item + rows * (3 + n / 4) * 4;
+}
+
+// ---------------------------------------------------------------- the choice
+
+namespace planning {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline void append(std::string* to, const char* text) { *to += text; }
+inline void append(std::string* to, int64_t number) { *to += std::to_string(number); }
+template <class... Parts>
+std::string sentence(const Parts&... parts) {
+  std::string text;
+  (append(&text, parts), ...);
+  return text;
+}
+
+// What FASTPROTO_CUDA_KERNELS asks for.
+struct Wish {
+  bool sm80 = false, sm90 = false, latency = false, throughput = false;
+};
+inline bool parse(const char* text, Wish* wish) {
+  if (text == nullptr || *text == 0) return true;
+  const std::string name = text;
+  wish->sm80 = name.rfind("sm80", 0) == 0;
+  wish->sm90 = name.rfind("sm90", 0) == 0;
+  const std::string form = name.size() > 4 ? name.substr(4) : "";
+  wish->latency = form == "-latency";
+  wish->throughput = form == "-throughput";
+  return (wish->sm80 || wish->sm90) && (form.empty() || wish->latency || wish->throughput);
+}
+
+// Why the kernels of csrc/cuda/sm90 cannot run; null: they can.
+inline const char* why_not_sm90(const Request& r) {
+  if (r.capability != 90) return "its instructions are those of capability 9.0 alone";
+  if (!r.has_sm90) return "this build has no code for sm_90a";
+  if (r.dtype == DType::kFloat32) return "WGMMA cannot transpose float32";
+  if (r.shared_memory < kSm90SharedMemory) return "the chip has too little shared memory";
+  if (!r.tma_ok)
+    return "TMA takes rows that start and step in multiples of 16 bytes, and no empty tensor";
+  return nullptr;
+}
+
+// Whether a forward computes the statistics of the prototypes itself where they are not given.
+inline bool finds_statistics(const Request& r, const KernelPlan& forward) {
+  if (r.save || r.dtype == DType::kFloat32) return false;
+  return forward.kernel == Kernel::kSm90Latency ||
+         (forward.kernel == Kernel::kSm80Latency && forward.slices > 1);
+}
+
+inline void plan_stats(const Request& r, KernelPlan* plan) {
+  plan->kernel = Kernel::kSm80Throughput;
+  plan->tile_n = 8;  // a warp each
+  plan->threads = 256;
+  plan->blocks = int(ceil_div(r.total, plan->tile_n));
+}
+
+// The largest number of slices that leaves no block waiting, each of 64 channels or more.
+inline int latency_slices(const Request& r, int64_t tiles, int dim) {
+  int slices = 1;
+  while (2 * slices <= dim / 64 && 2 * slices * tiles <= r.multiprocessors) slices *= 2;
+  return slices;
+}
+
+inline void plan_sm80_forward(const Request& r, bool small, KernelPlan* plan) {
+  const int item = item_size(r.dtype), dim = padded_dim(r.dim);
+  const int64_t maps = r.episodes * r.queries * r.ways;
+  plan->kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
+  plan->dim = dim;
+  // float32 has one tile: 64 rows of it would leave no room for prototypes.
+  plan->tile_m = small || item == 4                                        ? 16
+                 : sm80_forward_bytes(item, dim, 64, 1) <= r.shared_memory ? 64
+                                                                           : 16;
+  plan->tile_n = sm80_forward_tile_n(item, plan->tile_m);
+  plan->stages = sm80_forward_bytes(item, dim, plan->tile_m, 2) <= r.shared_memory ? 2 : 1;
+  const int64_t tiles = maps * ceil_div(r.pixels, plan->tile_m);
+  plan->slices = small ? latency_slices(r, tiles, dim) : 1;
+  plan->blocks = int(tiles * plan->slices);
+  plan->threads = 256;
+  plan->shared_bytes = sm80_forward_bytes(item, dim, plan->tile_m, plan->stages);
+}
+
+inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
+  const int64_t maps = r.episodes * r.queries * r.ways;
+  plan->dim = r.dim <= 256 ? 256 : 512;
+  plan->shared_bytes = kSm90SharedMemory;
+  if (small) {
+    plan->kernel = Kernel::kSm90Latency;
+    plan->tile_m = 16;
+    plan->tile_n = 64;
+    plan->cluster = plan->slices = 8;
+    plan->threads = 256;
+    plan->blocks = int(maps * ceil_div(r.pixels, 16) * 8);
+  } else {
+    plan->kernel = Kernel::kSm90Throughput;
+    plan->tile_m = plan->tile_n = 64;
+    plan->stages = plan->dim == 512 ? 2 : 4;
+    plan->threads = 384;
+    const int64_t tiles = maps * ceil_div(r.pixels, 64);  // dealt out to the blocks that fit
+    plan->blocks = int(tiles < r.multiprocessors ? tiles : r.multiprocessors);
+  }
+}
+
+// Backward of the queries: classes are summed in a block. Of the prototypes: bag b owns the tiles
+// from offsets[b] / tile_n + b on, found on the device.
+inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
+  const int item = item_size(r.dtype), dim = padded_dim(r.dim);
+  KernelPlan query;
+  query.kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
+  query.dim = dim;
+  query.tile_m = 16;
+  query.tile_n = 32;
+  query.threads = 256;
+  const int64_t tiles = r.episodes * r.queries * ceil_div(r.pixels, query.tile_m);
+  query.slices = small ? latency_slices(r, tiles, dim) : 1;
+  query.blocks = int(tiles * query.slices);
+  query.shared_bytes = sm80_forward_bytes(item, dim, query.tile_m, 1);
+  KernelPlan protos = query;
+  protos.tile_n = 16;
+  protos.tile_m = 32;
+  const int64_t owned = r.total / protos.tile_n + r.episodes * r.ways + 1;
+  protos.slices = small ? latency_slices(r, owned, dim) : 1;
+  protos.blocks = int(owned * protos.slices);
+  plan->backward_query = query;
+  plan->backward_protos = protos;
+}
+
+inline void plan_sm90_backward(const Request& r, Plan* plan) {
+  KernelPlan query;
+  query.kernel = Kernel::kSm90Throughput;
+  query.dim = r.dim <= 256 ? 256 : 512;
+  query.tile_m = query.tile_n = 64;
+  query.threads = 384;
+  query.shared_bytes = kSm90SharedMemory;
+  query.blocks = int(r.episodes * r.queries * ceil_div(r.pixels, 64));
+  KernelPlan protos = query;
+  protos.blocks = int(r.total / 64 + r.episodes * r.ways + 1);
+  plan->backward_query = query;
+  plan->backward_protos = protos;
+}
+
+// Why nothing of csrc/cuda runs the problem; empty: something does.
+inline std::string why_not(const Request& r) {
+  if (r.dtype == DType::kFloat64)
+    return "feat: found float64; allowed on CUDA: float32, bfloat16, float16";
+  if (r.capability < 80)
+    return sentence("the GPU: found capability ", r.capability / 10, ".", r.capability % 10,
+                    "; allowed: 8.0 and newer");
+  if (r.dim > kMaxDim) return sentence("feat: D = ", r.dim, " is above ", kMaxDim);
+  const int64_t maps = r.episodes * r.queries * r.ways;
+  if (2 * r.dim * r.pixels > kMaxInt)
+    return sentence("feat: found ", r.dim, " x ", r.pixels, " values per image; allowed: at most ",
+                    kMaxInt / 2);
+  if (r.total * r.dim > kMaxInt)
+    return sentence("protos: found ", r.total, " x ", r.dim, " values; allowed: at most ", kMaxInt);
+  // Blocks: 16 pixels, a slice of 64 channels each, at the most.
+  if (maps * ceil_div(r.pixels, 16) > kMaxInt / 8)
+    return sentence("feat: found ", maps, " maps of ", r.pixels, " pixels; allowed: at most ",
+                    kMaxInt / 8, " tiles of 16 pixels");
+  return "";
+}
+
+}  // namespace planning
+
+// The plan of a problem. `wanted` is FASTPROTO_CUDA_KERNELS, null where it is not set. Sentences
+// that say why go to `reasons`, where given.
+inline Plan make_plan(const Request& r, const char* wanted = nullptr,
+                      std::vector<std::string>* reasons = nullptr) {
+  using namespace planning;
+  Plan plan;
+  const auto say = [&](const auto&... parts) {
+    if (reasons != nullptr) reasons->push_back(sentence(parts...));
+  };
+  plan.error = why_not(r);
+  if (!plan.error.empty()) return plan;
+  Wish wish;
+  if (!parse(wanted, &wish)) {
+    plan.error =
+        sentence("FASTPROTO_CUDA_KERNELS: found '", wanted, "'; allowed: ", kKernelsAllowed);
+    return plan;
+  }
+
+  // Throughput or latency.
+  const int64_t tiles = r.episodes * r.queries * r.ways * ceil_div(r.pixels, 64);
+  const bool few = tiles < r.multiprocessors;
+  const bool small = wish.latency || (few && !wish.throughput);
+  if (wish.latency || wish.throughput)
+    say(small ? "latency" : "throughput", ": FASTPROTO_CUDA_KERNELS asks for it.");
+  else
+    say(few ? "latency: " : "throughput: ", tiles, " tiles of 64 pixels are ",
+        few ? "fewer than the " : "enough for the ", r.multiprocessors, " multiprocessors.");
+
+  // Forward.
+  const char* reason = why_not_sm90(r);
+  if (wish.sm90 && reason != nullptr) {
+    plan.error =
+        sentence("FASTPROTO_CUDA_KERNELS: found '", wanted, "', which cannot run here: ", reason,
+                 "; allowed: sm80, sm80-latency, sm80-throughput");
+    return plan;
+  }
+  const bool sm90 = reason == nullptr && !wish.sm80;
+  if (sm90)
+    plan_sm90_forward(r, small, &plan.forward);
+  else
+    plan_sm80_forward(r, small, &plan.forward);
+  if (wish.sm80)
+    say("forward, backward: not sm90: FASTPROTO_CUDA_KERNELS asks for sm80.");
+  else if (reason != nullptr)
+    say("forward, backward: not sm90: ", reason, ".");
+  else
+    say("forward, backward: sm90: half types on capability 9.0, in steps of 16 bytes.");
+
+  // Statistics of the prototypes: the latency kernels find them on their way, where a block sees
+  // whole rows and nobody needs them later.
+  if (finds_statistics(r, plan.forward)) {
+    say("stats: none: the forward finds them on its way, which spares a launch.");
+  } else if (r.total == 0) {
+    say("stats: none: there are no prototypes.");
+  } else {
+    plan_stats(r, &plan.stats);
+    say("stats: ", r.save ? "the backward reads them." : "the forward needs them beforehand.");
+  }
+
+  if (sm90)
+    plan_sm90_backward(r, &plan);
+  else
+    plan_sm80_backward(r, small, &plan);
+  return plan;
+}
 
 }  // namespace fastproto::cuda

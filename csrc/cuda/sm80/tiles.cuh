@@ -88,6 +88,78 @@ FP_DEVICE void store_rows(const Matrix<T>& to, const uint8_t* tile, int first_ro
   }
 }
 
+// 16 bytes' worth of numbers of a row, as floats; zeros outside the matrix.
+template <class T>
+struct Piece {
+  static constexpr int kCount = 16 / int(sizeof(T));
+  float x[kCount];
+
+  static FP_DEVICE int valid(const Matrix<T>& m, int row, int column) {
+    const int left = row < m.rows ? m.columns - column : 0;
+    return left < 0 ? 0 : left > kCount ? kCount : left;
+  }
+  static FP_DEVICE Piece load(const Matrix<T>& m, bool pieces, int row, int column) {
+    const int count = valid(m, row, column);
+    const T* from = m.data + row * m.row_stride + column * m.column_stride;
+    Piece piece;
+    if (pieces && count == kCount) {
+      const Vector16 v = load_global_16(from);
+      FP_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (sizeof(T) == 2)
+          unpack<T>(v.x[k], &piece.x[2 * k], &piece.x[2 * k + 1]);
+        else
+          piece.x[k] = bits_to_float(v.x[k]);
+      }
+    } else {
+      FP_UNROLL
+      for (int k = 0; k < kCount; ++k)
+        piece.x[k] = k < count ? to_float(from[k * m.column_stride]) : 0;
+    }
+    return piece;
+  }
+  FP_DEVICE Vector16 rounded() const {
+    Vector16 v;
+    FP_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      if constexpr (sizeof(T) == 2)
+        v.x[k] = pack<T>(x[2 * k], x[2 * k + 1]);
+      else
+        v.x[k] = float_to_bits(x[k]);
+    }
+    return v;
+  }
+  FP_DEVICE void store(const Matrix<T>& m, bool pieces, int row, int column) const {
+    const int count = valid(m, row, column);
+    T* to = const_cast<T*>(m.data) + row * m.row_stride + column * m.column_stride;
+    if (pieces && count == kCount) {
+      *reinterpret_cast<Vector16*>(to) = rounded();
+    } else {
+      FP_UNROLL
+      for (int k = 0; k < kCount; ++k)
+        if (k < count) to[k * m.column_stride] = from_float<T>(x[k]);
+    }
+  }
+};
+
+// A tile of products a * b, rounded: dO = dY2 * F. Seen after the next barrier.
+template <class T, int kRows, int kColumns>
+FP_DEVICE void load_product_rows(uint8_t* tile, const Matrix<T>& a, const Matrix<T>& b) {
+  constexpr int kPieces = kColumns / Piece<T>::kCount;
+  const bool a_pieces = a.has_pieces(), b_pieces = b.has_pieces();
+  FP_NO_UNROLL
+  for (int i = thread_index(); i < kRows * kPieces; i += kThreads) {
+    const int row = i / kPieces, column = i % kPieces * Piece<T>::kCount;
+    Piece<T> product = Piece<T>::load(a, a_pieces, row, column);
+    const Piece<T> factor = Piece<T>::load(b, b_pieces, row, column);
+    FP_UNROLL
+    for (int k = 0; k < Piece<T>::kCount; ++k) product.x[k] *= factor.x[k];
+    *reinterpret_cast<Vector16*>(
+        tile + swizzled<kColumns * int(sizeof(T))>(row, column * int(sizeof(T)))) =
+        product.rounded();
+  }
+}
+
 // A tile of a feature map, kPixels x kDim.
 template <class T, int kPixels, int kDim>
 struct MapTile {
@@ -115,6 +187,13 @@ struct MapTile {
       load_rows<T, kDim, kPixels>(data, from);
     else
       load_rows<T, kPixels, kDim>(data, from);
+  }
+  // The elementwise product of two maps in the place of one.
+  FP_DEVICE void load_product(const Matrix<T>& a, const Matrix<T>& b) const {
+    if (channel_rows)
+      load_product_rows<T, kDim, kPixels>(data, a, b);
+    else
+      load_product_rows<T, kPixels, kDim>(data, a, b);
   }
   // Channels [first, first + count).
   FP_DEVICE void store(T* map, int64_t channel, int64_t pixel, int channels, int pixels, int first,
@@ -230,6 +309,26 @@ FP_DEVICE void load_a(typename Operands<T>::A& a, const MapTile<T, kPixels, kDim
     Operands<T>::template load_a<Tile::kChannelRowBytes, true>(a, tile.data, pixel, channel);
   else
     Operands<T>::template load_a<Tile::kPixelRowBytes, false>(a, tile.data, pixel, channel);
+}
+
+// B of a product over channels (columns are pixels) and of one over pixels (columns are channels).
+template <class T, int kPixels, int kDim>
+FP_DEVICE void load_b_of_channels(typename Operands<T>::B& b,
+                                  const MapTile<T, kPixels, kDim>& tile, int pixel, int channel) {
+  using Tile = MapTile<T, kPixels, kDim>;
+  if (tile.channel_rows)
+    Operands<T>::template load_b<Tile::kChannelRowBytes, true>(b, tile.data, pixel, channel);
+  else
+    Operands<T>::template load_b<Tile::kPixelRowBytes, false>(b, tile.data, pixel, channel);
+}
+template <class T, int kPixels, int kDim>
+FP_DEVICE void load_b_of_pixels(typename Operands<T>::B& b, const MapTile<T, kPixels, kDim>& tile,
+                                int channel, int pixel) {
+  using Tile = MapTile<T, kPixels, kDim>;
+  if (tile.channel_rows)
+    Operands<T>::template load_b<Tile::kChannelRowBytes, false>(b, tile.data, channel, pixel);
+  else
+    Operands<T>::template load_b<Tile::kPixelRowBytes, true>(b, tile.data, channel, pixel);
 }
 
 FP_DEVICE float sum_of_quad(float x) {
