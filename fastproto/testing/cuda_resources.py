@@ -238,7 +238,8 @@ def assemble(library: Path, chip: str) -> tuple[list[str], dict[str, int]]:
 
         def one(file: Path) -> tuple[str, str]:
             options = [f"-arch={chip}", "-v", "-warn-spills", "-warn-lmem-usage", "-Werror"]
-            command = [assembler, *options, file, "-o", file.with_suffix(".cubin")]
+            output = file.with_suffix(".cubin")
+            command = [str(assembler), *options, str(file), "-o", str(output)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             wrong = re.findall(r"^ptxas (?!info).*$", result.stderr, flags=re.MULTILINE)
             if result.returncode != 0 and not wrong:
