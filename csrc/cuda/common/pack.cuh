@@ -292,23 +292,23 @@ FP_KERNEL pack_backward_kernel(FP_GRID_CONSTANT PackBackwardParams p) {
     const int bag = episode * shape.ways + way;
     const int32_t* position = p.position + int64_t(bag) * (cells + 1);
     const float* share = p.share + int64_t(bag) * cells + first_cell;
-    const int begin = p.offsets[bag], average = position[cells];
+    const int64_t begin = p.offsets[bag];
+    const int average = position[cells];
     float of_average = 0;
     // Rows that the forward cannot have named are not touched.
-    const int row = begin + average;
+    const int64_t row = begin + average;
     if (average >= 0 && has_channel)
-      of_average =
-          row >= 0 && row < rows ? to_float(grad[int64_t(row) * shape.dim]) : not_a_number();
+      of_average = row >= 0 && row < rows ? to_float(grad[row * shape.dim]) : not_a_number();
     float mass = p.mass[bag];
     if (mass < kTiny) mass = kTiny;
     FP_UNROLL
     for (int k = 0; k < kPerThread; ++k) {
       const int pixel = first + k * kPixelStep;
       if (pixel < pixels && has_channel) {
-        const int place = position[first_cell + pixel], own = begin + place;
+        const int place = position[first_cell + pixel];
+        const int64_t own = begin + place;
         if (place >= 0)
-          sum[k] +=
-              own >= 0 && own < rows ? to_float(grad[int64_t(own) * shape.dim]) : not_a_number();
+          sum[k] += own >= 0 && own < rows ? to_float(grad[own * shape.dim]) : not_a_number();
         if (average >= 0) sum[k] = multiply_add(share[pixel] / mass, of_average, sum[k]);
       }
     }
