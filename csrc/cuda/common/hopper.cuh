@@ -80,14 +80,15 @@ FP_DEVICE void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 FP_DEVICE void barrier_arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 // An arrival that also announces `bytes` of bulk copies for this phase.
 FP_DEVICE void barrier_arrive_expect(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Until the phase of this parity (0 for the first) is over.
 FP_DEVICE void barrier_wait(Barrier* barrier, int parity) {
@@ -194,26 +195,27 @@ FP_DEVICE void wgmma_hold(float (&c)[Count]) {
 }
 
 // c[64][Columns] (+)= a[64][16] b[16][Columns]: `add` 0 or 1. Thread t of the warpgroup holds, with
-// g = t / 4 % 8, i = t % 4, row 16 (t / 32) + g of columns 8 k + 2 i, + 1 in c[4 k], c[4 k + 1], and
-// row + 8 in c[4 k + 2], c[4 k + 3]. T is bf16 or half. TransposeA (B): that operand is MN-major.
+// g = t / 4 % 8, i = t % 4, row 16 (t / 32) + g of columns 8 k + 2 i, + 1 in c[4 k], c[4 k + 1],
+// and row + 8 in c[4 k + 2], c[4 k + 3]. T is bf16 or half. TransposeA (B): that operand is
+// MN-major.
 template <class T, int Columns, bool TransposeA, bool TransposeB>
 struct Wgmma;
 
-#define FP_WGMMA_C64 \
+#define FP_WGMMA_C64                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FP_WGMMA_C128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define FP_WGMMA_C128                                                                \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FP_WGMMA_C256 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define FP_WGMMA_C256                                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FP_OUT4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
@@ -222,32 +224,34 @@ struct Wgmma;
 #define FP_OUT64(i) FP_OUT32(i), FP_OUT32(i + 32)
 #define FP_OUT128(i) FP_OUT64(i), FP_OUT64(i + 64)
 
-// Two forms: both operands in shared memory, or a in registers (the fragment of mma.m16n8k16 for the
-// 16 rows of this warp). P0.. are the numbers of the operands behind the accumulator's.
-#define FP_WGMMA(T, TYPE, N, COUNT, P0, P1, P2, P3, P4, P5, P6)                                    \
-  template <bool TransposeA, bool TransposeB>                                                      \
-  struct Wgmma<T, N, TransposeA, TransposeB> {                                                     \
-    static FP_DEVICE void run(float (&c)[COUNT], uint64_t a, uint64_t b, int add) {                \
-      asm volatile(                                                                                \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, " P2 ", 0;\n"                                          \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FP_WGMMA_C##N "}, " \
-          P0 ", " P1 ", p, 1, 1, " P3 ", " P4 ";\n}"                                               \
-          : FP_OUT##COUNT(0)                                                                       \
-          : "l"(a), "l"(b), "r"(add), "n"(int(TransposeA)), "n"(int(TransposeB)));                 \
-    }                                                                                              \
-    static FP_DEVICE void run(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b, int add) {    \
-      static_assert(!TransposeA, "registers have one layout");                                     \
-      asm volatile(                                                                                \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\n"                                          \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FP_WGMMA_C##N "}, " \
-          "{" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1, " P6 ";\n}"                          \
-          : FP_OUT##COUNT(0)                                                                       \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(TransposeB)));   \
-    }                                                                                              \
+// Two forms: both operands in shared memory, or a in registers (the fragment of mma.m16n8k16 for
+// the 16 rows of this warp). P0.. are the numbers of the operands behind the accumulator's.
+#define FP_WGMMA(T, TYPE, N, COUNT, P0, P1, P2, P3, P4, P5, P6)                                  \
+  template <bool TransposeA, bool TransposeB>                                                    \
+  struct Wgmma<T, N, TransposeA, TransposeB> {                                                   \
+    static FP_DEVICE void run(float (&c)[COUNT], uint64_t a, uint64_t b, int add) {              \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2                                        \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE               \
+                   " {" FP_WGMMA_C##N "}, " P0 ", " P1 ", p, 1, 1, " P3 ", " P4 ";\n}"           \
+                   : FP_OUT##COUNT(0)                                                            \
+                   : "l"(a), "l"(b), "r"(add), "n"(int(TransposeA)), "n"(int(TransposeB)));      \
+    }                                                                                            \
+    static FP_DEVICE void run(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b, int add) {  \
+      static_assert(!TransposeA, "registers have one layout");                                   \
+      asm volatile(                                                                              \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, " P5                                                 \
+          ", 0;\n"                                                                               \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FP_WGMMA_C##N     \
+          "}, "                                                                                  \
+          "{" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1, " P6 ";\n}"                        \
+          : FP_OUT##COUNT(0)                                                                     \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(TransposeB))); \
+    }                                                                                            \
   };
-#define FP_WGMMA_ALL(T, TYPE)                                                             \
-  FP_WGMMA(T, TYPE, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")              \
-  FP_WGMMA(T, TYPE, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")             \
+#define FP_WGMMA_ALL(T, TYPE)                                                 \
+  FP_WGMMA(T, TYPE, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")  \
+  FP_WGMMA(T, TYPE, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70") \
   FP_WGMMA(T, TYPE, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 FP_WGMMA_ALL(bf16, "bf16")
 FP_WGMMA_ALL(half, "f16")

@@ -24,8 +24,8 @@ FP_DEVICE Bag load_bag(const int32_t* offsets, int bag, int total) {
   return valid ? Bag{begin, end - begin, true} : Bag{0, 0, false};
 }
 
-// log2(e) / t; 0 for a bag of one, whose weight is 1 exactly; NaN for a t that is not above 0, which
-// cannot be checked on the host where t is a tensor.
+// log2(e) / t; 0 for a bag of one, whose weight is 1 exactly; NaN for a t that is not above 0,
+// which cannot be checked on the host where t is a tensor.
 FP_DEVICE float exponent_scale(const Problem& p, int count) {
   float t = p.temperature;
   if (p.temperature_tensor != nullptr)

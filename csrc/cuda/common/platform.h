@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one switch between a GPU and its emulation on the CPU. Kernels include this and nothing of
-// CUDA's or torch's; compiled by nvcc they see ptx.cuh, by a C++ compiler with FASTPROTO_EMULATE the
-// same names from csrc/cuda/emulator, which runs every lane of a grid on the CPU.
+// CUDA's or torch's; compiled by nvcc they see ptx.cuh, by a C++ compiler with FASTPROTO_EMULATE
+// the same names from csrc/cuda/emulator, which runs every lane of a grid on the CPU.
 #pragma once
 
 #include <cstddef>

@@ -4,11 +4,10 @@
 //
 // Fragments of mma (PTX ISA "Matrix fragments for mma.m16n8k16 / .m16n8k8"), g = lane / 4,
 // i = lane % 4:
-//   A 16-bit [16][16]  a[0] = (g, 2i..2i+1)  a[1] = (g+8, ..)  a[2] = (g, 2i+8..)  a[3] = (g+8, 2i+8..)
-//   B 16-bit [16][8]   b[0] = (2i..2i+1, g)  b[1] = (2i+8.., g)
-//   A tf32   [16][8]   a[0] = (g, i)  a[1] = (g+8, i)  a[2] = (g, i+4)  a[3] = (g+8, i+4)
-//   B tf32   [8][8]    b[0] = (i, g)  b[1] = (i+4, g)
-//   C float  [16][8]   c[0..1] = (g, 2i..2i+1)  c[2..3] = (g+8, 2i..2i+1)
+//   A 16-bit [16][16]  a[0] = (g, 2i..2i+1)  a[1] = (g+8, ..)  a[2] = (g, 2i+8..)  a[3] = (g+8,
+//   2i+8..) B 16-bit [16][8]   b[0] = (2i..2i+1, g)  b[1] = (2i+8.., g) A tf32   [16][8]   a[0] =
+//   (g, i)  a[1] = (g+8, i)  a[2] = (g, i+4)  a[3] = (g+8, i+4) B tf32   [8][8]    b[0] = (i, g)
+//   b[1] = (i+4, g) C float  [16][8]   c[0..1] = (g, 2i..2i+1)  c[2..3] = (g+8, 2i..2i+1)
 #pragma once
 
 #include <cstdint>
@@ -149,8 +148,8 @@ FP_DEVICE Vector16 load_global_16(const void* from) {
   return v;
 }
 
-// Four 8x8 matrices of 16-bit numbers; `row` is this lane's: lane l names row l % 8 of matrix l / 8,
-// 16 aligned bytes. r[m] is the fragment of matrix m: (row g, columns 2i..2i+1), with Transpose
+// Four 8x8 matrices of 16-bit numbers; `row` is this lane's: lane l names row l % 8 of matrix l /
+// 8, 16 aligned bytes. r[m] is the fragment of matrix m: (row g, columns 2i..2i+1), with Transpose
 // (row 2i..2i+1, column g).
 template <bool Transpose>
 FP_DEVICE void load_matrix(uint32_t (&r)[4], const void* row) {

@@ -24,7 +24,7 @@ struct BackwardProtosTraits {
   static constexpr int kSlices = kSlices_;
   static constexpr int kSize = int(sizeof(T));
   static constexpr bool kCentred = kSize == 4;
-  static constexpr int kQ = kSize == 2 ? 32 : 16;  // pixels of a tile
+  static constexpr int kQ = backward_protos_pixels(kSize);  // pixels of a tile
   static constexpr int kWarpsN = kQ / 8;
   static constexpr int kWarpsM = kRows / 16;
   static constexpr int kWarpsK = kWarps / kWarpsN / kWarpsM;
@@ -36,13 +36,15 @@ struct BackwardProtosTraits {
   static constexpr int kWeightRowBytes = kQ * kSize;
   static constexpr int kWeightBytes = kRows * kWeightRowBytes;  // A^T; dS^T has as many
   static constexpr int kPartialBytes = (kWarpsK - 1) * 2 * kRows * kQ * 4;
-  // Of every pixel: mean, rnorm, lse, delta, sum of dO; of every prototype: mean, rnorm, projection.
+  // Of every pixel: mean, rnorm, lse, delta, sum of dO; of every prototype: mean, rnorm,
+  // projection.
   static constexpr int kFloats = kQ * 5 + kRows * 3;
   static constexpr int kThreads = sm80::kThreads;
-  static constexpr int kSharedBytes =
-      kProtoBytes + 2 * kMapBytes + 2 * kWeightBytes + kPartialBytes + kFloats * 4;
+  static constexpr int kSharedBytes = backward_protos_bytes(kSize, kDim, kRows);
   static constexpr int kMaxRegisters = 255;
 
+  static_assert(kSharedBytes ==
+                kProtoBytes + 2 * kMapBytes + 2 * kWeightBytes + kPartialBytes + kFloats * 4);
   static_assert(kNTiles >= 1 && kNTiles * 8 * kWarps * kSlices == kDim);
   static_assert(kWarpsN * kWarpsM * kWarpsK == kWarps);
   static_assert(kQ == 2 * Operands<T>::kDepth, "one B holds the pixels of a tile");
@@ -109,7 +111,7 @@ FP_KERNEL backward_protos_kernel(FP_GRID_CONSTANT BackwardParams p) {
   const bool channel_rows = has_channel_rows(p.feat.channel, p.feat.pixel);
   const MapTile<T, kQ, kDim> queries{protos + Traits::kProtoBytes, channel_rows};
   const MapTile<T, kQ, kDim> grads{queries.data + Traits::kMapBytes, channel_rows};
-  uint8_t* const weights = grads.data + Traits::kMapBytes;      // A^T
+  uint8_t* const weights = grads.data + Traits::kMapBytes;       // A^T
   uint8_t* const coefficients = weights + Traits::kWeightBytes;  // dS^T
   float* const partials = reinterpret_cast<float*>(coefficients + Traits::kWeightBytes);
   float* const mean_q = partials + Traits::kPartialBytes / 4;
@@ -163,8 +165,8 @@ FP_KERNEL backward_protos_kernel(FP_GRID_CONSTANT BackwardParams p) {
   FP_NO_UNROLL
   for (int query = 0; query < problem.queries; ++query) {
     const int64_t image = int64_t(episode) * problem.queries + query;
-    const T* const feat = static_cast<const T*>(p.feat.data) + episode * p.feat.episode +
-                          query * p.feat.query;
+    const T* const feat =
+        static_cast<const T*>(p.feat.data) + episode * p.feat.episode + query * p.feat.query;
     const T* const grad = static_cast<const T*>(p.grad_out.data) + episode * p.grad_out.episode +
                           query * p.grad_out.query + way * p.grad_out.way +
                           (problem.concat ? problem.dim * p.grad_out.channel : 0);
@@ -264,7 +266,7 @@ FP_KERNEL backward_protos_kernel(FP_GRID_CONSTANT BackwardParams p) {
             else
               product -= float(problem.dim) * row_mean[h] * mean_q[column];
             const float cos = product * (row_rnorm[h] * rnorm_q[column]);
-            const float weight = exp2_fast(cos * scale - lse[column]);
+            const float weight = exp2_fast(multiply_add(cos, scale, -lse[column]));
             const float grad_cos = weight * (grad_weight - delta[column]) * (scale * kLn2);
             sum_cos[h] = multiply_add(grad_cos, cos, sum_cos[h]);
             const float rnorm_power = of_constant(row_rnorm[h], problem.eps) * power[h];

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of the queries by mma.sync. A block owns 16 pixels of one image and, of the channels
-// of the result, all or (small problems) one of kSlices; it walks over the classes and over each bag
-// in tiles of kN prototypes. Three products a tile: S = F P^T again, dA = dO P^T, and dF += dS P.
+// of the result, all or (small problems) one of kSlices; it walks over the classes and over each
+// bag in tiles of kN prototypes. Three products a tile: S = F P^T again, dA = dO P^T, and dF += dS
+// P.
 //
 // Budget, D = 512: half types F 16 + dO 16 + P 64 a stage + dS 2 KiB; float32 F 32 + dO 32 + P 32 a
 // stage + 7 KiB. dF in 32 registers.
@@ -20,7 +21,7 @@ struct BackwardQueryTraits {
   static constexpr int kSize = int(sizeof(T));
   static constexpr bool kCentred = kSize == 4;
   static constexpr int kRows = 16;
-  static constexpr int kN = kSize == 2 ? 64 : 16;
+  static constexpr int kN = backward_query_tile_n(kSize);
   static constexpr int kWarpsN = kN / 8;
   static constexpr int kWarpsK = kWarps / kWarpsN;
   static constexpr int kSliceDim = kDim / kSlices;
@@ -34,11 +35,14 @@ struct BackwardQueryTraits {
   static constexpr int kFloats = kRows * 5;  // of every row: mean, rnorm, lse, delta, sum of dO
   static constexpr int kThreads = sm80::kThreads;
   static constexpr int shared_bytes(int stages) {
-    return 2 * kMapBytes + stages * kStageBytes + kWeightBytes + kPartialBytes + kFloats * 4;
+    return backward_query_bytes(kSize, kDim, stages);
   }
   static constexpr int kSharedBytes = shared_bytes(2);
   static constexpr int kMaxRegisters = 255;
 
+  static_assert(shared_bytes(1) ==
+                2 * kMapBytes + kStageBytes + kWeightBytes + kPartialBytes + kFloats * 4);
+  static_assert(shared_bytes(2) == shared_bytes(1) + kStageBytes);
   static_assert(kNTiles >= 1 && kNTiles * 8 * kWarps * kSlices == kDim);
   static_assert(kWeightBytes + kPartialBytes >= 8 * kThreads, "scratch of the row sums");
   static_assert(kWeightBytes >= kWarpsN * kRows * 8, "exchange");
@@ -87,8 +91,7 @@ FP_KERNEL backward_query_kernel(FP_GRID_CONSTANT BackwardParams p, FP_GRID_CONST
   const T* const feat = static_cast<const T*>(p.feat.data) + episode * p.feat.episode +
                         image % problem.queries * p.feat.query +
                         int64_t(first_pixel) * p.feat.pixel;
-  const T* const grad_copy = static_cast<const T*>(p.grad_out.data) +
-                             episode * p.grad_out.episode +
+  const T* const grad_copy = static_cast<const T*>(p.grad_out.data) + episode * p.grad_out.episode +
                              image % problem.queries * p.grad_out.query +
                              int64_t(first_pixel) * p.grad_out.pixel;
   const T* const grad_enhanced =
@@ -152,9 +155,8 @@ FP_KERNEL backward_query_kernel(FP_GRID_CONSTANT BackwardParams p, FP_GRID_CONST
       float dot = 0, sum = 0;
       for (int d = part; d < problem.dim; d += kParts) {
         const float x = to_float(*grads.at(row_pixel, d));
-        const float y = row_pixel < pixels
-                            ? to_float(way_agg[d * p.agg.channel + row_pixel * p.agg.pixel])
-                            : 0;
+        const float y =
+            row_pixel < pixels ? to_float(way_agg[d * p.agg.channel + row_pixel * p.agg.pixel]) : 0;
         dot = multiply_add(x, y, dot);
         sum += x;
       }
@@ -255,11 +257,12 @@ FP_KERNEL backward_query_kernel(FP_GRID_CONSTANT BackwardParams p, FP_GRID_CONST
             else
               product -= float(problem.dim) * mean[row] * mean_p;
             const float cos = product * (row_rnorm[h] * rnorm_p);
-            const float weight = inside ? exp2_fast(cos * scale - lse[row]) : 0;
+            const float weight = inside ? exp2_fast(multiply_add(cos, scale, -lse[row])) : 0;
             const float grad_cos = weight * (grad_weight - delta[row]) * (scale * kLn2);
             sum_cos[h] = multiply_add(grad_cos, cos, sum_cos[h]);
             pair[j] = to_float(from_float<T>(grad_cos * (rnorm_power[h] * rnorm_p)));
-            if constexpr (!Traits::kCentred) sum_mean[h] = multiply_add(pair[j], mean_p, sum_mean[h]);
+            if constexpr (!Traits::kCentred)
+              sum_mean[h] = multiply_add(pair[j], mean_p, sum_mean[h]);
           }
           Op::store_pair(
               weights + swizzled<Traits::kWeightRowBytes>(row, (column0 + 2 * i) * kSize), pair[0],
@@ -321,7 +324,8 @@ FP_KERNEL backward_query_kernel(FP_GRID_CONSTANT BackwardParams p, FP_GRID_CONST
         *result.at(h * 8 + g, channel0 + n * 8 + 2 * i + j) =
             (acc[n][2 * h + j] - means) / power[h];
     }
-    if (warp == 0 && i == 0) delta[h * 8 + g] = projection_factor(row_rnorm[h], problem.eps) * totals[h];
+    if (warp == 0 && i == 0)
+      delta[h * 8 + g] = projection_factor(row_rnorm[h], problem.eps) * totals[h];
   }
   sync_block();
   if (p.temperature_terms != nullptr && slice == 0 && thread_index() == 0) {
@@ -332,10 +336,10 @@ FP_KERNEL backward_query_kernel(FP_GRID_CONSTANT BackwardParams p, FP_GRID_CONST
     p.temperature_terms[image * tiles + tile_index] = sum;
   }
 
-  const Matrix<T> to = queries.matrix(
-      static_cast<T*>(p.grad_feat.data) + image * p.grad_feat.image +
-          int64_t(first_pixel) * p.grad_feat.pixel,
-      p.grad_feat.channel, p.grad_feat.pixel, problem.dim, pixels);
+  const Matrix<T> to =
+      queries.matrix(static_cast<T*>(p.grad_feat.data) + image * p.grad_feat.image +
+                         int64_t(first_pixel) * p.grad_feat.pixel,
+                     p.grad_feat.channel, p.grad_feat.pixel, problem.dim, pixels);
   constexpr int kCount = Piece<T>::kCount;
   const int columns = queries.channel_rows ? kRows : Traits::kSliceDim;
   const int rows = queries.channel_rows ? Traits::kSliceDim : kRows;
@@ -353,19 +357,17 @@ FP_KERNEL backward_query_kernel(FP_GRID_CONSTANT BackwardParams p, FP_GRID_CONST
     }
     FP_NO_UNROLL
     for (int way = 0; way < problem.ways; ++way) {
-      const Matrix<T> dy =
-          queries.matrix(grad_enhanced + way * p.grad_out.way, p.grad_out.channel,
-                         p.grad_out.pixel, problem.dim, pixels);
-      const Matrix<T> map = queries.matrix(agg + way * p.agg.image, p.agg.channel, p.agg.pixel,
-                                           problem.dim, pixels);
+      const Matrix<T> dy = queries.matrix(grad_enhanced + way * p.grad_out.way, p.grad_out.channel,
+                                          p.grad_out.pixel, problem.dim, pixels);
+      const Matrix<T> map =
+          queries.matrix(agg + way * p.agg.image, p.agg.channel, p.agg.pixel, problem.dim, pixels);
       const Piece<T> a = Piece<T>::load(dy, dy.has_pieces(), row, column);
       const Piece<T> b = Piece<T>::load(map, map.has_pieces(), row, column);
       FP_UNROLL
       for (int k = 0; k < kCount; ++k) sum.x[k] = multiply_add(a.x[k], b.x[k], sum.x[k]);
       if (problem.concat) {
-        const Matrix<T> copy =
-            queries.matrix(grad_copy + way * p.grad_out.way, p.grad_out.channel,
-                           p.grad_out.pixel, problem.dim, pixels);
+        const Matrix<T> copy = queries.matrix(grad_copy + way * p.grad_out.way, p.grad_out.channel,
+                                              p.grad_out.pixel, problem.dim, pixels);
         const Piece<T> c = Piece<T>::load(copy, copy.has_pieces(), row, column);
         FP_UNROLL
         for (int k = 0; k < kCount; ++k) sum.x[k] += c.x[k];

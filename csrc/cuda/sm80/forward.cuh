@@ -7,9 +7,10 @@
 //               the statistics of the prototypes on the way, so that inference is one launch.
 //   throughput  kRows = 64 (half types), no product computed twice.
 //
-// A block owns kRows pixels of one image and class and walks over the bag in tiles of kN prototypes.
-// The prototypes are one tile in shared memory for both products. Of S = F P^T a warp owns 8 columns
-// (and a part of the rows or of D, whichever there are warps for), of G = W P a slice of channels.
+// A block owns kRows pixels of one image and class and walks over the bag in tiles of kN
+// prototypes. The prototypes are one tile in shared memory for both products. Of S = F P^T a warp
+// owns 8 columns (and a part of the rows or of D, whichever there are warps for), of G = W P a
+// slice of channels.
 //
 // Budget, D = 512 (docs/kernels/sm80.md has the compiler's figures):
 //   half, 16 rows      F 16 + P 64 a stage + W 2 KiB; F in 128 registers
@@ -30,7 +31,7 @@ struct ForwardTraits {
   static constexpr int kSlices = kSlices_;
   static constexpr int kSize = int(sizeof(T));
   static constexpr bool kCentred = kSize == 4;  // float32 tiles are centred in shared memory
-  static constexpr int kN = kSize == 2 && kRows == 16 ? 64 : 32;
+  static constexpr int kN = forward_tile_n(kSize, kRows);
   static constexpr int kWarpsN = kN / 8;
   static constexpr int kWarpsM = kRows / 16 < kWarps / kWarpsN ? kRows / 16 : kWarps / kWarpsN;
   static constexpr int kWarpsK = kWarps / kWarpsN / kWarpsM;
@@ -49,11 +50,13 @@ struct ForwardTraits {
   static constexpr int kFloats = kRows * (3 + 2 * kWarpsN);
   static constexpr int kThreads = sm80::kThreads;
   static constexpr int shared_bytes(int stages) {
-    return kMapBytes + stages * kStageBytes + kWeightBytes + kFloats * 4;
+    return forward_bytes(kSize, kDim, kRows, stages);
   }
   static constexpr int kSharedBytes = shared_bytes(2);
   static constexpr int kMaxRegisters = 255;
 
+  static_assert(shared_bytes(1) == kMapBytes + kStageBytes + kWeightBytes + kFloats * 4);
+  static_assert(shared_bytes(2) == shared_bytes(1) + kStageBytes);
   static_assert(kNTiles >= 1 && kNTiles * 8 * kWarps * kSlices == kDim);
   static_assert(kWarpsN * kWarpsM * kWarpsK == kWarps && kWarpsK <= 2);
   static_assert(kWarpsK == 1 || kSize == 4, "partial sums of S are floats and lie where W does");
@@ -119,8 +122,8 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
   copy_async_wait<1>();
   sync_block();
   map_statistics(queries, problem.dim, problem.eps, reinterpret_cast<float*>(weights), mean, rnorm);
-  T* const out = static_cast<T*>(p.out.data) + map * p.out.image +
-                 int64_t(first_pixel) * p.out.pixel;
+  T* const out =
+      static_cast<T*>(p.out.data) + map * p.out.image + int64_t(first_pixel) * p.out.pixel;
   const int first_channel = slice * Traits::kSliceDim;
   if (problem.concat)
     queries.store(out, p.out.channel, p.out.pixel, problem.dim, pixels, first_channel,
@@ -180,7 +183,8 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
     if constexpr (Traits::kFindsStatistics)
       first = to_float(*reinterpret_cast<const T*>(keys + swizzled<kRowBytes>(column0 + g, 0)));
     constexpr int kPartDim = kDim / Traits::kWarpsK;
-    constexpr int kUnroll = Traits::kQueriesInRegisters ? kPartDim / kDepth / 2 : 1;
+    [[maybe_unused]] constexpr int kUnroll =
+        Traits::kQueriesInRegisters ? kPartDim / kDepth / 2 : 1;
 #pragma unroll kUnroll
     for (int k = 0; k < kPartDim; k += 2 * kDepth) {
       typename Op::B b;
@@ -269,11 +273,9 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
       for (int j = 0; j < 4; ++j) {
         const int row = row0 + m * 16 + j / 2 * 8 + g;
         float product = s[0][m][j];
-        if constexpr (!Traits::kCentred)
-          product -= float(problem.dim) * mean[row] * mean_p[j % 2];
-        s[0][m][j] = column0 + 2 * i + j % 2 < left
-                         ? product * (rnorm[row] * rnorm_p[j % 2]) * scale
-                         : -infinity();
+        if constexpr (!Traits::kCentred) product -= float(problem.dim) * mean[row] * mean_p[j % 2];
+        s[0][m][j] =
+            column0 + 2 * i + j % 2 < left ? product * (rnorm[row] * rnorm_p[j % 2]) : -infinity();
       }
     }
     if (problem.running_max) {
@@ -295,24 +297,30 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
         const int row = row0 + m * 16 + h * 8 + g;
         float bound = scale;
         if (problem.running_max) {
-          bound = row_max[m][h];
+          float most = row_max[m][h];
           FP_UNROLL
           for (int other = 0; other < Traits::kWarpsN; ++other)
-            bound = fmaxf(bound, exchange[2 * (other * kRows + row)]);
-          // Nothing but NaN so far: any bound will do.
-          const float factor = exp2_fast(row_max[m][h] - bound);
-          row_max[m][h] = bound;
+            most = fmaxf(most, exchange[2 * (other * kRows + row)]);
+          const float factor = step == 0 ? 0 : exp2_fast((row_max[m][h] - most) * scale);
+          row_max[m][h] = most;
           row_sum[m][h] *= factor;
           row_mean[m][h] *= factor;
           if (warp_n == 0 && warp_k == 0 && i == 0) rescale[row] = factor;
+          bound = most * scale;
         }
-        const float w0 = exp2_fast(s[0][m][2 * h] - bound);
-        const float w1 = exp2_fast(s[0][m][2 * h + 1] - bound);
-        row_sum[m][h] += w0 + w1;
-        if constexpr (Traits::kCentred) row_mean[m][h] += w0 * mean_p[0] + w1 * mean_p[1];
+        float w[2];
+        FP_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          // One rounding, not two: the logits may be large. A bag of one has the scale 0.
+          const float logit = multiply_add(s[0][m][2 * h + j], scale, -bound);
+          w[j] = column0 + 2 * i + j < left ? exp2_fast(logit) : 0;
+        }
+        row_sum[m][h] += w[0] + w[1];
+        if constexpr (Traits::kCentred) row_mean[m][h] += w[0] * mean_p[0] + w[1] * mean_p[1];
         if (warp_k == 0)
           Op::store_pair(
-              weights + swizzled<Traits::kWeightRowBytes>(row, (column0 + 2 * i) * kSize), w0, w1);
+              weights + swizzled<Traits::kWeightRowBytes>(row, (column0 + 2 * i) * kSize), w[0],
+              w[1]);
       }
     }
     sync_block();
@@ -367,7 +375,7 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
       if (i == 0 && warp_k == 0) {
         exchange[2 * (warp_n * kRows + row)] = sum;
         exchange[2 * (warp_n * kRows + row) + 1] = mean_sum;
-        if (warp_n == 0) rescale[row] = problem.running_max ? row_max[m][h] : scale;
+        if (warp_n == 0) rescale[row] = problem.running_max ? row_max[m][h] * scale : scale;
       }
     }
   }
@@ -394,7 +402,9 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
       const float inverse = !bag.valid ? not_a_number() : bag.count == 0 ? 0 : 1 / sum;
       if (p.statistics.lse != nullptr && slice == 0 && warp == 0 && i == 0 && row < pixels)
         p.statistics.lse[int64_t(map) * problem.pixels + first_pixel + row] =
-            !bag.valid ? not_a_number() : bag.count == 0 ? 0 : rescale[row] + log2_fast(sum);
+            !bag.valid       ? not_a_number()
+            : bag.count == 0 ? 0
+                             : rescale[row] + log2_fast(sum);
       FP_UNROLL
       for (int n = 0; n < kNTiles; ++n) {
         FP_UNROLL
@@ -407,8 +417,8 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
     }
   }
   sync_block();
-  queries.store(out + (problem.concat ? problem.dim * p.out.channel : 0), p.out.channel, p.out.pixel,
-                problem.dim, pixels, first_channel, Traits::kSliceDim);
+  queries.store(out + (problem.concat ? problem.dim * p.out.channel : 0), p.out.channel,
+                p.out.pixel, problem.dim, pixels, first_channel, Traits::kSliceDim);
   if (p.agg.data == nullptr) return;
   sync_block();
   FP_UNROLL
@@ -422,8 +432,9 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
     }
   }
   sync_block();
-  queries.store(static_cast<T*>(p.agg.data) + map * p.agg.image + int64_t(first_pixel) * p.agg.pixel,
-                p.agg.channel, p.agg.pixel, problem.dim, pixels, first_channel, Traits::kSliceDim);
+  queries.store(
+      static_cast<T*>(p.agg.data) + map * p.agg.image + int64_t(first_pixel) * p.agg.pixel,
+      p.agg.channel, p.agg.pixel, problem.dim, pixels, first_channel, Traits::kSliceDim);
 }
 
 template <class Traits>

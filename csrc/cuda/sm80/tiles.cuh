@@ -7,10 +7,10 @@
 #pragma once
 
 #include "../common/math.cuh"
+#include "configs.h"
 
 namespace fastproto::cuda::sm80 {
 
-constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
 // Byte offset of byte `byte` of row `row`; pieces of 8 consecutive rows in one column differ in
@@ -32,11 +32,12 @@ struct Matrix {
   const T* data;
   int64_t row_stride;
   int64_t column_stride;
-  int rows;     // zeros outside
+  int rows;  // zeros outside
   int columns;
   // Whether rows are made of whole aligned pieces of 16 bytes.
   FP_DEVICE bool has_pieces() const {
-    return column_stride == 1 && (uint64_t(data) | uint64_t(row_stride * int64_t(sizeof(T)))) % 16 == 0;
+    return column_stride == 1 &&
+           (uint64_t(data) | uint64_t(row_stride * int64_t(sizeof(T)))) % 16 == 0;
   }
 };
 
@@ -51,7 +52,7 @@ FP_DEVICE void load_rows(uint8_t* tile, const Matrix<T>& from) {
     const int row = i / kPieces, column = i % kPieces * kPerPiece;
     int valid = row < from.rows ? from.columns - column : 0;
     valid = valid < 0 ? 0 : valid > kPerPiece ? kPerPiece : valid;
-    uint8_t* to = tile + swizzled<kColumns * int(sizeof(T))>(row, column * int(sizeof(T)));
+    uint8_t* to = tile + swizzled<kColumns* int(sizeof(T))>(row, column * int(sizeof(T)));
     const T* source = from.data + row * from.row_stride + column * from.column_stride;
     if (pieces) {
       copy_async_16(to, valid > 0 ? source : from.data, valid * int(sizeof(T)));
@@ -76,7 +77,7 @@ FP_DEVICE void store_rows(const Matrix<T>& to, const uint8_t* tile, int first_ro
     const int row = first_row + i / pieces, column = first_column + i % pieces * kPerPiece;
     int valid = row < to.rows ? to.columns - column : 0;
     valid = valid < 0 ? 0 : valid > kPerPiece ? kPerPiece : valid;
-    const uint8_t* from = tile + swizzled<kColumns * int(sizeof(T))>(row, column * int(sizeof(T)));
+    const uint8_t* from = tile + swizzled<kColumns* int(sizeof(T))>(row, column * int(sizeof(T)));
     T* target = const_cast<T*>(to.data) + row * to.row_stride + column * to.column_stride;
     if (whole && valid == kPerPiece) {
       *reinterpret_cast<Vector16*>(target) = *reinterpret_cast<const Vector16*>(from);
@@ -154,9 +155,8 @@ FP_DEVICE void load_product_rows(uint8_t* tile, const Matrix<T>& a, const Matrix
     const Piece<T> factor = Piece<T>::load(b, b_pieces, row, column);
     FP_UNROLL
     for (int k = 0; k < Piece<T>::kCount; ++k) product.x[k] *= factor.x[k];
-    *reinterpret_cast<Vector16*>(
-        tile + swizzled<kColumns * int(sizeof(T))>(row, column * int(sizeof(T)))) =
-        product.rounded();
+    *reinterpret_cast<Vector16*>(tile + swizzled<kColumns* int(sizeof(T))>(
+                                            row, column * int(sizeof(T)))) = product.rounded();
   }
 }
 
@@ -171,9 +171,9 @@ struct MapTile {
 
   FP_DEVICE T* at(int pixel, int channel) const {
     const int size = int(sizeof(T));
-    return reinterpret_cast<T*>(
-        data + (channel_rows ? swizzled<kChannelRowBytes>(channel, pixel * size)
-                             : swizzled<kPixelRowBytes>(pixel, channel * size)));
+    return reinterpret_cast<T*>(data + (channel_rows
+                                            ? swizzled<kChannelRowBytes>(channel, pixel * size)
+                                            : swizzled<kPixelRowBytes>(pixel, channel * size)));
   }
   // `map` points at channel 0 of the tile's first pixel; `pixels` are left there.
   FP_DEVICE Matrix<T> matrix(const T* map, int64_t channel, int64_t pixel, int channels,
@@ -181,7 +181,8 @@ struct MapTile {
     return channel_rows ? Matrix<T>{map, channel, pixel, channels, pixels}
                         : Matrix<T>{map, pixel, channel, pixels, channels};
   }
-  FP_DEVICE void load(const T* map, int64_t channel, int64_t pixel, int channels, int pixels) const {
+  FP_DEVICE void load(const T* map, int64_t channel, int64_t pixel, int channels,
+                      int pixels) const {
     const Matrix<T> from = matrix(map, channel, pixel, channels, pixels);
     if (channel_rows)
       load_rows<T, kDim, kPixels>(data, from);
@@ -226,9 +227,9 @@ struct Operands {
   template <int kRowBytes, bool Transposed>
   static FP_DEVICE void load_a(A& a, const uint8_t* tile, int row, int k) {
     const int lane = lane_index();
-    const int at = Transposed
-                       ? swizzled<kRowBytes>(k + lane / 16 * 8 + lane % 8, (row + lane / 8 % 2 * 8) * 2)
-                       : swizzled<kRowBytes>(row + lane % 16, (k + lane / 16 * 8) * 2);
+    const int at =
+        Transposed ? swizzled<kRowBytes>(k + lane / 16 * 8 + lane % 8, (row + lane / 8 % 2 * 8) * 2)
+                   : swizzled<kRowBytes>(row + lane % 16, (k + lane / 16 * 8) * 2);
     load_matrix<Transposed>(a.x, tile + at);
   }
   // B from a tile whose rows are B's columns (k contiguous), or, Transposed, whose rows are k.
@@ -272,8 +273,9 @@ struct Operands<float> {
     FP_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int r = row + g + j % 2 * 8, c = k + i + j / 2 * 4;
-      split(element(tile, Transposed ? swizzled<kRowBytes>(c, r * 4) : swizzled<kRowBytes>(r, c * 4)),
-            &a.high[j], &a.low[j]);
+      split(
+          element(tile, Transposed ? swizzled<kRowBytes>(c, r * 4) : swizzled<kRowBytes>(r, c * 4)),
+          &a.high[j], &a.low[j]);
     }
   }
   template <int kRowBytes, bool Transposed>
@@ -282,8 +284,9 @@ struct Operands<float> {
     FP_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int r = k + i + j * 4, c = column + g;
-      split(element(tile, Transposed ? swizzled<kRowBytes>(r, c * 4) : swizzled<kRowBytes>(c, r * 4)),
-            &b.high[j], &b.low[j]);
+      split(
+          element(tile, Transposed ? swizzled<kRowBytes>(r, c * 4) : swizzled<kRowBytes>(c, r * 4)),
+          &b.high[j], &b.low[j]);
     }
   }
   static FP_DEVICE void multiply(float (&c)[4], const A& a, const B& b, int step, bool precise) {
@@ -313,8 +316,8 @@ FP_DEVICE void load_a(typename Operands<T>::A& a, const MapTile<T, kPixels, kDim
 
 // B of a product over channels (columns are pixels) and of one over pixels (columns are channels).
 template <class T, int kPixels, int kDim>
-FP_DEVICE void load_b_of_channels(typename Operands<T>::B& b,
-                                  const MapTile<T, kPixels, kDim>& tile, int pixel, int channel) {
+FP_DEVICE void load_b_of_channels(typename Operands<T>::B& b, const MapTile<T, kPixels, kDim>& tile,
+                                  int pixel, int channel) {
   using Tile = MapTile<T, kPixels, kDim>;
   if (tile.channel_rows)
     Operands<T>::template load_b<Tile::kChannelRowBytes, true>(b, tile.data, pixel, channel);
@@ -340,8 +343,8 @@ FP_DEVICE float max_of_quad(float x) {
   return fmaxf(x, shuffle_xor(x, 2));
 }
 
-// Mean and reciprocal norm of each of kPixels pixels, by all threads; `scratch` is 2 kThreads floats.
-// A barrier must come before, and comes after.
+// Mean and reciprocal norm of each of kPixels pixels, by all threads; `scratch` is 2 kThreads
+// floats. A barrier must come before, and comes after.
 template <class T, int kPixels, int kDim>
 FP_DEVICE void map_statistics(const MapTile<T, kPixels, kDim>& tile, int channels, float eps,
                               float* scratch, float* mean, float* rnorm) {
