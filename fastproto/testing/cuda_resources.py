@@ -32,7 +32,7 @@ class Budget:
 
     Attributes:
         threads: Of a block.
-        registers: Of a thread, at most.
+        registers: Of a thread, at most (``kMaxRegisters``; 255 where it is not given).
         shared: Bytes of a block.
     """
 
@@ -73,16 +73,16 @@ class Kernel:
 
 
 @functools.cache
-def cuobjdump() -> Path | None:
-    """NVIDIA's reader of binaries: on PATH, or the one that comes with Triton."""
-    found = shutil.which("cuobjdump")
+def tool(name: str) -> Path | None:
+    """NVIDIA's cuobjdump or nvdisasm: on PATH, or the one that comes with Triton."""
+    found = shutil.which(name)
     if found is not None:
         return Path(found)
     try:
         import triton.backends.nvidia
     except ImportError:
         return None
-    bundled = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    bundled = Path(triton.backends.nvidia.__file__).parent / "bin" / name
     return bundled if bundled.is_file() else None
 
 
@@ -101,8 +101,9 @@ def ptxas() -> Path | None:
 
 def why_not() -> str | None:
     """Why no library can be read here, in a sentence; None if it can."""
-    if cuobjdump() is None:
-        return "there is no cuobjdump, neither on PATH nor in an installed triton"
+    for name in ("cuobjdump", "nvdisasm"):
+        if tool(name) is None:
+            return f"there is no {name}, neither on PATH nor in an installed triton"
     if shutil.which("c++filt") is None:
         return "there is no c++filt"
     return None
@@ -110,34 +111,31 @@ def why_not() -> str | None:
 
 def kernels(library: Path) -> list[Kernel]:
     """Every kernel in ``library``, once per architecture it has machine code for."""
-    tool = cuobjdump()
-    assert tool is not None  # why_not() has looked
-    usage = _output([tool, "-res-usage", library])
-    code = _output([tool, "-sass", library])
-    counts = _count_instructions(code)
-    found = []
-    pattern = r"^arch = (sm_\w+)|^ Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)"
-    chip = ""
-    rows = re.findall(pattern, usage, flags=re.MULTILINE)
-    names = _demangled([row[1] for row in rows if row[1]])
-    for arch, symbol, registers, stack, local in rows:
-        if arch:
-            chip = arch
-            continue
-        name, traits = _split(names[symbol])
-        found.append(
-            Kernel(
-                symbol,
-                name,
-                traits,
-                chip,
-                int(registers),
-                int(stack),
-                int(local),
-                counts[chip, symbol],
-            )
-        )
-    return found
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _output([_tool("cuobjdump"), "-xelf", "all", library.resolve()], cwd=folder)
+        files = sorted(folder.glob("*.cubin"))
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = [kernel for part in pool.map(_kernels_of_cubin, files) for kernel in part]
+    names = _demangled([kernel.symbol for kernel in found])
+    return [
+        dataclasses.replace(kernel, name=name, traits=traits)
+        for kernel in found
+        for name, traits in [_split(names[kernel.symbol])]
+    ]
+
+
+def _kernels_of_cubin(file: Path) -> list[Kernel]:
+    """Without their readable names."""
+    chip = re.search(r"\.(sm_\w+)\.cubin$", file.name)
+    assert chip is not None, file.name
+    usage = _output([_tool("cuobjdump"), "-res-usage", file])
+    counts = _count_instructions(file)
+    pattern = r"^ Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)"
+    return [
+        Kernel(symbol, "", "", chip[1], int(registers), int(stack), int(local), counts[symbol])
+        for symbol, registers, stack, local in re.findall(pattern, usage, flags=re.MULTILINE)
+    ]
 
 
 def budgets(kernels: Iterable[Kernel], sources: Path) -> dict[str, Budget]:
@@ -161,11 +159,15 @@ def budgets(kernels: Iterable[Kernel], sources: Path) -> dict[str, Budget]:
         *(f'#include "{path}"' for path in headers),
         "namespace {",
         "template <class T> concept Traits = requires {",
-        "  T::kThreads; T::kSharedBytes; T::kMaxRegisters;",
+        "  T::kThreads; T::kSharedBytes;",
         "};",
+        "template <class T> constexpr int most_registers() {",
+        "  if constexpr (requires { T::kMaxRegisters; }) return int(T::kMaxRegisters);",
+        "  else return 255;",
+        "}",
         "template <class T> void print(int index) {",
         "  if constexpr (Traits<T>)",
-        '    std::printf("%d %d %d %d\\n", index, int(T::kThreads), int(T::kMaxRegisters),',
+        '    std::printf("%d %d %d %d\\n", index, int(T::kThreads), most_registers<T>(),',
         "                int(T::kSharedBytes));",
         "}",
         "}  // namespace",
@@ -205,7 +207,7 @@ def complaints(kernel: Kernel, budget: Budget | None) -> list[str]:
         found.append(f"no {wanted}; allowed: some")
     if budget is None:
         if wanted is not None:
-            found.append("no budget; allowed: Traits with kThreads, kMaxRegisters, kSharedBytes")
+            found.append("no budget; allowed: Traits with kThreads and kSharedBytes")
         return found
     if kernel.registers > budget.registers:
         found.append(f"{kernel.registers} registers; allowed by its Traits: {budget.registers}")
@@ -226,12 +228,11 @@ def assemble(library: Path, chip: str) -> tuple[list[str], dict[str, int]]:
         What the assembler objects to, spills and local memory included; and the registers of a
         thread by the kernel's symbol.
     """
-    tool, assembler = cuobjdump(), ptxas()
-    assert tool is not None
+    assembler = ptxas()
     assert assembler is not None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _output([tool, "-xptx", "all", library.resolve()], cwd=folder)
+        _output([_tool("cuobjdump"), "-xptx", "all", library.resolve()], cwd=folder)
         files = sorted(folder.glob("*.ptx"))
         if not files:
             return [f"{library.name}: found no PTX"], {}
@@ -258,26 +259,29 @@ def assemble(library: Path, chip: str) -> tuple[list[str], dict[str, int]]:
 
 def ptx_architectures(library: Path) -> set[str]:
     """For which architectures ``library`` holds PTX."""
-    tool = cuobjdump()
-    assert tool is not None
-    return set(re.findall(r"\.(sm_\w+)\.ptx$", _output([tool, "-lptx", library]), re.MULTILINE))
+    report = _output([_tool("cuobjdump"), "-lptx", library])
+    return set(re.findall(r"\.(sm_\w+)\.ptx$", report, flags=re.MULTILINE))
 
 
-def _count_instructions(code: str) -> dict[tuple[str, str], dict[str, int]]:
-    """By chip and symbol."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
-    chip = ""
+def _count_instructions(file: Path) -> dict[str, dict[str, int]]:
+    """By symbol."""
+    found: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
-    kinds = "|".join(INSTRUCTIONS)
-    pattern = rf"^arch = (sm_\w+)|^\s+Function : (\w+)|\b({kinds})\b"
-    for match in re.finditer(pattern, code, flags=re.MULTILINE):
-        if match[1]:
-            chip = match[1]
-        elif match[2]:
-            counts = found[chip, match[2]] = dict.fromkeys(INSTRUCTIONS, 0)
-        else:
-            counts[match[3]] += 1
+    # Without data flow (-ndf), which takes most of the time.
+    for line in _output([_tool("nvdisasm"), "-c", "-ndf", file]).splitlines():
+        if line.startswith(".text."):
+            counts = found[line[6:-1]] = dict.fromkeys(INSTRUCTIONS, 0)
+        elif "MMA" in line or "UTMA" in line:
+            match = re.search(rf"\b({'|'.join(INSTRUCTIONS)})\b", line)
+            if match is not None:
+                counts[match[1]] += 1
     return found
+
+
+def _tool(name: str) -> Path:
+    path = tool(name)
+    assert path is not None  # why_not() has looked
+    return path
 
 
 def _demangled(symbols: Sequence[str]) -> dict[str, str]:

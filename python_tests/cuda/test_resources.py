@@ -25,6 +25,8 @@ reason = cuda_resources.why_not()
 if reason is not None:
     pytest.skip(reason, allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = _library.build_info()["cuda_architectures"].split()
 
 
