@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend without a GPU: its kernels run lane by lane on the CPU.
 
-The sources of ``libfastproto_cuda`` are compiled as C++ against ``csrc/cuda/emulator`` and registered
-as ops of CPU tensors, ``fastproto_emulated::proto_attention_fwd`` and ``_bwd``. Slow, and exact in
-what matters: who reads what, in which order, rounded how. Needs a source checkout and a C++ compiler.
+The sources of ``libfastproto_cuda`` are compiled as C++ against ``csrc/cuda/emulator`` and become
+ops of CPU tensors, ``fastproto_emulated::proto_attention_fwd`` and ``_bwd``. Slow, and exact in
+what matters: who reads what, when, rounded how. Needs a source checkout and a C++ compiler.
 
 The environment is read at each call: FASTPROTO_CUDA_KERNELS forces a family of kernels,
 FASTPROTO_EMULATE_CAPABILITY says which chip it is (90, an H200, unless set), FASTPROTO_EMULATE_SEED

@@ -386,10 +386,24 @@ inline Operand decode(const char* name, uint64_t descriptor, bool mn_major, int 
 inline double number(uint16_t bits, bool is_half) {
   return double(is_half ? to_float(half{bits}) : to_float(bf16{bits}));
 }
-inline double operand_number(const Operand& operand, int mn, int k, bool is_half) {
-  uint16_t bits;
-  memcpy(&bits, current->block->shared + swizzle(operand.address(mn, k)), 2);
-  return number(bits, is_half);
+// The numbers of rows first to first + count - 1 (along M or N): to(row - first, k, number). Pieces
+// of 16 bytes stay together, whatever the swizzle.
+template <class To>
+void read_operand(const Operand& operand, int first, int count, bool is_half, const To& to) {
+  const uint8_t* shared = current->block->shared;
+  uint16_t piece[8];
+  for (int k = 0; k < 16; k += operand.mn_major ? 1 : 8) {
+    for (int row = 0; row < count; row += operand.mn_major ? 8 : 1) {
+      memcpy(piece, shared + swizzle(operand.address(first + row, k)), 16);
+      for (int i = 0; i < 8; ++i) {
+        const double x = number(piece[i], is_half);
+        if (operand.mn_major)
+          to(row + i, k, x);
+        else
+          to(row, k + i, x);
+      }
+    }
+  }
 }
 
 // The rows of a product that this warp holds: 16 w to 16 w + 15.
@@ -398,7 +412,8 @@ void multiply_warp(const Product& p, float* values) {
   constexpr int kCount = Columns / 2;
   const int first_row = current->warp->index % 4 * 16;
   double a[16][16];
-  thread_local double b[16][Columns];
+  thread_local double b_memory[16][Columns];
+  auto& b = b_memory;
   if (p.a_in_registers) {
     for (int lane = 0; lane < kWarpThreads; ++lane)
       for (int r = 0; r < 4; ++r)
@@ -407,18 +422,16 @@ void multiply_warp(const Product& p, float* values) {
               number(uint16_t(p.a_registers[lane][r] >> 16 * high), p.is_half);
   } else {
     const Operand operand = decode("a", p.a, p.transpose_a, 64);
-    for (int row = 0; row < 16; ++row)
-      for (int k = 0; k < 16; ++k)
-        a[row][k] = operand_number(operand, first_row + row, k, p.is_half);
+    read_operand(operand, first_row, 16, p.is_half,
+                 [&a](int row, int k, double x) { a[row][k] = x; });
   }
   const Operand operand = decode("b", p.b, p.transpose_b, Columns);
-  for (int k = 0; k < 16; ++k)
-    for (int j = 0; j < Columns; ++j) b[k][j] = operand_number(operand, j, k, p.is_half);
+  read_operand(operand, 0, Columns, p.is_half, [&b](int j, int k, double x) { b[k][j] = x; });
   if (!p.add)
     for (int i = 0; i < kWarpThreads * kCount; ++i) values[i] = 0;
-  multiply(a, b, [values](int row, int j) -> float& {
-    return values[(row % 8 * 4 + j % 8 / 2) * kCount + j / 8 * 4 + row / 8 * 2 + j % 2];
-  });
+  float* c[kWarpThreads];
+  for (int i = 0; i < kWarpThreads; ++i) c[i] = values + i * kCount;
+  multiply(a, b, c);
 }
 
 // The last lane of a warp. Ends a product: its accumulator gets the numbers when it was the last

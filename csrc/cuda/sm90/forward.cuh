@@ -27,7 +27,7 @@ struct ForwardTraits {
   static constexpr int kSlices = kDim / kBox;
   static constexpr int kHalfSlices = kSlices / 2;  // one consumer's channels of G
   static constexpr int kHalf = kDim / 2;
-  static constexpr int kStages = kDim == 512 ? 2 : 4;
+  static constexpr int kStages = forward_stages(kDim);
   static constexpr int kConsumers = 256;
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kStagings = 4;  // two boxes for each consumer; W of the stages before that
@@ -47,6 +47,7 @@ struct ForwardTraits {
   static_assert(kDim == 256 || kDim == 512, "WGMMA is 128 or 256 columns wide");
   static_assert(kStages <= kStagings, "a W for each stage");
   static_assert(8 * 2 * 4 * kTile <= kStages * kBoxBytes, "partial sums lie where W does");
+  static_assert(kSharedBytes == forward_bytes(kDim) && kThreads == forward_threads(), "the plan");
   static_assert(kSharedBytes <= kSharedLimit, "shared memory of a multiprocessor");
 };
 
@@ -56,6 +57,8 @@ struct ForwardMaps {
   TensorMap out_feat;    // 3D: pixels, channels (or swapped), E*Q*K: the first half of Y
   TensorMap out_second;  // G*F
   TensorMap agg;
+  // 0 where all images (episodes) are the same one, which a map has once.
+  int32_t query_step, episode_step;
 };
 
 namespace forward_detail {
@@ -173,7 +176,8 @@ FP_DEVICE void produce(const ForwardParams& p, const ForwardMaps& maps,
       barrier_arrive_expect(shared.query_full(i), kBoxBytes);
       tma_load(shared.query(i), &maps.feat, shared.query_full(i),
                Traits::kChannelsLast ? i * kBox : work.pixel,
-               Traits::kChannelsLast ? work.pixel : i * kBox, work.query, work.episode);
+               Traits::kChannelsLast ? work.pixel : i * kBox, work.query * maps.query_step,
+               work.episode * maps.episode_step);
     }
     for (int tile = 2; tile < bag_tiles; tile += 2)
       load_step(shared, &maps.protos, count + uint32_t(tile), bag.begin, tile, bag_tiles);
@@ -574,7 +578,7 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
 namespace forward_detail {
 
 template <class Traits>
-const char* launch(const ForwardParams& p, int multiprocessors, void* stream) {
+const char* launch(const ForwardParams& p, int blocks, void* stream) {
   constexpr MapType kType = map_type<typename Traits::T>();
   const Problem& s = p.problem;
   const auto make_map = [&](TensorMap* map, const Dense& d, int64_t first_channel) {
@@ -584,7 +588,10 @@ const char* launch(const ForwardParams& p, int multiprocessors, void* stream) {
                           Traits::kChannelsLast, stack);
   };
   ForwardMaps maps = {};
-  const StackDim images[2] = {{s.queries, p.feat.query}, {s.episodes, p.feat.episode}};
+  maps.query_step = p.feat.query != 0;
+  maps.episode_step = p.feat.episode != 0;
+  const StackDim images[2] = {{maps.query_step ? s.queries : 1, p.feat.query},
+                              {maps.episode_step ? s.episodes : 1, p.feat.episode}};
   const char* error = make_stack_map(&maps.feat, kType, p.feat.data, s.dim, s.pixels,
                                      p.feat.channel, p.feat.pixel, Traits::kChannelsLast, images);
   if (error == nullptr)
@@ -597,7 +604,7 @@ const char* launch(const ForwardParams& p, int multiprocessors, void* stream) {
   const int64_t tiles = (s.pixels + Traits::kTile - 1) / Traits::kTile;
   const int64_t items = tiles * s.episodes * s.queries * s.ways;
   Grid grid;
-  grid.blocks = int(items < multiprocessors ? items : multiprocessors);
+  grid.blocks = int(items < blocks ? items : blocks);
   grid.threads = Traits::kThreads;
   grid.shared_bytes = Traits::kSharedBytes;
   grid.stream = stream;
@@ -607,14 +614,14 @@ const char* launch(const ForwardParams& p, int multiprocessors, void* stream) {
 }  // namespace forward_detail
 
 template <class T>
-const char* launch_forward(const ForwardParams& p, int multiprocessors, void* stream) {
+const char* launch_forward_of(const ForwardParams& p, int blocks, void* stream) {
   using namespace forward_detail;
   const bool last = is_channels_last(p);
   if (p.problem.dim <= 256)
-    return last ? launch<ForwardTraits<T, 256, true>>(p, multiprocessors, stream)
-                : launch<ForwardTraits<T, 256, false>>(p, multiprocessors, stream);
-  return last ? launch<ForwardTraits<T, 512, true>>(p, multiprocessors, stream)
-              : launch<ForwardTraits<T, 512, false>>(p, multiprocessors, stream);
+    return last ? launch<ForwardTraits<T, 256, true>>(p, blocks, stream)
+                : launch<ForwardTraits<T, 256, false>>(p, blocks, stream);
+  return last ? launch<ForwardTraits<T, 512, true>>(p, blocks, stream)
+              : launch<ForwardTraits<T, 512, false>>(p, blocks, stream);
 }
 
 }  // namespace fastproto::cuda::sm90

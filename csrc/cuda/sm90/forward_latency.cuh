@@ -11,7 +11,7 @@
 // Budget, D = 512 (D <= 256 in brackets):
 //   tile               16 queries, 64 channels of G; 256 (128) prototypes a pass, 32 of them for S
 //   cluster            8 (4) blocks of 8 (4) warps
-//   registers          G 16 x 64 a warp = 32; at most 255 a thread
+//   registers          G 16 x 64 a warp = 32; at most 128 a thread, for two blocks
 //   shared memory      Q 16 KiB (8), prototypes as keys 32 KiB (16) and as values 32 KiB (16), W
 //                      2 x 8 KiB (4), partial sums 20 KiB (10), G 33 KiB (17)
 //   roofline           latency: a launch, one trip to memory, two products of 128 (64) mma.sync a
@@ -31,6 +31,7 @@ struct LatencyTraits {
   static constexpr int kSlices = kDim / kBox;
   static constexpr int kCluster = kSlices;
   static constexpr int kThreads = 32 * kSlices;
+  static constexpr int kBlocks = 2;  // of a multiprocessor
   static constexpr int kQueries = 16;
   static constexpr int kShare = 32;  // prototypes of a block in a pass
   static constexpr int kPass = kShare * kCluster;
@@ -49,17 +50,25 @@ struct LatencyTraits {
   static constexpr int kWeights = kValues + kCluster * kShareBytes;       // [2][block]
   static constexpr int kBounds = kWeights + 2 * kCluster * kWeightBytes;  // [2][block][kQueries]
   static constexpr int kRowSums = kBounds + 2 * kCluster * 4 * kQueries;  // [block][kQueries]
-  static constexpr int kProduct = kRowSums + kCluster * 4 * kQueries;     // [warp][kQueries]
   static constexpr int kPartial =  // [warp][kQueries + kShare][2]
-      kProduct + kSlices * kQueries * 4 * kProductStride;
+      kRowSums + kCluster * 4 * kQueries;
   static constexpr int kFirst =
-      kPartial + kSlices * 8 * (kQueries + kShare);                 // [kQueries + kShare]
-  static constexpr int kResult = kFirst + 4 * (kQueries + kShare);  // [warp][kQueries]
-  static constexpr int kSharedBytes = kResult + kSlices * kQueries * 4 * kResultStride;
+      kPartial + kSlices * 8 * (kQueries + kShare);  // [kQueries + kShare]
+  static constexpr int kSharedBytes = kFirst + 4 * (kQueries + kShare);
+  // In the place of the keys, when all are multiplied: partial S of a warp, partial G.
+  static constexpr int kProductBytes = kQueries * 4 * kProductStride;
+  static constexpr int kResultBytes = kQueries * 4 * kResultStride;
 
   static_assert(kDim == 256 || kDim == 512, "clusters of 4 or 8 blocks");
-  static_assert(kColumns % 2 == 0 && kResult % 16 == 0, "aligned vectors");
-  static_assert(kSharedBytes <= kSharedLimit, "shared memory of a multiprocessor");
+  static_assert(kColumns % 2 == 0, "weights are packed in pairs");
+  static_assert(kProductBytes <= kShareBytes, "a warp's S in the place of its keys");
+  static_assert(kResultBytes <= kShareBytes + kShareBytes, "G in the place of keys and values");
+  static_assert(kSharedBytes == forward_latency_bytes(kDim) &&
+                    kThreads == forward_latency_threads(kDim) &&
+                    kCluster == forward_latency_cluster(kDim),
+                "the plan");
+  static_assert(kBlocks * (kSharedBytes + 1024) <= kSharedLimit + 1024,
+                "shared memory of a multiprocessor");
 };
 
 namespace latency_detail {
@@ -93,7 +102,7 @@ FP_DEVICE void add_lanes(RowSums* sums) {
 }  // namespace latency_detail
 
 template <class Traits>
-FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
+FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, Traits::kBlocks)
     forward_latency_kernel(FP_GRID_CONSTANT ForwardParams p) {
   using namespace latency_detail;
   using T = typename Traits::T;
@@ -229,7 +238,8 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
       }
     }
 
-    float* const product = floats(Traits::kProduct) + warp * kQueries * Traits::kProductStride;
+    sync_warp();  // its keys are multiplied
+    float* const product = floats(Traits::kKeys + warp * Traits::kShareBytes);
     FP_UNROLL
     for (int n = 0; n < 4; ++n) {
       FP_UNROLL
@@ -257,11 +267,6 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
       for (int n = 0; n < 4; ++n) keep(kQueries + 8 * n + lane / 4, sums_p[n], first_p[n]);
     }
     sync_block();
-    if (pass + 1 < passes) {
-      load_keys(pass + 1);
-    } else {
-      copy_async_commit();  // so that the waits count alike
-    }
 
     // Sums of all channels; softmax of this block's prototypes.
     const auto statistics = [&](int i) {
@@ -292,7 +297,8 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
       float all = 0;
       FP_UNROLL
       for (int w = 0; w < Traits::kSlices; ++w)
-        all += floats(Traits::kProduct)[(w * kQueries + row) * Traits::kProductStride + column + j];
+        all += floats(Traits::kKeys +
+                      w * Traits::kShareBytes)[row * Traits::kProductStride + column + j];
       const int r = first_row + column + j;
       RowStatistics stats = {0, 0};
       if (own_statistics) {
@@ -341,6 +347,11 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
       }
     }
     sync_cluster();
+    if (last) {
+      copy_async_commit();  // so that the waits count alike
+    } else {
+      load_keys(pass + 1);
+    }
     copy_async_wait<1>();  // values
     sync_warp();
 
@@ -379,7 +390,8 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
   }
 
   // G of all prototypes, this block's 64 channels.
-  float* const result = floats(Traits::kResult) + warp * kQueries * Traits::kResultStride;
+  sync_block();  // the values are multiplied: G takes the place of some
+  float* const result = floats(Traits::kKeys + warp * Traits::kResultBytes);
   FP_UNROLL
   for (int n = 0; n < 8; ++n) {
     FP_UNROLL
@@ -425,7 +437,7 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
       x[j] = 0;
       FP_UNROLL
       for (int b = 0; b < Traits::kCluster; ++b)
-        x[j] += floats(Traits::kResult)[(b * kQueries + rj) * Traits::kResultStride + cj] *
+        x[j] += floats(Traits::kKeys + b * Traits::kResultBytes)[rj * Traits::kResultStride + cj] *
                 factors[rj * Traits::kCluster + b];
     }
     const int at = Traits::kChannelsLast ? box_offset(r, c / 8) + c % 8 * 2
@@ -449,7 +461,7 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
 }
 
 template <class T>
-const char* launch_forward_latency(const ForwardParams& p, void* stream) {
+const char* launch_forward_latency_of(const ForwardParams& p, void* stream) {
   const auto launch_as = [&](auto traits) {
     using Traits = decltype(traits);
     const Problem& s = p.problem;

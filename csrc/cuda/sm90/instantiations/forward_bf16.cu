@@ -3,6 +3,6 @@
 #include "../forward_latency.cuh"
 
 namespace fastproto::cuda::sm90 {
-template const char* launch_forward<bf16>(const ForwardParams&, int, void*);
-template const char* launch_forward_latency<bf16>(const ForwardParams&, void*);
+template const char* launch_forward_of<bf16>(const ForwardParams&, int, void*);
+template const char* launch_forward_latency_of<bf16>(const ForwardParams&, void*);
 }  // namespace fastproto::cuda::sm90

@@ -3,6 +3,6 @@
 #include "../forward_latency.cuh"
 
 namespace fastproto::cuda::sm90 {
-template const char* launch_forward<half>(const ForwardParams&, int, void*);
-template const char* launch_forward_latency<half>(const ForwardParams&, void*);
+template const char* launch_forward_of<half>(const ForwardParams&, int, void*);
+template const char* launch_forward_latency_of<half>(const ForwardParams&, void*);
 }  // namespace fastproto::cuda::sm90
