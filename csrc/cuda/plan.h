@@ -182,7 +182,9 @@ inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
   protos.kernel = query.kernel;
   protos.dim = dim;
   protos.tile_m = sm80::backward_protos_pixels(item);
-  protos.tile_n = item == 2 && !small ? 32 : 16;
+  const bool tall =
+      !small && item == 2 && sm80::backward_protos_bytes(item, dim, 32) <= r.shared_memory;
+  protos.tile_n = tall ? 32 : 16;
   protos.threads = sm80::kThreads;
   protos.shared_bytes = sm80::backward_protos_bytes(item, dim, protos.tile_n);
   const int64_t owned = owned_tiles(r, protos.tile_n);
@@ -197,10 +199,10 @@ inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
   if (small) {
     plan->kernel = Kernel::kSm90Latency;
     plan->tile_m = 16;
-    plan->tile_n = 64;
-    plan->cluster = plan->slices = 8;
-    plan->threads = 256;
-    plan->blocks = int(maps * ceil_div(r.pixels, 16) * 8);
+    plan->tile_n = 32 * plan->dim / 64;  // of a cluster
+    plan->cluster = plan->slices = plan->dim / 64;
+    plan->threads = 32 * plan->slices;
+    plan->blocks = int(maps * ceil_div(r.pixels, plan->tile_m) * plan->slices);
   } else {
     plan->kernel = Kernel::kSm90Throughput;
     plan->tile_m = plan->tile_n = 64;
