@@ -79,3 +79,14 @@ def test_depends_on_no_cuda_library() -> None:
     needed = [line.split("[")[1].rstrip("]") for line in report.splitlines() if "(NEEDED)" in line]
     assert needed
     assert not [name for name in needed if "cuda" in name or "torch" in name]
+
+
+@needs_library
+def test_every_launcher_is_in_it() -> None:
+    """A name that nothing defines would show where the library is loaded: on a GPU alone."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("there is no nm")
+    command = [nm, "-DC", "--undefined-only", LIBRARY]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert not [line.strip() for line in report.splitlines() if "fastproto" in line]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,27 +14,32 @@ from torch import Tensor
 
 from fastproto import _library, packing
 from fastproto.nn import class_masks, extract_prototypes, prototypes
-from fastproto.testing import emulator
 
-reason = emulator.why_not()
-if reason is not None:
-    pytest.skip(reason, allow_module_level=True)
-
-OPS: Any = emulator.load()
-PAIR = packing.PackPair(
-    "native",
-    "fastproto_emulated::pack_prototypes",
-    "fastproto_emulated::pack_prototypes_bwd",
-    OPS.pack_prototypes.default,
-    OPS.pack_prototypes_bwd.default,
-)
-torch.library.register_fake(PAIR.forward, packing.fake_forward)
-torch.library.register_fake(PAIR.backward, packing.fake_backward)
-packing.register(PAIR)
+Pack = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
 
 
-def emulated(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return packing.call(PAIR, *arguments)
+@pytest.fixture(scope="session")
+def ops(gpu: ModuleType) -> Any:
+    """The emulated ops, registered like the native ones."""
+    ops = torch.ops.fastproto_emulated
+    pair = packing.PackPair(
+        "native",
+        "fastproto_emulated::pack_prototypes",
+        "fastproto_emulated::pack_prototypes_bwd",
+        ops.pack_prototypes.default,
+        ops.pack_prototypes_bwd.default,
+    )
+    torch.library.register_fake(pair.forward, packing.fake_forward)
+    torch.library.register_fake(pair.backward, packing.fake_backward)
+    packing.register(pair)
+    ops.pair = pair
+    return ops
+
+
+@pytest.fixture(scope="session")
+def emulated(ops: Any) -> Pack:
+    """What ``extract_prototypes`` calls."""
+    return functools.partial(packing.call, ops.pair)
 
 
 @pytest.fixture(autouse=True)
@@ -69,23 +76,29 @@ def problem(
     return features, class_masks(labels, classes)
 
 
-def both(
-    monkeypatch: pytest.MonkeyPatch, features: Tensor, masks: Tensor, **options: Any
-) -> list[prototypes.Prototypes]:
-    """By the kernels, and by plain PyTorch."""
-    plain = extract_prototypes(features, masks, backend="reference", **options)
-    with monkeypatch.context() as patch:
-        patch.setattr(prototypes, "_packing_kernel", lambda *arguments: emulated)
-        return [extract_prototypes(features, masks, **options), plain]
+Both = Callable[..., list[prototypes.Prototypes]]
 
 
 @pytest.fixture
-def assert_same(monkeypatch: pytest.MonkeyPatch) -> Any:
+def both(emulated: Pack, monkeypatch: pytest.MonkeyPatch) -> Both:
+    """By the kernels, and by plain PyTorch."""
+
+    def extract(features: Tensor, masks: Tensor, **options: Any) -> list[prototypes.Prototypes]:
+        plain = extract_prototypes(features, masks, backend="reference", **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(prototypes, "_packing_kernel", lambda *arguments: emulated)
+            return [extract_prototypes(features, masks, **options), plain]
+
+    return extract
+
+
+@pytest.fixture
+def assert_same(both: Both) -> Any:
     """Same offsets; same kept rows to the bit; averages close; gradients close."""
 
     def check(features: Tensor, masks: Tensor, **options: Any) -> None:
         features = features.detach().requires_grad_()
-        found, expected = both(monkeypatch, features, masks, **options)
+        found, expected = both(features, masks, **options)
         assert found.offsets.dtype == torch.int32
         assert torch.equal(found.offsets, expected.offsets)
         assert found.protos.dtype == expected.protos.dtype
@@ -149,7 +162,7 @@ def test_half_types(assert_same: Any, dtype: torch.dtype, channels_last: bool) -
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_nothing_and_everything(assert_same: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_and_everything(assert_same: Any, both: Both) -> None:
     features = torch.randn(1, 2, 5, 3, 3)
     for masks in (torch.zeros(1, 2, 2, 6, 6), torch.ones(1, 2, 2, 6, 6)):
         assert_same(features, masks)
@@ -157,7 +170,7 @@ def test_nothing_and_everything(assert_same: Any, monkeypatch: pytest.MonkeyPatc
     one = torch.zeros(1, 2, 2, 48, 48)
     one[0, 1, 0, 17, 47] = 1
     assert_same(features, one)
-    found = both(monkeypatch, features, one)[0]
+    found = both(features, one)[0]
     assert found.counts() == [[1, 0]]
     torch.testing.assert_close(found.protos[0], features[0, 1, :, 1, 2])
 
@@ -193,26 +206,26 @@ def layouts() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", list(layouts()))
 @pytest.mark.usefixtures("poisoned")
-def test_layouts(assert_same: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_layouts(assert_same: Any, both: Both, name: str) -> None:
     features = layouts()[name]
     _, masks = problem(2, 3, 1, (4, 6), 4)
     assert_same(features, masks, append_global=True)
-    found = both(monkeypatch, features.requires_grad_(), masks)[0].protos
+    found = both(features.requires_grad_(), masks)[0].protos
     (grad,) = torch.autograd.grad(found.sum(), features)
     if name.startswith("channels_last"):
         assert grad.stride(2) == 1
 
 
-def test_second_derivative_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_derivative_is_refused(both: Both) -> None:
     features, masks = problem(1, 1, 3, (2, 2), 3)
     features.requires_grad_()
-    protos = both(monkeypatch, features, masks)[0].protos
+    protos = both(features, masks)[0].protos
     (grad,) = torch.autograd.grad(protos.square().sum(), features, create_graph=True)
     with pytest.raises(NotImplementedError, match="extract_prototypes: the native backend"):
         torch.autograd.grad(grad.sum(), features)
 
 
-def test_same_bits_every_time() -> None:
+def test_same_bits_every_time(emulated: Pack) -> None:
     features, share = torch.randn(2, 3, 20, 4, 4).requires_grad_(), torch.rand(2, 2, 48)
     first, second = (
         (protos, *torch.autograd.grad(protos.square().sum(), features))
@@ -222,15 +235,15 @@ def test_same_bits_every_time() -> None:
     assert torch.equal(first[1], second[1])
 
 
-def test_op_registration() -> None:
+def test_op_registration(ops: Any) -> None:
     share = torch.rand(2, 2, 12)
     share[1, 0] = 0
     for features in (torch.randn(2, 2, 5, 2, 3), layouts()["channels_last"][:, :2, :, :2, :3]):
         arguments = (features.detach().requires_grad_(), share, 0.4, True)
-        torch.library.opcheck(OPS.pack_prototypes.default, arguments)
+        torch.library.opcheck(ops.pack_prototypes.default, arguments)
 
 
-def test_one_graph_for_every_shape() -> None:
+def test_one_graph_for_every_shape(emulated: Pack) -> None:
     compiled = torch.compile(emulated, fullgraph=True, backend="aot_eager", dynamic=True)
     for episodes, shots, size, classes in ((2, 3, (4, 5), 3), (3, 2, (5, 6), 4)):
         features = torch.randn(episodes, shots, 20, *size)
@@ -248,21 +261,21 @@ def test_one_graph_for_every_shape() -> None:
         assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
-def test_offsets_that_nothing_wrote_touch_no_memory() -> None:
+def test_offsets_that_nothing_wrote_touch_no_memory(ops: Any) -> None:
     """The backward's own arguments, garbled: NaN, and no access out of bounds."""
     features, share = torch.randn(1, 1, 8, 2, 2), torch.rand(1, 2, 4)
-    protos, offsets, position, mass = OPS.pack_prototypes.default(features, share, 0.0, True)
+    protos, offsets, position, mass = ops.pack_prototypes.default(features, share, 0.0, True)
     for wrong in (-7, 2**31 - 1, 2**30):
         offsets[1] = wrong
-        grad = OPS.pack_prototypes_bwd.default(
+        grad = ops.pack_prototypes_bwd.default(
             torch.ones_like(protos), share, position, mass, offsets, 2, 2, False
         )
         assert grad.isnan().all()
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_wrong_arguments_are_refused(ops: Any) -> None:
     features, share = torch.randn(1, 1, 8, 2, 2), torch.rand(1, 2, 4)
-    pack = OPS.pack_prototypes.default
+    pack = ops.pack_prototypes.default
     for arguments, words in (
         ((features[0], share, 0.5, True), "features: found 4 dimensions"),
         ((features, share.double(), 0.5, True), "share: found another dtype"),
@@ -278,12 +291,12 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 @pytest.mark.skipif(_library.why_not_cpu() is not None, reason="there is no native code")
-def test_the_native_op_has_the_same_schema() -> None:
-    from fastproto import ops
+def test_the_native_op_has_the_same_schema(ops: Any) -> None:
+    from fastproto import ops as native
 
-    assert ops.pack_prototypes is not None
+    assert native.pack_prototypes is not None
     for name in ("pack_prototypes", "pack_prototypes_bwd"):
         ours = str(getattr(torch.ops.fastproto, name).default._schema)
-        assert ours.replace("fastproto::", "") == str(getattr(OPS, name).default._schema).replace(
+        assert ours.replace("fastproto::", "") == str(getattr(ops, name).default._schema).replace(
             "fastproto_emulated::", ""
         )
