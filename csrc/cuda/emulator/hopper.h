@@ -37,7 +37,10 @@ inline uint8_t* peer_memory(const char* what, uint32_t address, int bytes) {
   if (offset + bytes > block.shared_bytes)
     fail("%s: %d is past the shared memory of block %d", what, offset, block.index);
   if (offset % bytes != 0) fail("%s: address %d is not a multiple of %d", what, offset, bytes);
-  // PTX ISA: shared memory of an exited block of the cluster must not be accessed.
+  // The programming guide, "Distributed Shared Memory": the blocks must have started (one
+  // sync_cluster tells), and must not have exited.
+  if (&block != current->block && machine.cluster_meeting.completed == 0)
+    fail("%s: block %d may not have started yet: no sync_cluster before", what, block.index);
   if (block.alive_threads == 0) fail("%s: block %d has ended", what, block.index);
   return block.shared + offset;
 }
@@ -434,6 +437,12 @@ void multiply_warp(const Product& p, float* values) {
   multiply(a, b, c);
 }
 
+inline void check_untouched(const float* c, int count) {
+  for (int i = 0; i < count; ++i)
+    if (float_to_bits(c[i]) != ~0u)
+      fail("Wgmma: an accumulator was written while a product was under way");
+}
+
 // The last lane of a warp. Ends a product: its accumulator gets the numbers when it was the last
 // one under way.
 inline void complete_product(const Product& p) {
@@ -448,9 +457,11 @@ inline void complete_product(const Product& p) {
     multiply_warp<256>(p, values);
   if (--accumulator.products > 0) return;
   accumulator.fence = warp.fences;
-  for (int lane = 0; lane < kWarpThreads; ++lane)
+  for (int lane = 0; lane < kWarpThreads; ++lane) {
+    check_untouched(accumulator.lanes[lane], accumulator.count);
     memcpy(accumulator.lanes[lane], values + lane * accumulator.count,
            sizeof(float) * size_t(accumulator.count));
+  }
 }
 
 struct ProductArguments {
@@ -479,9 +490,7 @@ inline int begin_accumulator(int count) {
     float* values = x.values.data() + lane * count;
     if (x.products > 0) {
       if (x.lanes[lane] != c) fail("Wgmma: lanes of a warp have different accumulators");
-      for (int i = 0; i < count; ++i)
-        if (float_to_bits(c[i]) != ~0u)
-          fail("Wgmma: an accumulator was written while a product was under way");
+      check_untouched(c, count);
     } else {
       if (known && x.fence == warp.fences && x.lanes[lane] == c && memcmp(values, c, bytes) != 0)
         fail("Wgmma: an accumulator was written after the last product, and no wgmma_begin since");
@@ -539,10 +548,14 @@ inline void wgmma_begin() {
 }
 inline void wgmma_commit() {
   if (!emulator::collect("wgmma_commit", nullptr)) return;
-  emulator::current->warp->products.commit();
+  emulator::Lane& lane = *emulator::current;
+  lane.warp->products.commit();
+  // In random order some happen at once: operands that had not come yet are seen.
+  if (lane.machine->random() && lane.machine->draw(2) == 0)
+    lane.warp->products.wait(0, emulator::complete_product);
   emulator::release();
 }
-// The products happen here, as late as they may: operands overwritten too early are seen.
+// Else the products happen here, as late as they may: operands overwritten too early are seen.
 template <int Pending>
 void wgmma_wait() {
   if (!emulator::collect("wgmma_wait", nullptr)) return;

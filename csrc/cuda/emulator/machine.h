@@ -148,7 +148,13 @@ struct Warp {
 struct Meeting {
   int expected = 0;
   int arrived = 0;
+  int completed = 0;
   std::vector<Warp*> waiting;
+
+  void reset() {
+    arrived = completed = 0;
+    waiting.clear();
+  }
 };
 
 struct Block {
@@ -364,6 +370,7 @@ T& argument(int index) {
 // The last lane of a warp: its warp comes to a meeting, and waits there if it has to.
 inline void wake_all(Meeting& meeting) {
   meeting.arrived = 0;
+  ++meeting.completed;
   for (Warp* warp : meeting.waiting) wake(*warp);
   meeting.waiting.clear();
 }
@@ -513,10 +520,7 @@ inline void start_block(Machine& machine, int rank, int index, int shared_bytes)
   block.threads = block.alive_threads = threads;
   block.lanes = &machine.lanes[size_t(rank * threads)];
   block.warps = &machine.warps[size_t(rank * warps)];
-  for (Meeting& meeting : block.meetings) {
-    meeting.arrived = 0;
-    meeting.waiting.clear();
-  }
+  for (Meeting& meeting : block.meetings) meeting.reset();
   block.barriers.clear();
   block.barrier_waiters.clear();
   for (auto& list : block.products) list.clear();
@@ -571,8 +575,7 @@ inline std::string end_block(const Machine& machine, const Block& block) {
 inline std::string run_cluster(Machine& machine, int first_block, int shared_bytes) {
   for (int rank = 0; rank < machine.cluster; ++rank)
     start_block(machine, rank, first_block + rank, shared_bytes);
-  machine.cluster_meeting.arrived = 0;
-  machine.cluster_meeting.waiting.clear();
+  machine.cluster_meeting.reset();
   machine.loads.clear();
   machine.error.clear();
   Lane* first = next_lane(machine, nullptr);

@@ -204,16 +204,18 @@ FP_KERNEL misuse_kernel(FP_GRID_CONSTANT MisuseParams p) {
     barrier_wait(reinterpret_cast<Barrier*>(memory), 0);
   } else if (is("arrivals")) {
     Barrier* barrier = reinterpret_cast<Barrier*>(memory);
-    if (lane == 0) {
+    if (thread_index() == 0) {
       barrier_init(barrier, 1);
       barrier_arrive_expect(barrier, 64);
       barrier_arrive(barrier);
     }
   } else if (is("barrier")) {
     Barrier* barrier = reinterpret_cast<Barrier*>(memory);
-    if (lane == 0) barrier_init(barrier, 2);
-    sync_warp();
-    if (lane == 0) barrier_arrive(barrier);
+    if (thread_index() == 0) {
+      barrier_init(barrier, 2);
+      barrier_arrive(barrier);
+    }
+    sync_block();
     barrier_wait(barrier, 0);
   } else if (is("wgmma begin")) {
     Wgmma<bf16, 128, false, false>::run(c, matrix_descriptor(memory, 0, 1024),
@@ -362,7 +364,7 @@ struct WgmmaParams {
   TensorMap a, b;  // boxes of 64 numbers times all rows
   float* c;        // [64][columns]
   int depth;       // a multiple of 64
-  int early;       // 1: overwrites b before the wait
+  int early;       // before the wait: 1 overwrites b, 2 reads c
 };
 
 template <class T, int Columns, bool TransposeA, bool TransposeB, bool Registers>
@@ -419,9 +421,10 @@ FP_KERNEL wgmma_kernel(FP_GRID_CONSTANT WgmmaParams p) {
   wgmma_commit();
   wgmma_wait<1>();
   if (p.early == 1) memset(b, 0, size_t(b_bytes));
-  if (c[0] == c[0]) c[0] = -1;  // under way: NaN (then this write is an error)
+  const float seen = c[0];
   wgmma_wait<0>();
   wgmma_hold(c);
+  if (p.early == 2) c[0] = seen;
   for (int j = 0; j < Columns / 2; ++j) {
     const int row = warp * 16 + g + j / 2 % 2 * 8, column = j / 4 * 8 + 2 * i + j % 2;
     p.c[row * Columns + column] = c[j];
@@ -446,13 +449,14 @@ const char* wgmma(bool transpose_a, bool transpose_b, bool registers, const Wgmm
 struct ClusterParams {
   int* sums;  // [blocks]
   int* pulled;
-  int broken;  // 1: no barrier before reading; 2: none before the end
+  int broken;  // no barrier: 1 before reading, 2 before the end, 3 before the first access
 };
 
 FP_KERNEL cluster_kernel(FP_GRID_CONSTANT ClusterParams p) {
   constexpr int kRanks = 4;
   uint32_t* inbox = reinterpret_cast<uint32_t*>(shared_memory());
   const int rank = cluster_rank();
+  if (p.broken != 3) sync_cluster();  // all have started
   if (thread_index() < kRanks)
     store_peer(peer_address(inbox + rank, thread_index()), uint32_t(block_index() + 1));
   if (thread_index() == 0) {
