@@ -47,6 +47,10 @@ template <class T>  // bf16, half
 const char* launch_backward_query(const BackwardParams& p, void* stream);
 
 // backward_protos.cuh: dP; reads delta.
+constexpr int kBackwardProtosRows = 64;
+inline int64_t backward_protos_programs(const Problem& p) {
+  return int64_t(p.total) / kBackwardProtosRows + int64_t(p.episodes) * p.ways + 1;
+}
 inline bool backward_protos_applies(const BackwardParams& p) {
   return backward_vectors_apply(p) && is_vector(p.grad_protos);
 }

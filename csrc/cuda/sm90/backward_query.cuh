@@ -398,20 +398,9 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
         }
         wgmma_commit();
       }
-      // Boxes are given back one by one, so that the next tile's come in during the rest.
-      const auto release = [&](int q) {
+      release_in_turn<kOwned>([&](int q) {
         if (lane == 0) barrier_arrive(shared.ring_empty + Place::slot(count + 2 * q + group));
-      };
-      if constexpr (kOwned == 4) {
-        wgmma_wait<3>();
-        release(0);
-        wgmma_wait<2>();
-        release(1);
-      }
-      wgmma_wait<1>();
-      release(kOwned - 2);
-      wgmma_wait<0>();
-      release(kOwned - 1);
+      });
       FP_UNROLL
       for (int q = 0; q < kOwned; ++q) wgmma_hold(acc[q]);
       count += Traits::kBoxes;

@@ -59,15 +59,6 @@ FP_HOST_DEVICE constexpr int fragment_offset(int base, int step) {
   return ChannelsLast ? base ^ (2 * step << 4) : base + 16 * step * kBoxRowBytes;
 }
 
-// Products of two pairs, rounded.
-template <class T>
-FP_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  float a0, a1, b0, b1;
-  unpack<T>(a, &a0, &a1);
-  unpack<T>(b, &b0, &b1);
-  return pack<T>(a0 * b0, a1 * b1);
-}
-
 // One area for each group: where it sends numbers, and where the other answers.
 constexpr int kExchangeBytes = 8 * 1024;
 template <int Count>
@@ -111,6 +102,23 @@ FP_DEVICE void exchange_coefficients(uint8_t* areas, int group, int warp, int th
   exchange_write(areas + (1 - group) * kExchangeBytes, thread, own);
   sync_some(kPairBarrier + warp, 64);
   exchange_read(areas + group * kExchangeBytes, thread, other);
+}
+
+// After `Count` committed groups of products: `release` of each as it ends, so that what comes next
+// into its box is on its way during the rest.
+template <int Count, class Release>
+FP_DEVICE void release_in_turn(const Release& release) {
+  static_assert(Count == 2 || Count == 4);
+  if constexpr (Count == 4) {
+    wgmma_wait<3>();
+    release(0);
+    wgmma_wait<2>();
+    release(1);
+  }
+  wgmma_wait<1>();
+  release(Count - 2);
+  wgmma_wait<0>();
+  release(Count - 1);
 }
 
 // Sum over the four lanes that share a row of a fragment.
