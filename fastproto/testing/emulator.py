@@ -89,7 +89,7 @@ def build() -> Path:
         for pattern in (
             "csrc/api/*_cuda.cpp",
             "csrc/cuda/emulator/*.cpp",
-            "csrc/cuda/sm*/instantiations/*.cu",
+            "csrc/cuda/**/instantiations/*.cu",
         )
         for file in root.glob(pattern)
     )

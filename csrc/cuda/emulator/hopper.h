@@ -64,6 +64,17 @@ inline Vector16 load_peer_16(uint32_t address) {
   return v;
 }
 
+// ---------------------------------------------------------------- numbers
+
+// Products of two numbers of 11 bits are exact in float: one rounding.
+template <class T>
+uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  float a0, a1, b0, b1;
+  unpack<T>(a, &a0, &a1);
+  unpack<T>(b, &b0, &b1);
+  return pack<T>(a0 * b0, a1 * b1);
+}
+
 // ---------------------------------------------------------------- registers
 
 template <int N>

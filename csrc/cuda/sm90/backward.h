@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// The host's view of the Hopper backward kernels: when they apply, how they are launched.
+#pragma once
+
+#include "forward.h"
+
+namespace fastproto::cuda::sm90 {
+
+inline bool is_channels_last(const BackwardParams& p) {
+  return p.agg.channel == 1 && (p.agg.pixel != 1 || p.problem.pixels == 1);
+}
+
+// What both kernels need: two-byte types of D <= 512 in rows that start at multiples of 16 bytes,
+// features and gradients in one layout.
+inline bool backward_vectors_apply(const BackwardParams& p) {
+  const Problem& s = p.problem;
+  const bool channels_last = is_channels_last(p);
+  const auto inner = [&](const auto& maps) { return channels_last ? maps.channel : maps.pixel; };
+  const auto walkable = [&](const Strided& maps) {
+    return inner(maps) == 1 && is_vector(maps.data) &&
+           is_walkable(channels_last ? s.pixels : s.dim,
+                       channels_last ? maps.pixel : maps.channel) &&
+           is_walkable(s.queries, maps.query) && is_walkable(s.episodes, maps.episode);
+  };
+  return s.dim >= 8 && s.dim <= 512 && is_vector(s.dim) && s.pixels >= 1 &&
+         (channels_last || is_vector(s.pixels)) && walkable(p.feat) && walkable(p.grad_out) &&
+         is_walkable(s.ways, p.grad_out.way) && is_vector(p.protos) &&
+         (p.statistics.protos != nullptr || s.total == 0);
+}
+
+// backward_query.cuh: dF and delta.
+constexpr int kBackwardQueryPixels = 64;
+// Blocks, each of which writes one of temperature_terms.
+inline int64_t backward_query_programs(const Problem& p) {
+  return int64_t(p.episodes) * p.queries *
+         ((p.pixels + kBackwardQueryPixels - 1) / kBackwardQueryPixels);
+}
+inline bool backward_query_applies(const BackwardParams& p) {
+  const auto inner = [&](const Dense& maps) {
+    return is_channels_last(p) ? maps.channel : maps.pixel;
+  };
+  return backward_vectors_apply(p) && inner(p.agg) == 1 && inner(p.grad_feat) == 1 &&
+         is_vector(p.agg.data) && is_vector(p.grad_feat.data) &&
+         backward_query_programs(p.problem) <= 0x7fffffff;
+}
+template <class T>  // bf16, half
+const char* launch_backward_query(const BackwardParams& p, void* stream);
+
+// backward_protos.cuh: dP; reads delta.
+constexpr int kBackwardProtosRows = 64;
+inline int64_t backward_protos_programs(const Problem& p) {
+  return int64_t(p.total) / kBackwardProtosRows + int64_t(p.episodes) * p.ways + 1;
+}
+inline bool backward_protos_applies(const BackwardParams& p) {
+  return backward_vectors_apply(p) && is_vector(p.grad_protos);
+}
+template <class T>  // bf16, half
+const char* launch_backward_protos(const BackwardParams& p, void* stream);
+
+}  // namespace fastproto::cuda::sm90

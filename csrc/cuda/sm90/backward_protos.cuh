@@ -1,0 +1,467 @@
+// SPDX-License-Identifier: Apache-2.0
+// dP of 64 prototypes of one bag, summed over its queries. Symbols as in docs/math.md; the same
+// algebra as backward_protos_kernel of fastproto/triton/backward.py.
+//
+//   S^T = P F^T      group 0                    dA^T = P dO^T    group 1
+//   dS  = w (dA - delta) / t                    each group for half of the pixels
+//   acc += (w 2^k) dO + (dS r(P) 2^k r(F)) F    each group for half of the channels
+//
+// Budget (D = 512)
+//   tile      64 prototypes x 64 pixels x all channels
+//   threads   2 consuming warpgroups, 232 registers each (64 x 256 accumulators: 128), and one of
+//             producing warps: boxes of F and dY2; dO = dY2 * F in its place (2); statistics
+//   shared    P 64 KiB (dP behind), a ring of 9 pairs of boxes 144 KiB, exchange 16 KiB
+//   products  4 x 1024 cycles a tile; operands are read from shared memory at its full rate
+//   traffic   128 KiB a tile, from the L2 cache where a bag has more than one tile: 32 bytes a
+//   cycle
+#pragma once
+
+#include "backward_tiles.cuh"
+
+namespace fastproto::cuda::sm90 {
+
+struct BackwardProtosMaps {
+  TensorMap feat;      // [E][Q]
+  TensorMap enhanced;  // dY2 [E][Q][K]
+  TensorMap protos;
+};
+
+template <class T_, int Dim, bool ChannelsLast>
+struct BackwardProtosTraits {
+  using T = T_;
+  static constexpr bool kChannelsLast = ChannelsLast;
+  static constexpr int kBoxes = Dim / kBox;
+  static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group
+  static constexpr int kRing = Dim == 512 ? 9 : 10;
+  static constexpr int kPairBytes = 2 * kBoxBytes;  // F, then dO
+
+  static constexpr int kProtos = 0;
+  static constexpr int kRingAt = kProtos + kBoxes * kBoxBytes;
+  static constexpr int kExchange = kRingAt + kRing * kPairBytes;
+  // Two stages of a tile's means, reciprocal norms, lse and delta.
+  static constexpr int kStats = kExchange + 2 * kExchangeBytes;
+  // Means and reciprocal norms of the prototypes.
+  static constexpr int kRows = kStats + 2 * 4 * kBox * 4;
+  static constexpr int kBarriers = kRows + 2 * kBox * 4;
+  static constexpr int kSharedBytes = kBarriers + 8 * (1 + 3 * kRing + 4);
+  static_assert(Dim % (2 * kBox) == 0 && kSharedBytes <= kSharedLimit);
+  static_assert(kOwned * 32 <= 128, "registers of the accumulator");
+};
+
+template <class Traits>
+struct BackwardProtosShared {
+  uint8_t* protos;
+  uint8_t* ring;
+  uint8_t* exchange;
+  float* stats;
+  float* rows;
+  Barrier* protos_full;
+  Barrier* ring_full;    // F and dY2 are there
+  Barrier* ring_formed;  // dO is
+  Barrier* ring_empty;
+  Barrier* stats_full;
+  Barrier* stats_empty;
+
+  explicit FP_DEVICE BackwardProtosShared(uint8_t* base)
+      : protos(base + Traits::kProtos),
+        ring(base + Traits::kRingAt),
+        exchange(base + Traits::kExchange),
+        stats(reinterpret_cast<float*>(base + Traits::kStats)),
+        rows(reinterpret_cast<float*>(base + Traits::kRows)),
+        protos_full(reinterpret_cast<Barrier*>(base + Traits::kBarriers)),
+        ring_full(protos_full + 1),
+        ring_formed(ring_full + Traits::kRing),
+        ring_empty(ring_formed + Traits::kRing),
+        stats_full(ring_empty + Traits::kRing),
+        stats_empty(stats_full + 2) {}
+};
+
+// Which part of the problem a block has. Bag b owns the tiles from offsets[b] / 64 + b on: a few
+// more than it needs, and neither the host nor a scan over all bags has to know how many those are.
+// Rows of no bag are those of the bag behind the last.
+struct ProtoTile {
+  int first;  // row
+  int end;    // of the bag
+  int count;  // of the bag
+  int episode;
+  int way;
+  bool is_bag;
+  // A whole warp.
+  FP_DEVICE ProtoTile(const Problem& s, const int32_t* offsets, int tile) {
+    const int bags = s.episodes * s.ways;
+    float owners = 0;
+    for (int bag = lane_index(); bag <= bags; bag += 32) {
+      // No offset, whatever it is, leads to a row before the first.
+      const int row = offsets[bag] > 0 ? offsets[bag] : 0;
+      owners += row / kBackwardProtosRows + bag <= tile ? 1.f : 0.f;
+    }
+    FP_UNROLL
+    for (int mask = 1; mask < 32; mask *= 2) owners += shuffle_xor(owners, mask);
+    const int bag = int(owners) > 0 ? int(owners) - 1 : 0;
+    is_bag = bag < bags;
+    const int begin = offsets[bag] > 0 ? offsets[bag] : 0;
+    end = is_bag ? offsets[bag + 1] : s.total;
+    end = end < s.total ? end : s.total;
+    count = end - begin;
+    // The tile's number less those before begin's: in this order it cannot overflow.
+    first = begin % kBackwardProtosRows + (tile - bag) * kBackwardProtosRows;
+    episode = bag / s.ways;
+    way = bag % s.ways;
+  }
+};
+
+// One lane: P, then F and dY2 of every tile of pixels.
+template <class Traits>
+FP_DEVICE void load_pixels(const Problem& s, const BackwardProtosMaps& maps,
+                           const BackwardProtosShared<Traits>& shared, const ProtoTile& at) {
+  using Place = Places<Traits::kRing>;
+  barrier_arrive_expect(shared.protos_full, Traits::kBoxes * kBoxBytes);
+  for (int box = 0; box < Traits::kBoxes; ++box)
+    tma_load(shared.protos + box * kBoxBytes, &maps.protos, shared.protos_full, box * kBox,
+             at.first);
+  uint32_t count = 0;
+  for (int query = 0; query < s.queries; ++query)
+    for (int pixel = 0; pixel < s.pixels; pixel += kBox)
+      for (int position = 0; position < Traits::kBoxes; ++position, ++count) {
+        const int channel = box_at<Traits::kBoxes>(position) * kBox;
+        const int x = Traits::kChannelsLast ? channel : pixel;
+        const int y = Traits::kChannelsLast ? pixel : channel;
+        const int slot = Place::slot(count);
+        Barrier* full = shared.ring_full + slot;
+        uint8_t* to = shared.ring + slot * Traits::kPairBytes;
+        barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
+        barrier_arrive_expect(full, Traits::kPairBytes);
+        tma_load(to, &maps.feat, full, x, y, query, at.episode);
+        tma_load(to + kBoxBytes, &maps.enhanced, full, x, y, at.way, query, at.episode);
+      }
+}
+
+// One of two warps: dO in the place of dY2, in every second pair of boxes.
+template <class Traits>
+FP_DEVICE void form_grads(const BackwardProtosShared<Traits>& shared, uint32_t pairs, int which) {
+  using T = typename Traits::T;
+  using Place = Places<Traits::kRing>;
+  for (uint32_t count = uint32_t(which); count < pairs; count += 2) {
+    const int slot = Place::slot(count);
+    Vector16* feat = reinterpret_cast<Vector16*>(shared.ring + slot * Traits::kPairBytes);
+    Vector16* grad = feat + kBoxBytes / 16;
+    barrier_wait(shared.ring_full + slot, Place::parity(count));
+    FP_UNROLL
+    for (int i = 0; i < kBoxBytes / 16; i += 32) {
+      const Vector16 f = feat[i + lane_index()];
+      Vector16 g = grad[i + lane_index()];
+      FP_UNROLL
+      for (int j = 0; j < 4; ++j) g.x[j] = multiply_pairs<T>(g.x[j], f.x[j]);
+      grad[i + lane_index()] = g;
+    }
+    fence_async();
+    barrier_arrive(shared.ring_formed + slot);
+  }
+}
+
+// One warp: statistics of the pixels of every tile; zeros past the image.
+template <class Traits>
+FP_DEVICE void load_pixel_stats(const BackwardParams& p, const BackwardProtosShared<Traits>& shared,
+                                const ProtoTile& at) {
+  const Problem& s = p.problem;
+  uint32_t count = 0;
+  for (int query = 0; query < s.queries; ++query) {
+    const int64_t image = int64_t(at.episode) * s.queries + query;
+    const float* query_stats = p.statistics.query + image * 2 * s.pixels;
+    const int64_t map_row = (image * s.ways + at.way) * s.pixels;
+    for (int first = 0; first < s.pixels; first += kBox, ++count) {
+      float* to = shared.stats + (count & 1) * 4 * kBox;
+      barrier_wait(shared.stats_empty + (count & 1), (count >> 1 & 1) ^ 1);
+      for (int i = lane_index(); i < kBox; i += 32) {
+        const int pixel = first + i;
+        const bool ok = pixel < s.pixels;
+        to[i] = ok ? query_stats[pixel] : 0.f;
+        to[kBox + i] = ok ? query_stats[s.pixels + pixel] : 0.f;
+        to[2 * kBox + i] = ok ? p.statistics.lse[map_row + pixel] : 0.f;
+        to[3 * kBox + i] = ok ? p.delta[map_row + pixel] : 0.f;
+      }
+      barrier_arrive(shared.stats_full + (count & 1));
+    }
+  }
+}
+
+template <class Traits>
+FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
+                                   const BackwardProtosShared<Traits>& shared, const ProtoTile& at,
+                                   uint32_t tiles) {
+  using T = typename Traits::T;
+  using Place = Places<Traits::kRing>;
+  constexpr bool kChannelsLast = Traits::kChannelsLast;
+  constexpr int kOwned = Traits::kOwned;
+  const Problem& s = p.problem;
+  const int warp = warp_index() % 4, group = warp_index() / 4, lane = lane_index();
+  const int thread = thread_index() % 128;
+  const int row = 16 * warp + lane / 4;  // and row + 8
+
+  float dim_mean_p[2], rnorm_p[2], rnorm_power[2], power[2];
+  FP_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    dim_mean_p[h] = float(s.dim) * shared.rows[row + 8 * h];
+    rnorm_p[h] = shared.rows[kBox + row + 8 * h];
+    // Scales dS r(P) into the range of float16; bounded, because w is scaled with it.
+    const float r = of_constant(rnorm_p[h], s.eps);
+    power[h] = fminf(fmaxf(power_of_two_near(r), 1.f), 1024.f);
+    rnorm_power[h] = r * power[h];
+  }
+  const float scale = exponent_scale(s, at.count);  // log2(e) / t
+  const float gradient_scale = scale * kLn2;
+
+  // Descriptors of the operands: with 64 numbers of M or N, `leading` says nothing.
+  const uint64_t protos = matrix_descriptor(shared.protos, 0, 1024);
+  const uint64_t ring = matrix_descriptor(shared.ring, 0, 1024);
+
+  float acc[kOwned][32];
+  FP_UNROLL
+  for (int q = 0; q < kOwned; ++q) {
+    FP_UNROLL
+    for (int i = 0; i < 32; ++i) acc[q][i] = 0;
+  }
+  float sum_cos[2] = {0, 0};   // sum_i dS c
+  float sum_mean[2] = {0, 0};  // sum_i dS r(F) mean(F), scaled as the accumulator
+  uint32_t count = 0;          // pairs of boxes that went through the ring
+
+  barrier_wait(shared.protos_full, 0);
+  for (uint32_t tile = 0; tile < tiles; ++tile) {
+    float frag[32];
+    Barrier* ready = group == 0 ? shared.ring_full : shared.ring_formed;
+    FP_UNROLL
+    for (int position = 0; position < Traits::kBoxes; ++position) {
+      const int slot = Place::slot(count + position);
+      const uint64_t a = advance(protos, box_at<Traits::kBoxes>(position) * kBoxBytes);
+      const uint64_t b = advance(ring, slot * Traits::kPairBytes + group * kBoxBytes);
+      barrier_wait(ready + slot, Place::parity(count + position));
+      wgmma_begin();
+      FP_UNROLL
+      for (int step = 0; step < 4; ++step)
+        Wgmma<T, 64, false, !kChannelsLast>::run(frag, advance(a, step * kStepBytes<false>),
+                                                 advance(b, step * kStepBytes<!kChannelsLast>),
+                                                 position + step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_hold(frag);
+
+    float own[16], other[16];
+    exchange_products(shared.exchange, group, warp, thread, frag, own, other);
+
+    const float* stats = shared.stats + (tile & 1) * 4 * kBox + 32 * group + lane % 4 * 2;
+    barrier_wait(shared.stats_full + (tile & 1), tile >> 1 & 1);
+    uint32_t mine[16], theirs[16];  // w, then dS
+    FP_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      float mean_q[2], rnorm_q[2], lse[2], delta[2];
+      FP_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        mean_q[e] = stats[8 * k + e];
+        rnorm_q[e] = stats[kBox + 8 * k + e];
+        lse[e] = stats[2 * kBox + 8 * k + e];
+        delta[e] = stats[3 * kBox + 8 * k + e];
+      }
+      FP_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        float weight[2], coefficient[2];
+        FP_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int i = 4 * k + 2 * h + e;
+          const float product = group == 0 ? own[i] : other[i];
+          const float grad_weight = group == 0 ? other[i] : own[i];
+          const float cos = (product - dim_mean_p[h] * mean_q[e]) * (rnorm_p[h] * rnorm_q[e]);
+          const float w = exp2_fast(multiply_add(cos, scale, -lse[e]));
+          const float grad_cos = w * (grad_weight - delta[e]) * gradient_scale;
+          sum_cos[h] = multiply_add(grad_cos, cos, sum_cos[h]);
+          weight[e] = w * power[h];
+          // A constant pixel has c = 0 whatever P is: its reciprocal norm is 0 here.
+          coefficient[e] = grad_cos * (rnorm_power[h] * rnorm_q[e]);
+        }
+        mine[2 * k + h] = pack<T>(weight[0], weight[1]);
+        // The means come out of the sum with the rounded coefficients that went into it.
+        const uint32_t pair = pack<T>(coefficient[0], coefficient[1]);
+        float rounded[2];
+        unpack<T>(pair, &rounded[0], &rounded[1]);
+        sum_mean[h] = multiply_add(rounded[0], mean_q[0], sum_mean[h]);
+        sum_mean[h] = multiply_add(rounded[1], mean_q[1], sum_mean[h]);
+        mine[8 + 2 * k + h] = pair;
+      }
+    }
+    sync_warp();
+    if (lane == 0) barrier_arrive(shared.stats_empty + (tile & 1));
+    exchange_coefficients(shared.exchange, group, warp, thread, mine, theirs);
+
+    // acc += w dO + dS F. Group 0 saw F alone so far.
+    FP_UNROLL
+    for (int q = 0; q < kOwned; ++q) {
+      const int slot = Place::slot(count + 2 * q + group);
+      const uint64_t b = advance(ring, slot * Traits::kPairBytes);
+      if (group == 0) barrier_wait(shared.ring_formed + slot, Place::parity(count + 2 * q));
+      wgmma_begin();
+      FP_UNROLL
+      for (int i = 0; i < 16; i += 4) {
+        // Registers 0..7 are weights, which belong to dO, the second box of a pair.
+        const int box = i < 8 ? kBoxBytes : 0, step = i % 8 / 4;
+        const uint32_t a[4] = {mine[i], mine[i + 1], mine[i + 2], mine[i + 3]};
+        const uint32_t c[4] = {theirs[i], theirs[i + 1], theirs[i + 2], theirs[i + 3]};
+        Wgmma<T, 64, false, kChannelsLast>::run(
+            acc[q], a, advance(b, box + (2 * group + step) * kStepBytes<kChannelsLast>), 1);
+        Wgmma<T, 64, false, kChannelsLast>::run(
+            acc[q], c, advance(b, box + (2 - 2 * group + step) * kStepBytes<kChannelsLast>), 1);
+      }
+      wgmma_commit();
+    }
+    release_in_turn<kOwned>([&](int q) {
+      if (lane == 0) barrier_arrive(shared.ring_empty + Place::slot(count + 2 * q + group));
+    });
+    FP_UNROLL
+    for (int q = 0; q < kOwned; ++q) wgmma_hold(acc[q]);
+    count += Traits::kBoxes;
+  }
+
+  // Sums over the two groups, through the exchange area: [2][2][64].
+  float* parts = reinterpret_cast<float*>(shared.exchange);
+  sync_some(kConsumersBarrier, kConsumers);
+  FP_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    sum_cos[h] = sum_over_row(sum_cos[h]);
+    sum_mean[h] = sum_over_row(sum_mean[h]);
+    if (lane % 4 == 0) {
+      parts[group * kBox + row + 8 * h] = sum_cos[h];
+      parts[(2 + group) * kBox + row + 8 * h] = sum_mean[h];
+    }
+  }
+  sync_some(kConsumersBarrier, kConsumers);
+  float mean_p[2], inverse_power[2], projection[2];
+  FP_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int r = row + 8 * h;
+    sum_cos[h] = parts[r] + parts[kBox + r];
+    sum_mean[h] = parts[2 * kBox + r] + parts[3 * kBox + r];
+    mean_p[h] = shared.rows[r];
+    projection[h] = projection_factor(rnorm_p[h], s.eps) * sum_cos[h];
+    inverse_power[h] = 1 / power[h];
+  }
+  const int base = fragment_base<true>(warp, lane);
+  FP_UNROLL
+  for (int q = 0; q < kOwned; ++q) {
+    // dP in the place of P, by the warp that alone reads it now; then to rows of whole vectors.
+    uint8_t* box = shared.protos + (group * kOwned + q) * kBoxBytes;
+    FP_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      const int offset = fragment_offset<true>(base, step);
+      uint32_t x[4];
+      load_matrix<false>(x, box + offset);
+      FP_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int h = i & 1;
+        const int c = 8 * step + 4 * (i / 2) + 2 * h;
+        float p0, p1;
+        unpack<T>(x[i], &p0, &p1);
+        x[i] = pack<T>(
+            (acc[q][c] - sum_mean[h]) * inverse_power[h] - (p0 - mean_p[h]) * projection[h],
+            (acc[q][c + 1] - sum_mean[h]) * inverse_power[h] - (p1 - mean_p[h]) * projection[h]);
+      }
+      sync_warp();
+      store_matrix<false>(box + offset, x);
+    }
+    sync_warp();
+    const int piece = lane % 8, channel = (group * kOwned + q) * kBox + 8 * piece;
+    FP_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+      const int r = 16 * warp + i + lane / 8;
+      if (at.first + r < at.end && channel < s.dim)
+        *reinterpret_cast<Vector16*>(static_cast<T*>(p.grad_protos) +
+                                     int64_t(at.first + r) * s.dim + channel) =
+            *reinterpret_cast<const Vector16*>(box + box_offset(r, piece));
+    }
+  }
+}
+
+template <class Traits>
+FP_KERNEL FP_LAUNCH_BOUNDS(kBackwardThreads, 1)
+    backward_protos_kernel(FP_GRID_CONSTANT BackwardParams p,
+                           FP_GRID_CONSTANT BackwardProtosMaps maps) {
+  const Problem& s = p.problem;
+  const BackwardProtosShared<Traits> shared(shared_memory());
+  const ProtoTile at(s, p.offsets, block_index());
+  if (at.first >= at.end) return;  // more than the bag needs
+  if (!at.is_bag) {
+    const int rows = at.end - at.first < kBox ? at.end - at.first : kBox;
+    Vector16* to = reinterpret_cast<Vector16*>(static_cast<typename Traits::T*>(p.grad_protos) +
+                                               int64_t(at.first) * s.dim);
+    for (int i = thread_index(); i < rows * s.dim / 8; i += kBackwardThreads)
+      to[i] = {{0, 0, 0, 0}};
+    return;
+  }
+  if (thread_index() == 0) {
+    barrier_init(shared.protos_full, 1);
+    for (int i = 0; i < Traits::kRing; ++i) {
+      barrier_init(shared.ring_full + i, 1);
+      barrier_init(shared.ring_formed + i, 32);
+      barrier_init(shared.ring_empty + i, 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(shared.stats_full + i, 32);
+      barrier_init(shared.stats_empty + i, 8);
+    }
+    barrier_init_fence();
+  }
+  if (thread_index() < 2 * kBox) {
+    const int row = thread_index() % kBox, which = thread_index() / kBox;
+    const bool ok = at.first + row < at.end;
+    shared.rows[thread_index()] =
+        ok ? p.statistics.protos[int64_t(which) * s.total + at.first + row] : 0.f;
+  }
+  sync_block();
+
+  const uint32_t tiles = uint32_t(s.queries) * uint32_t((s.pixels + kBox - 1) / kBox);
+  const int warp = warp_index();
+  if (warp >= kConsumers / 32) {
+    registers_fewer<kProducerRegisters>();
+    if (warp == 8 && lane_index() == 0) load_pixels<Traits>(s, maps, shared, at);
+    if (warp == 9 || warp == 10) form_grads<Traits>(shared, tiles * Traits::kBoxes, warp - 9);
+    if (warp == 11) load_pixel_stats<Traits>(p, shared, at);
+  } else {
+    registers_more<kConsumerRegisters>();
+    consume_pixel_tiles<Traits>(p, shared, at, tiles);
+  }
+}
+
+template <class Traits>
+const char* launch_backward_protos_as(const BackwardParams& p, void* stream) {
+  using T = typename Traits::T;
+  const Problem& s = p.problem;
+  if (s.total == 0) return nullptr;
+  const Strided &feat = p.feat, &grad = p.grad_out;
+  const StackDim features[2] = {{s.queries, feat.query}, {s.episodes, feat.episode}};
+  const StackDim grads[3] = {
+      {s.ways, grad.way}, {s.queries, grad.query}, {s.episodes, grad.episode}};
+  const T* enhanced = static_cast<const T*>(grad.data) + (s.concat ? s.dim * grad.channel : 0);
+  BackwardProtosMaps maps;
+  const char* error = make_stack_map(&maps.feat, map_type<T>(), feat.data, s.dim, s.pixels,
+                                     feat.channel, feat.pixel, Traits::kChannelsLast, features);
+  if (error == nullptr)
+    error = make_stack_map(&maps.enhanced, map_type<T>(), enhanced, s.dim, s.pixels, grad.channel,
+                           grad.pixel, Traits::kChannelsLast, grads);
+  if (error == nullptr)
+    error = make_protos_map(&maps.protos, map_type<T>(), p.protos, s.dim, s.total, feat.data);
+  if (error != nullptr) return error;
+  const Grid grid{int(backward_protos_programs(s)), kBackwardThreads, Traits::kSharedBytes, 1,
+                  stream};
+  return launch<backward_protos_kernel<Traits>>(grid, p, maps);
+}
+
+template <class T>
+const char* launch_backward_protos(const BackwardParams& p, void* stream) {
+  const bool channels_last = is_channels_last(p);
+  if (p.problem.dim <= 256)
+    return channels_last
+               ? launch_backward_protos_as<BackwardProtosTraits<T, 256, true>>(p, stream)
+               : launch_backward_protos_as<BackwardProtosTraits<T, 256, false>>(p, stream);
+  return channels_last ? launch_backward_protos_as<BackwardProtosTraits<T, 512, true>>(p, stream)
+                       : launch_backward_protos_as<BackwardProtosTraits<T, 512, false>>(p, stream);
+}
+
+}  // namespace fastproto::cuda::sm90

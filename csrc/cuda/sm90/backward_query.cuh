@@ -1,0 +1,559 @@
+// SPDX-License-Identifier: Apache-2.0
+// dF of 64 pixels of one image, summed over its classes, and delta = <dO, G>. Symbols as in
+// docs/math.md; the same algebra as backward_query_kernel of fastproto/triton/backward.py.
+//
+//   S  = F P^T       group 0                    dA = dO P^T      group 1
+//   dS = w (dA - delta) / t                     each group for half of the prototypes
+//   acc += (dS r(F) 2^k r(P)) P                 each group for half of the channels
+//
+// Budget (D = 512)
+//   tile      64 pixels x 64 prototypes x all channels
+//   threads   2 consuming warpgroups, 232 registers each (64 x 256 accumulators: 128), and one of
+//             producing warps: boxes of G, dY1 and P; of F and dY2; statistics of P
+//   shared    F 64 KiB, dO 64 KiB (dY2 before, dF behind), a ring of 10 boxes 80 KiB, exchange 16
+//   KiB products  3 x 1024 cycles a tile; F and dO are read from shared memory at its full rate
+//   traffic   F, dY1, dY2, G, dF once per class: bound by memory up to N = 256 or so
+#pragma once
+
+#include "backward_tiles.cuh"
+
+namespace fastproto::cuda::sm90 {
+
+struct BackwardQueryMaps {
+  TensorMap feat;       // [E][Q]
+  TensorMap enhanced;   // dY2 [E][Q][K]
+  TensorMap copy;       // dY1 [E][Q][K], with concat
+  TensorMap agg;        // [E*Q*K]
+  TensorMap grad_feat;  // [E*Q]
+  TensorMap protos;
+};
+
+template <class T_, int Dim, bool ChannelsLast>
+struct BackwardQueryTraits {
+  using T = T_;
+  static constexpr bool kChannelsLast = ChannelsLast;
+  static constexpr int kBoxes = Dim / kBox;
+  static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group
+  static constexpr int kRing = Dim == 512 ? 10 : 16;
+
+  static constexpr int kFeat = 0;
+  static constexpr int kGrad = kFeat + kBoxes * kBoxBytes;
+  static constexpr int kRingAt = kGrad + kBoxes * kBoxBytes;
+  static constexpr int kExchange = kRingAt + kRing * kBoxBytes;
+  // Two stages of a tile's means and reciprocal norms.
+  static constexpr int kStats = kExchange + 2 * kExchangeBytes;
+  // Parts of sums over the two groups: [2][2][64].
+  static constexpr int kSums = kStats + 2 * 2 * kBox * 4;
+  // Means and reciprocal norms of the pixels.
+  static constexpr int kRows = kSums + 2 * 2 * kBox * 4;
+  static constexpr int kBarriers = kRows + 2 * kBox * 4;
+  static constexpr int kSharedBytes = kBarriers + 8 * (kBoxes + 1 + 2 * kRing + 4);
+  static_assert(Dim % (2 * kBox) == 0 && kSharedBytes <= kSharedLimit);
+  static_assert(kOwned * 32 <= 128, "registers of the accumulator");
+};
+
+template <class Traits>
+struct BackwardQueryShared {
+  uint8_t* feat;
+  uint8_t* grad;
+  uint8_t* ring;
+  uint8_t* exchange;
+  float* stats;
+  float* sums;
+  float* rows;
+  Barrier* grad_full;   // [kBoxes] dY2 of a class, and F with the first
+  Barrier* grad_empty;  // dO was read
+  Barrier* ring_full;
+  Barrier* ring_empty;
+  Barrier* stats_full;
+  Barrier* stats_empty;
+
+  explicit FP_DEVICE BackwardQueryShared(uint8_t* base)
+      : feat(base + Traits::kFeat),
+        grad(base + Traits::kGrad),
+        ring(base + Traits::kRingAt),
+        exchange(base + Traits::kExchange),
+        stats(reinterpret_cast<float*>(base + Traits::kStats)),
+        sums(reinterpret_cast<float*>(base + Traits::kSums)),
+        rows(reinterpret_cast<float*>(base + Traits::kRows)),
+        grad_full(reinterpret_cast<Barrier*>(base + Traits::kBarriers)),
+        grad_empty(grad_full + Traits::kBoxes),
+        ring_full(grad_empty + 1),
+        ring_empty(ring_full + Traits::kRing),
+        stats_full(ring_empty + Traits::kRing),
+        stats_empty(stats_full + 2) {}
+};
+
+// Which part of the problem a block has.
+struct PixelTile {
+  int first;  // pixel
+  int episode;
+  int query;
+  int image;
+  FP_DEVICE PixelTile(const Problem& s, int block) {
+    const int tiles = (s.pixels + kBackwardQueryPixels - 1) / kBackwardQueryPixels;
+    first = block % tiles * kBackwardQueryPixels;
+    image = block / tiles;
+    episode = image / s.queries;
+    query = image % s.queries;
+  }
+};
+
+// One lane: everything that comes through the ring, in the order the consumers want it.
+template <class Traits>
+FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
+                         const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
+  using Place = Places<Traits::kRing>;
+  const Problem& s = p.problem;
+  uint32_t count = 0;
+  const auto next = [&](auto load) {
+    const int slot = Place::slot(count);
+    barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
+    barrier_arrive_expect(shared.ring_full + slot, kBoxBytes);
+    load(shared.ring + slot * kBoxBytes, shared.ring_full + slot);
+    ++count;
+  };
+  for (int way = 0; way < s.ways; ++way) {
+    for (int position = 0; position < Traits::kBoxes; ++position) {
+      const int channel = box_at<Traits::kBoxes>(position) * kBox;
+      const int x = Traits::kChannelsLast ? channel : at.first;
+      const int y = Traits::kChannelsLast ? at.first : channel;
+      next([&](uint8_t* to, Barrier* full) {
+        tma_load(to, &maps.agg, full, x, y, at.image * s.ways + way);
+      });
+      if (s.concat)
+        next([&](uint8_t* to, Barrier* full) {
+          tma_load(to, &maps.copy, full, x, y, way, at.query, at.episode);
+        });
+    }
+    const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
+    for (int row = 0; row < bag.count; row += kBox)
+      for (int position = 0; position < Traits::kBoxes; ++position) {
+        const int channel = box_at<Traits::kBoxes>(position) * kBox;
+        next([&](uint8_t* to, Barrier* full) {
+          tma_load(to, &maps.protos, full, channel, bag.begin + row);
+        });
+      }
+  }
+}
+
+// One lane: F, and dY2 of every class.
+template <class Traits>
+FP_DEVICE void load_grads(const BackwardParams& p, const BackwardQueryMaps& maps,
+                          const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
+  for (int way = 0; way < p.problem.ways; ++way) {
+    if (way > 0) barrier_wait(shared.grad_empty, (way - 1) & 1);
+    for (int position = 0; position < Traits::kBoxes; ++position) {
+      const int box = box_at<Traits::kBoxes>(position);
+      const int x = Traits::kChannelsLast ? box * kBox : at.first;
+      const int y = Traits::kChannelsLast ? at.first : box * kBox;
+      Barrier* full = shared.grad_full + box;
+      barrier_arrive_expect(full, way == 0 ? 2 * kBoxBytes : kBoxBytes);
+      if (way == 0)
+        tma_load(shared.feat + box * kBoxBytes, &maps.feat, full, x, y, at.query, at.episode);
+      tma_load(shared.grad + box * kBoxBytes, &maps.enhanced, full, x, y, way, at.query,
+               at.episode);
+    }
+  }
+}
+
+// One warp: means and reciprocal norms of every tile of prototypes; zeros past the bag.
+template <class Traits>
+FP_DEVICE void load_proto_stats(const BackwardParams& p, const BackwardQueryShared<Traits>& shared,
+                                const PixelTile& at) {
+  const Problem& s = p.problem;
+  uint32_t count = 0;
+  for (int way = 0; way < s.ways; ++way) {
+    const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
+    const float* mean = p.statistics.protos + bag.begin;
+    for (int first = 0; first < bag.count; first += kBox, ++count) {
+      float* to = shared.stats + (count & 1) * 2 * kBox;
+      barrier_wait(shared.stats_empty + (count & 1), (count >> 1 & 1) ^ 1);
+      for (int i = lane_index(); i < kBox; i += 32) {
+        const bool ok = first + i < bag.count;
+        to[i] = ok ? mean[first + i] : 0.f;
+        to[kBox + i] = ok ? mean[s.total + first + i] : 0.f;
+      }
+      barrier_arrive(shared.stats_full + (count & 1));
+    }
+  }
+}
+
+template <class Traits>
+FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryMaps& maps,
+                                   const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
+  using T = typename Traits::T;
+  using Place = Places<Traits::kRing>;
+  constexpr bool kChannelsLast = Traits::kChannelsLast;
+  constexpr int kOwned = Traits::kOwned;
+  const Problem& s = p.problem;
+  const int warp = warp_index() % 4, group = warp_index() / 4, lane = lane_index();
+  const int thread = thread_index() % 128;
+  const int row = 16 * warp + lane / 4;  // and row + 8
+  const int pixel = at.first + row;
+  const int base = fragment_base<kChannelsLast>(warp, lane);
+
+  // The accumulator holds dF times a power of two near the norm of F: the coefficients stay in the
+  // range of float16. Both from shared memory where they are wanted: registers are scarce.
+  const auto power_of = [&](int h) {
+    return power_of_two_near(of_constant(shared.rows[kBox + row + 8 * h], s.eps));
+  };
+
+  // Descriptors of the operands: with 64 numbers of M or N, `leading` says nothing.
+  const uint64_t rows = matrix_descriptor(group == 0 ? shared.feat : shared.grad, 0, 1024);
+  const uint64_t ring = matrix_descriptor(shared.ring, 0, 1024);
+
+  float acc[kOwned][32];
+  FP_UNROLL
+  for (int q = 0; q < kOwned; ++q) {
+    FP_UNROLL
+    for (int i = 0; i < 32; ++i) acc[q][i] = 0;
+  }
+  float sum_cos[2] = {0, 0};   // sum_j dS c
+  float sum_mean[2] = {0, 0};  // sum_j dS r(P) mean(P), scaled as the accumulator
+  uint32_t count = 0;          // boxes that went through the ring
+  uint32_t tile = 0;
+
+  for (int way = 0; way < s.ways; ++way) {
+    const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
+    const float scale = bag.valid ? exponent_scale(s, bag.count) : not_a_number();  // log2(e) / t
+    const int64_t map_row = int64_t(at.image * s.ways + way) * s.pixels + pixel;
+    float lse[2], delta[2] = {0, 0}, power[2];
+    FP_UNROLL
+    for (int h = 0; h < 2; ++h)
+      lse[h] = pixel + 8 * h < s.pixels ? p.statistics.lse[map_row + 8 * h] : 0.f;
+
+    FP_UNROLL
+    for (int h = 0; h < 2; ++h) power[h] = power_of(h);
+
+    // dO in the place of dY2; delta; dY1 + dY2 G of this class. A loop: unrolled, the compiler
+    // mixes the boxes and runs out of registers.
+    FP_NO_UNROLL
+    for (int q = 0; q < kOwned; ++q) {
+      float direct[32];
+      const int box = group * kOwned + q;
+      const uint32_t item = count + (2 * q + group) * (s.concat ? 2 : 1);
+      barrier_wait(shared.grad_full + box, way & 1);
+      barrier_wait(shared.ring_full + Place::slot(item), Place::parity(item));
+      if (s.concat) barrier_wait(shared.ring_full + Place::slot(item + 1), Place::parity(item + 1));
+      const uint8_t* feat = shared.feat + box * kBoxBytes;
+      uint8_t* grad = shared.grad + box * kBoxBytes;
+      const uint8_t* agg = shared.ring + Place::slot(item) * kBoxBytes;
+      const uint8_t* copy = shared.ring + Place::slot(item + 1) * kBoxBytes;
+      FP_UNROLL
+      for (int step = 0; step < 4; ++step) {
+        const int offset = fragment_offset<kChannelsLast>(base, step);
+        uint32_t f[4], dy[4], g[4], dy1[4] = {0, 0, 0, 0};
+        load_matrix<!kChannelsLast>(f, feat + offset);
+        load_matrix<!kChannelsLast>(dy, grad + offset);
+        load_matrix<!kChannelsLast>(g, agg + offset);
+        if (s.concat) load_matrix<!kChannelsLast>(dy1, copy + offset);
+        FP_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int h = i & 1;
+          const int c = 8 * step + 4 * (i / 2) + 2 * h;
+          f[i] = multiply_pairs<T>(dy[i], f[i]);
+          float do0, do1, dy0, dy1_, g0, g1, y0, y1;
+          unpack<T>(f[i], &do0, &do1);
+          unpack<T>(dy[i], &dy0, &dy1_);
+          unpack<T>(g[i], &g0, &g1);
+          unpack<T>(dy1[i], &y0, &y1);
+          // One addition: in a longer chain the products would wait in registers.
+          delta[h] += multiply_add(do1, g1, do0 * g0);
+          direct[c] = multiply_add(dy0, g0, y0) * power[h];
+          direct[c + 1] = multiply_add(dy1_, g1, y1) * power[h];
+        }
+        store_matrix<!kChannelsLast>(grad + offset, f);
+      }
+      FP_UNROLL
+      for (int each = 0; each < kOwned; ++each)
+        if (each == q) {
+          FP_UNROLL
+          for (int i = 0; i < 32; ++i) acc[each][i] += direct[i];
+        }
+      sync_warp();
+      if (lane == 0) {
+        barrier_arrive(shared.ring_empty + Place::slot(item));
+        if (s.concat) barrier_arrive(shared.ring_empty + Place::slot(item + 1));
+      }
+    }
+    count += Traits::kBoxes * (s.concat ? 2 : 1);
+    float* parts = shared.sums + (way & 1) * 2 * kBox;
+    FP_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      delta[h] = sum_over_row(delta[h]);
+      if (lane % 4 == 0) parts[group * kBox + row + 8 * h] = delta[h];
+    }
+    fence_async();
+    sync_some(kConsumersBarrier, kConsumers);
+    FP_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      delta[h] = parts[row + 8 * h] + parts[kBox + row + 8 * h];
+      if (group == 0 && lane % 4 == 0 && pixel + 8 * h < s.pixels)
+        p.delta[map_row + 8 * h] = delta[h];
+    }
+
+    const float gradient_scale = scale * kLn2;  // 1 / t
+    for (int first = 0; first < bag.count; first += kBox, ++tile) {
+      const int remaining = bag.count - first;
+      float frag[32];
+      FP_UNROLL
+      for (int position = 0; position < Traits::kBoxes; ++position) {
+        const int slot = Place::slot(count + position);
+        const uint64_t a = advance(rows, box_at<Traits::kBoxes>(position) * kBoxBytes);
+        const uint64_t b = advance(ring, slot * kBoxBytes);
+        barrier_wait(shared.ring_full + slot, Place::parity(count + position));
+        wgmma_begin();
+        FP_UNROLL
+        for (int step = 0; step < 4; ++step)
+          Wgmma<T, 64, !kChannelsLast, false>::run(
+              frag, advance(a, step * kStepBytes<!kChannelsLast>),
+              advance(b, step * kStepBytes<false>), position + step > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      wgmma_hold(frag);
+      if (remaining <= kBox && lane == 0) barrier_arrive(shared.grad_empty);
+
+      float own[16], other[16];
+      exchange_products(shared.exchange, group, warp, thread, frag, own, other);
+
+      const float* stats = shared.stats + (tile & 1) * 2 * kBox + 32 * group + lane % 4 * 2;
+      const int column = 32 * group + lane % 4 * 2;
+      barrier_wait(shared.stats_full + (tile & 1), tile >> 1 & 1);
+      float dim_mean_q[2], rnorm_q[2], rnorm_power[2];
+      FP_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        dim_mean_q[h] = float(s.dim) * shared.rows[row + 8 * h];
+        rnorm_q[h] = shared.rows[kBox + row + 8 * h];
+        rnorm_power[h] = of_constant(rnorm_q[h], s.eps) * power_of(h);
+      }
+      uint32_t mine[8], theirs[8];
+      FP_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const float mean_p[2] = {stats[8 * k], stats[8 * k + 1]};
+        const float rnorm_p[2] = {stats[kBox + 8 * k], stats[kBox + 8 * k + 1]};
+        FP_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          float coefficient[2];
+          FP_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            const int i = 4 * k + 2 * h + e;
+            const bool ok = column + 8 * k + e < remaining;
+            const float product = group == 0 ? own[i] : other[i];
+            const float grad_weight = group == 0 ? other[i] : own[i];
+            float cos = (product - dim_mean_q[h] * mean_p[e]) * (rnorm_q[h] * rnorm_p[e]);
+            cos = ok ? cos : 0.f;
+            const float w = exp2_fast(multiply_add(cos, scale, -lse[h]));
+            float grad_cos = w * (grad_weight - delta[h]) * gradient_scale;
+            grad_cos = ok ? grad_cos : 0.f;
+            sum_cos[h] = multiply_add(grad_cos, cos, sum_cos[h]);
+            // A constant prototype has c = 0 whatever F is: its reciprocal norm is 0 here.
+            coefficient[e] = grad_cos * (rnorm_power[h] * rnorm_p[e]);
+          }
+          // The means come out of the sum with the rounded coefficients that went into it.
+          const uint32_t pair = pack<T>(coefficient[0], coefficient[1]);
+          float rounded[2];
+          unpack<T>(pair, &rounded[0], &rounded[1]);
+          sum_mean[h] = multiply_add(rounded[0], mean_p[0], sum_mean[h]);
+          sum_mean[h] = multiply_add(rounded[1], mean_p[1], sum_mean[h]);
+          mine[2 * k + h] = pair;
+        }
+      }
+      sync_warp();
+      if (lane == 0) barrier_arrive(shared.stats_empty + (tile & 1));
+      exchange_coefficients(shared.exchange, group, warp, thread, mine, theirs);
+
+      if (remaining < kBox) {
+        // The rows behind the bag may hold anything, and 0 * NaN is no 0.
+        sync_some(kConsumersBarrier, kConsumers);
+        for (int q = 0; q < kOwned; ++q) {
+          uint8_t* box = shared.ring + Place::slot(count + 2 * q + group) * kBoxBytes;
+          for (int i = remaining * 8 + thread; i < kBox * 8; i += 128)
+            reinterpret_cast<Vector16*>(box)[i] = {0, 0, 0, 0};
+        }
+        fence_async();
+        sync_some(kGroupBarrier + group, 128);
+      }
+
+      FP_UNROLL
+      for (int q = 0; q < kOwned; ++q) wgmma_hold(acc[q]);
+      wgmma_begin();
+      FP_UNROLL
+      for (int q = 0; q < kOwned; ++q) {
+        const uint64_t b = advance(ring, Place::slot(count + 2 * q + group) * kBoxBytes);
+        FP_UNROLL
+        for (int step = 0; step < 2; ++step) {
+          const uint32_t a[4] = {mine[4 * step], mine[4 * step + 1], mine[4 * step + 2],
+                                 mine[4 * step + 3]};
+          Wgmma<T, 64, false, true>::run(acc[q], a,
+                                         advance(b, (2 * group + step) * kStepBytes<true>), 1);
+        }
+        FP_UNROLL
+        for (int step = 0; step < 2; ++step) {
+          const uint32_t a[4] = {theirs[4 * step], theirs[4 * step + 1], theirs[4 * step + 2],
+                                 theirs[4 * step + 3]};
+          Wgmma<T, 64, false, true>::run(acc[q], a,
+                                         advance(b, (2 - 2 * group + step) * kStepBytes<true>), 1);
+        }
+        wgmma_commit();
+      }
+      release_in_turn<kOwned>([&](int q) {
+        if (lane == 0) barrier_arrive(shared.ring_empty + Place::slot(count + 2 * q + group));
+      });
+      FP_UNROLL
+      for (int q = 0; q < kOwned; ++q) wgmma_hold(acc[q]);
+      count += Traits::kBoxes;
+    }
+    if (bag.count == 0 && lane == 0) barrier_arrive(shared.grad_empty);
+    // A bag whose offsets make no sense: its pixels get NaN, as in the forward.
+    if (!bag.valid) sum_cos[0] = sum_cos[1] = not_a_number();
+  }
+
+  sync_some(kConsumersBarrier, kConsumers);  // delta's parts were read
+  float* parts = shared.sums;
+  FP_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    sum_cos[h] = sum_over_row(sum_cos[h]);
+    sum_mean[h] = sum_over_row(sum_mean[h]);
+    if (lane % 4 == 0) {
+      parts[group * kBox + row + 8 * h] = sum_cos[h];
+      parts[(2 + group) * kBox + row + 8 * h] = sum_mean[h];
+    }
+  }
+  sync_some(kConsumersBarrier, kConsumers);
+  if (p.temperature_terms != nullptr && group == 0 && warp == 0) {
+    float sum = (parts[lane] + parts[kBox + lane]) + (parts[lane + 32] + parts[kBox + lane + 32]);
+    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0) p.temperature_terms[block_index()] = sum;
+  }
+  float mean_q[2], inverse_power[2], projection[2];
+  FP_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int r = row + 8 * h;
+    sum_cos[h] = parts[r] + parts[kBox + r];
+    sum_mean[h] = parts[2 * kBox + r] + parts[3 * kBox + r];
+    mean_q[h] = shared.rows[r];
+    projection[h] = projection_factor(shared.rows[kBox + r], s.eps) * sum_cos[h];
+    inverse_power[h] = 1 / power_of(h);
+  }
+  FP_UNROLL
+  for (int q = 0; q < kOwned; ++q) {
+    const int box = group * kOwned + q;
+    FP_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      const int offset = fragment_offset<kChannelsLast>(base, step);
+      uint32_t f[4];
+      load_matrix<!kChannelsLast>(f, shared.feat + box * kBoxBytes + offset);
+      FP_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int h = i & 1;
+        const int c = 8 * step + 4 * (i / 2) + 2 * h;
+        float f0, f1;
+        unpack<T>(f[i], &f0, &f1);
+        f[i] = pack<T>(
+            (acc[q][c] - sum_mean[h]) * inverse_power[h] - (f0 - mean_q[h]) * projection[h],
+            (acc[q][c + 1] - sum_mean[h]) * inverse_power[h] - (f1 - mean_q[h]) * projection[h]);
+      }
+      store_matrix<!kChannelsLast>(shared.grad + box * kBoxBytes + offset, f);
+    }
+  }
+  fence_async();
+  sync_some(kGroupBarrier + group, 128);
+  if (thread == 0) {
+    for (int q = 0; q < kOwned; ++q) {
+      const int box = group * kOwned + q;
+      if (box * kBox < s.dim)
+        tma_store(&maps.grad_feat, shared.grad + box * kBoxBytes,
+                  kChannelsLast ? box * kBox : at.first, kChannelsLast ? at.first : box * kBox,
+                  at.image);
+    }
+    tma_store_commit();
+    tma_store_wait<0>();
+  }
+}
+
+template <class Traits>
+FP_KERNEL FP_LAUNCH_BOUNDS(kBackwardThreads, 1)
+    backward_query_kernel(FP_GRID_CONSTANT BackwardParams p,
+                          FP_GRID_CONSTANT BackwardQueryMaps maps) {
+  const BackwardQueryShared<Traits> shared(shared_memory());
+  const PixelTile at(p.problem, block_index());
+  if (thread_index() == 0) {
+    for (int i = 0; i < Traits::kBoxes; ++i) barrier_init(shared.grad_full + i, 1);
+    barrier_init(shared.grad_empty, 8);
+    for (int i = 0; i < Traits::kRing; ++i) {
+      barrier_init(shared.ring_full + i, 1);
+      barrier_init(shared.ring_empty + i, 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(shared.stats_full + i, 32);
+      barrier_init(shared.stats_empty + i, 8);
+    }
+    barrier_init_fence();
+  }
+  if (thread_index() < 2 * kBox) {
+    const int row = thread_index() % kBox, which = thread_index() / kBox;
+    const bool ok = at.first + row < p.problem.pixels;
+    const int64_t from = (int64_t(at.image) * 2 + which) * p.problem.pixels + at.first + row;
+    shared.rows[thread_index()] = ok ? p.statistics.query[from] : 0.f;
+  }
+  sync_block();
+
+  const int warp = warp_index();
+  if (warp >= kConsumers / 32) {
+    registers_fewer<kProducerRegisters>();
+    if (warp == 8 && lane_index() == 0) load_ring<Traits>(p, maps, shared, at);
+    if (warp == 9 && lane_index() == 0) load_grads<Traits>(p, maps, shared, at);
+    if (warp == 10) load_proto_stats<Traits>(p, shared, at);
+  } else {
+    registers_more<kConsumerRegisters>();
+    consume_query_tiles<Traits>(p, maps, shared, at);
+  }
+}
+
+template <class Traits>
+const char* launch_backward_query_as(const BackwardParams& p, void* stream) {
+  using T = typename Traits::T;
+  const Problem& s = p.problem;
+  const int64_t blocks = backward_query_programs(s);
+  if (blocks == 0) return nullptr;
+  const Strided &feat = p.feat, &grad = p.grad_out;
+  const StackDim features[2] = {{s.queries, feat.query}, {s.episodes, feat.episode}};
+  const StackDim grads[3] = {
+      {s.ways, grad.way}, {s.queries, grad.query}, {s.episodes, grad.episode}};
+  const int64_t images = int64_t(s.episodes) * s.queries;
+  const StackDim aggs[1] = {{images * s.ways, p.agg.image}};
+  const StackDim grad_features[1] = {{images, p.grad_feat.image}};
+  const T* copy = static_cast<const T*>(grad.data);
+  const T* enhanced = s.concat ? copy + s.dim * grad.channel : copy;
+  BackwardQueryMaps maps;
+  const char* error = nullptr;
+  const auto stack = [&](TensorMap* map, const void* data, const auto& strides, const auto& dims) {
+    if (error == nullptr)
+      error = make_stack_map(map, map_type<T>(), data, s.dim, s.pixels, strides.channel,
+                             strides.pixel, Traits::kChannelsLast, dims);
+  };
+  stack(&maps.feat, feat.data, feat, features);
+  stack(&maps.enhanced, enhanced, grad, grads);
+  stack(&maps.copy, copy, grad, grads);
+  stack(&maps.agg, p.agg.data, p.agg, aggs);
+  stack(&maps.grad_feat, p.grad_feat.data, p.grad_feat, grad_features);
+  if (error == nullptr)
+    error = make_protos_map(&maps.protos, map_type<T>(), p.protos, s.dim, s.total, feat.data);
+  if (error != nullptr) return error;
+  const Grid grid{int(blocks), kBackwardThreads, Traits::kSharedBytes, 1, stream};
+  return launch<backward_query_kernel<Traits>>(grid, p, maps);
+}
+
+template <class T>
+const char* launch_backward_query(const BackwardParams& p, void* stream) {
+  const bool channels_last = is_channels_last(p);
+  if (p.problem.dim <= 256)
+    return channels_last ? launch_backward_query_as<BackwardQueryTraits<T, 256, true>>(p, stream)
+                         : launch_backward_query_as<BackwardQueryTraits<T, 256, false>>(p, stream);
+  return channels_last ? launch_backward_query_as<BackwardQueryTraits<T, 512, true>>(p, stream)
+                       : launch_backward_query_as<BackwardQueryTraits<T, 512, false>>(p, stream);
+}
+
+}  // namespace fastproto::cuda::sm90

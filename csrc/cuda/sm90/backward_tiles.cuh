@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the two WGMMA backward kernels share: the layout of fragments in boxes, the exchange between
+// two warpgroups, places in rings of any length.
+//
+// Both kernels have two consuming warpgroups. For a tile of 64 rows (of the accumulator) by 64
+// columns, group 0 computes S and group 1 dA, each 64 x 64; then each has both for its half of the
+// columns, forms the coefficients of the last product there, and sends them to the other. Thread t
+// of one group holds the same places of the tile as thread t of the other, so that all exchange is
+// between two threads, and only pairs of warps wait for each other.
+#pragma once
+
+#include "backward.h"
+#include "tiles.cuh"
+
+namespace fastproto::cuda::sm90 {
+
+constexpr int kConsumers = 256;
+constexpr int kBackwardThreads = kConsumers + 128;
+// 256 x 232 + 128 x 40 of 65536.
+constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 40;
+
+// Named barriers; 0 is the block's.
+constexpr int kPairBarrier = 1;       // + warp of the group: 64 threads
+constexpr int kConsumersBarrier = 5;  // 256 threads
+constexpr int kGroupBarrier = 6;      // + group: 128 threads
+
+// As Ring, for any number of stages.
+template <int Stages>
+struct Places {
+  static FP_HOST_DEVICE constexpr int slot(uint32_t count) { return int(count % Stages); }
+  static FP_HOST_DEVICE constexpr int parity(uint32_t count) { return int(count / Stages & 1); }
+};
+
+// Boxes of channels come in turns for the two groups, which own one half of the channels each.
+template <int Boxes>
+FP_HOST_DEVICE constexpr int box_at(int position) {
+  return position % 2 * (Boxes / 2) + position / 2;
+}
+
+// The descriptor of what lies `bytes` further.
+FP_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+// Bytes from one step of 16 numbers of K to the next, in boxes whose rows are K or not.
+template <bool RowsAreK>
+constexpr int kStepBytes = RowsAreK ? 16 * kBoxRowBytes : 32;
+
+// Where this lane's row of step 0 lies for load_matrix<!ChannelsLast> (store_matrix), and that of
+// `step`: matrices 2 h + 0, 1 are channels
+// 16 step + 8 h.., of the rows 16 warp + g and + 8, so that registers 2 h + 0, 1 are the pairs
+// c[8 step + 4 h + 0..1], c[.. + 2..3] of an accumulator whose columns are the box's channels.
+template <bool ChannelsLast>
+FP_HOST_DEVICE constexpr int fragment_base(int warp, int lane) {
+  const int matrix = lane / 8, row = lane % 8;
+  return ChannelsLast ? box_offset(16 * warp + 8 * (matrix & 1) + row, matrix / 2)
+                      : box_offset(8 * (matrix / 2) + row, 2 * warp + (matrix & 1));
+}
+template <bool ChannelsLast>
+FP_HOST_DEVICE constexpr int fragment_offset(int base, int step) {
+  return ChannelsLast ? base ^ (2 * step << 4) : base + 16 * step * kBoxRowBytes;
+}
+
+// One area for each group: where it sends numbers, and where the other answers.
+constexpr int kExchangeBytes = 8 * 1024;
+template <int Count>
+FP_DEVICE void exchange_write(uint8_t* area, int thread, const uint32_t (&x)[Count]) {
+  static_assert(Count * 128 * 4 <= kExchangeBytes);
+  FP_UNROLL
+  for (int v = 0; v < Count / 4; ++v)
+    reinterpret_cast<Vector16*>(area)[128 * v + thread] = {x[4 * v], x[4 * v + 1], x[4 * v + 2],
+                                                           x[4 * v + 3]};
+}
+template <int Count>
+FP_DEVICE void exchange_read(const uint8_t* area, int thread, uint32_t (&x)[Count]) {
+  FP_UNROLL
+  for (int v = 0; v < Count / 4; ++v) {
+    const Vector16 y = reinterpret_cast<const Vector16*>(area)[128 * v + thread];
+    FP_UNROLL
+    for (int i = 0; i < 4; ++i) x[4 * v + i] = y.x[i];
+  }
+}
+
+// Splits the 64 x 64 products `frag` of this group by columns: its own half to `own`, of the other
+// half what the other group has of the other product to `other`.
+FP_DEVICE void exchange_products(uint8_t* areas, int group, int warp, int thread,
+                                 const float (&frag)[32], float (&own)[16], float (&other)[16]) {
+  uint32_t bits[16];
+  FP_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    own[i] = group == 0 ? frag[i] : frag[16 + i];
+    bits[i] = float_to_bits(group == 0 ? frag[16 + i] : frag[i]);
+  }
+  exchange_write(areas + group * kExchangeBytes, thread, bits);
+  sync_some(kPairBarrier + warp, 64);
+  exchange_read(areas + (1 - group) * kExchangeBytes, thread, bits);
+  FP_UNROLL
+  for (int i = 0; i < 16; ++i) other[i] = bits_to_float(bits[i]);
+}
+// The answer: into the area just read, from the one just written.
+template <int Count>
+FP_DEVICE void exchange_coefficients(uint8_t* areas, int group, int warp, int thread,
+                                     const uint32_t (&own)[Count], uint32_t (&other)[Count]) {
+  exchange_write(areas + (1 - group) * kExchangeBytes, thread, own);
+  sync_some(kPairBarrier + warp, 64);
+  exchange_read(areas + group * kExchangeBytes, thread, other);
+}
+
+// After `Count` committed groups of products: `release` of each as it ends, so that what comes next
+// into its box is on its way during the rest.
+template <int Count, class Release>
+FP_DEVICE void release_in_turn(const Release& release) {
+  static_assert(Count == 2 || Count == 4);
+  if constexpr (Count == 4) {
+    wgmma_wait<3>();
+    release(0);
+    wgmma_wait<2>();
+    release(1);
+  }
+  wgmma_wait<1>();
+  release(Count - 2);
+  wgmma_wait<0>();
+  release(Count - 1);
+}
+
+// Sum over the four lanes that share a row of a fragment.
+FP_DEVICE float sum_over_row(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+}  // namespace fastproto::cuda::sm90

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../backward_protos.cuh"
+
+namespace fastproto::cuda::sm90 {
+template const char* launch_backward_protos<half>(const BackwardParams&, void*);
+}

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../backward_query.cuh"
+
+namespace fastproto::cuda::sm90 {
+template const char* launch_backward_query<bf16>(const BackwardParams&, void*);
+}
