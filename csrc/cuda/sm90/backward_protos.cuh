@@ -88,8 +88,8 @@ struct BackwardProtosShared {
 // Rows of no bag are those of the bag behind the last.
 struct ProtoTile {
   int first;  // row
-  int end;    // of the bag
-  int count;  // of the bag
+  int begin;  // of the bag
+  int end;
   int episode;
   int way;
   bool is_bag;
@@ -106,10 +106,9 @@ struct ProtoTile {
     for (int mask = 1; mask < 32; mask *= 2) owners += shuffle_xor(owners, mask);
     const int bag = int(owners) > 0 ? int(owners) - 1 : 0;
     is_bag = bag < bags;
-    const int begin = offsets[bag] > 0 ? offsets[bag] : 0;
+    begin = offsets[bag] > 0 ? offsets[bag] : 0;
     end = is_bag ? offsets[bag + 1] : s.total;
     end = end < s.total ? end : s.total;
-    count = end - begin;
     // The tile's number less those before begin's: in this order it cannot overflow.
     first = begin % kBackwardProtosRows + (tile - bag) * kBackwardProtosRows;
     episode = bag / s.ways;
@@ -422,7 +421,7 @@ FP_KERNEL FP_LAUNCH_BOUNDS(kBackwardThreads, 1)
     return;
   }
   if (thread_index() == 0) {
-    shared.scale[0] = exponent_scale(s, at.count);
+    shared.scale[0] = exponent_scale(s, at.end - at.begin);
     shared.place[0] = at.first;
     shared.place[1] = at.end;
     barrier_init(shared.protos_full, 1);
