@@ -4,9 +4,12 @@
 The pair has one schema whatever the backend, but for the tensors that the forward saves:
 
     forward(feat, protos, offsets, temperature_tensor, temperature, eps, concat,
-            save_for_backward) -> (out, *saved)
+            save_for_backward, *modes) -> (out, *saved)
     backward(grad_out, feat, protos, offsets, temperature_tensor, *saved, temperature, eps,
-             concat, needs_protos, needs_temperature) -> (grad_feat, grad_protos, grad_temperature)
+             concat, needs_protos, needs_temperature, *modes)
+        -> (grad_feat, grad_protos, grad_temperature)
+
+``modes`` are settings of PyTorch that a backend honours; the backward runs in those of its forward.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ def call(
     temperature: float | Tensor,
     eps: float,
     concat: bool,
+    modes: tuple[bool, ...] = (),
 ) -> Tensor:
     """Call the pair on checked arguments; shapes as in ``fastproto.proto_attention``."""
     if isinstance(temperature, Tensor):
@@ -65,10 +69,10 @@ def call(
     )
     inputs = (feat, protos, offsets, tensor, number, eps, concat)
     if is_traced():
-        return op(pair.forward)(*inputs, save)[0]
+        return op(pair.forward)(*inputs, save, *modes)[0]
     if save:
-        return _EagerFunction.apply(pair, *inputs)
-    return pair.forward_now(*inputs, False)[0]
+        return _EagerFunction.apply(pair, modes, *inputs)
+    return pair.forward_now(*inputs, False, *modes)[0]
 
 
 def is_traced() -> bool:
@@ -80,10 +84,11 @@ def is_traced() -> bool:
     )
 
 
-def _save(ctx: Any, inputs: Sequence[Any], saved: Sequence[Tensor]) -> None:
+def _save(ctx: Any, inputs: Sequence[Any], modes: Sequence[bool], saved: Sequence[Tensor]) -> None:
     feat, protos, offsets, temperature_tensor, temperature, eps, concat = inputs
     ctx.save_for_backward(feat, protos, offsets, temperature_tensor, *saved)
     ctx.options = (temperature, eps, concat)
+    ctx.modes = modes
 
 
 def _gradients(
@@ -102,6 +107,7 @@ def _gradients(
         *ctx.options,
         needs_protos,
         needs_temperature,
+        *ctx.modes,
     )
     return (
         grad_feat,
@@ -122,9 +128,9 @@ class _EagerFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, pair: OpPair, *inputs: Any) -> Tensor:
-        out, *saved = pair.forward_now(*inputs, True)
-        _save(ctx, inputs, saved)
+    def forward(ctx: Any, pair: OpPair, modes: tuple[bool, ...], *inputs: Any) -> Tensor:
+        out, *saved = pair.forward_now(*inputs, True, *modes)
+        _save(ctx, inputs, modes, saved)
         ctx.pair = pair
         return out
 
@@ -133,7 +139,7 @@ class _EagerFunction(torch.autograd.Function):
         pair = ctx.pair
         # With create_graph: through autograd, which says that it cannot.
         backward = op(pair.backward) if torch.is_grad_enabled() else pair.backward_now
-        return (None, *_gradients(ctx, backward, grad_out, ctx.needs_input_grad[1:]))
+        return (None, None, *_gradients(ctx, backward, grad_out, ctx.needs_input_grad[2:]))
 
 
 def register(pair: OpPair) -> None:
@@ -141,11 +147,12 @@ def register(pair: OpPair) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs[:-1], output[1:])
+        _save(ctx, inputs[:7], inputs[8:], output[1:])
 
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        return (*_gradients(ctx, op(pair.backward), grad_out, needs), None)  # save_for_backward
+        nothing = [None] * (1 + len(ctx.modes))  # save_for_backward, modes
+        return (*_gradients(ctx, op(pair.backward), grad_out, needs), *nothing)
 
     def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(

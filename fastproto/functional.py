@@ -71,7 +71,10 @@ def proto_attention(
     _check(feat, protos, offsets, temperature, eps)
     if isinstance(temperature, Tensor) and temperature.dtype not in (torch.float32, torch.float64):
         temperature = temperature.float()
-    chosen = backends.choose(feat.device.type, backend, feat.dtype)
+    too_wide = False
+    if feat.shape[2] > backends.MAX_CUDA_DIM:  # torch.compile knows what a branch says
+        too_wide = True
+    chosen = backends.choose(feat.device.type, backend, feat.dtype, too_wide)
     if chosen == "native":
         from fastproto import ops
 

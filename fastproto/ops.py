@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastproto import _library, autograd
+from fastproto import _library, autograd, packing
 from fastproto.layout import new_maps
 
 _reason = _library.why_not_cpu()
@@ -39,6 +39,19 @@ _PAIR = autograd.OpPair(
 )
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch's setting for float32 matrix products on CUDA allows TF32.
+
+    "ieee" or unset (the default, "highest") does not: three TF32 products per product have the
+    digits of float32.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# torch.compile guards on the setting itself. As in fastproto.backends.
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def proto_attention(
     feat: Tensor,
     protos: Tensor,
@@ -48,15 +61,14 @@ def proto_attention(
     concat: bool,
 ) -> Tensor:
     """Call the native op on checked arguments; shapes as in ``fastproto.proto_attention``."""
-    return autograd.call(_PAIR, feat, protos, offsets, temperature, eps, concat)
+    modes: tuple[bool, ...] = ()
+    if feat.device.type != "cpu" and feat.dtype == torch.float32:
+        modes = (allows_tf32(),)
+    return autograd.call(_PAIR, feat, protos, offsets, temperature, eps, concat, modes)
 
 
-def _accumulate_dtype(feat: Tensor) -> torch.dtype:
-    return torch.float64 if feat.dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("fastproto::proto_attention_fwd")
-def _(
+def fake_forward(
+    on_cuda: bool,
     feat: Tensor,
     protos: Tensor,
     offsets: Tensor,
@@ -65,20 +77,26 @@ def _(
     eps: float,
     concat: bool,
     save_for_backward: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What the forward returns, without values: csrc/api/schemas.h."""
     episodes, queries, dim, height, width = feat.shape
     ways = (offsets.shape[0] - 1) // episodes
     leading = [episodes, queries, ways]
     out = new_maps(feat, leading, 2 * dim if concat else dim)
-    dtype = _accumulate_dtype(feat)
+    wide = torch.float64 if feat.dtype == torch.float64 else torch.float32
+    dtype = feat.dtype if on_cuda else wide
     if not save_for_backward:
-        return out, feat.new_empty([0], dtype=dtype), feat.new_empty([0], dtype=dtype)
-    stats = feat.new_empty([*leading, 3, height * width], dtype=dtype)
+        return out, feat.new_empty([0], dtype=dtype), feat.new_empty([0], dtype=wide)
+    shape = [*leading, 3, height * width]
+    if on_cuda:
+        maps, pixels = episodes * queries, height * width
+        shape = [maps * ways * pixels + 2 * maps * pixels + 2 * protos.shape[0]]
+    stats = feat.new_empty(shape, dtype=wide)
     return out, new_maps(feat, leading, dim, dtype=dtype), stats
 
 
-@torch.library.register_fake("fastproto::proto_attention_bwd")
-def _(
+def fake_backward(
     grad_out: Tensor,
     feat: Tensor,
     protos: Tensor,
@@ -91,18 +109,58 @@ def _(
     concat: bool,
     needs_protos: bool,
     needs_temperature: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward returns, without values."""
     grad_feat = new_maps(feat, list(feat.shape[:2]), feat.shape[2])
     grad_protos = protos.new_empty(protos.shape if needs_protos else [0])
     if needs_temperature:
         assert temperature_tensor is not None
         return grad_feat, grad_protos, temperature_tensor.new_empty([1])
-    return grad_feat, grad_protos, feat.new_empty([0], dtype=_accumulate_dtype(feat))
+    return grad_feat, grad_protos, stats.new_empty([0])
 
 
+@torch.library.register_fake("fastproto::proto_attention_fwd")
+def _(feat: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_forward(feat.device.type != "cpu", feat, *rest)
+
+
+torch.library.register_fake("fastproto::proto_attention_bwd", fake_backward)
 autograd.register(_PAIR)
 
 
 @torch.library.register_fake("fastproto::null")
 def _(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+# Packing of prototypes, on CUDA alone.
+
+
+def _pack_now(*arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastproto.pack_prototypes.default(*arguments)
+
+
+def _pack_backward_now(*arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastproto.pack_prototypes_bwd.default(*arguments)
+
+
+_PACK = packing.PackPair(
+    "native",
+    "fastproto::pack_prototypes",
+    "fastproto::pack_prototypes_bwd",
+    _pack_now,
+    _pack_backward_now,
+)
+torch.library.register_fake(_PACK.forward, packing.fake_forward)
+torch.library.register_fake(_PACK.backward, packing.fake_backward)
+packing.register(_PACK)
+
+
+def pack_prototypes(
+    features: Tensor, share: Tensor, threshold: float, append_global: bool
+) -> tuple[Tensor, Tensor]:
+    """Pack prototypes; see :func:`fastproto.packing.call`."""
+    return packing.call(_PACK, features, share, threshold, append_global)

@@ -46,8 +46,6 @@ struct OnDevice {
   void* stream() const { return nullptr; }
 };
 
-constexpr bool kHasSm90 = true;
-
 #else
 
 Chip chip_of(const Tensor& tensor) {
@@ -87,12 +85,12 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
+#endif
+
 #ifdef FASTPROTO_SM90
 constexpr bool kHasSm90 = true;
 #else
 constexpr bool kHasSm90 = false;
-#endif
-
 #endif
 
 // ---------------------------------------------------------------- arguments
@@ -266,7 +264,7 @@ bool is_sm90(Kernel kernel) {
   return kernel == Kernel::kSm90Latency || kernel == Kernel::kSm90Throughput;
 }
 
-#if defined(FASTPROTO_SM90) || defined(FASTPROTO_EMULATE)
+#ifdef FASTPROTO_SM90
 #define FP_LAUNCH(function, plan, ...) \
   (is_sm90((plan).kernel) ? sm90::function(__VA_ARGS__) : sm80::function(__VA_ARGS__))
 #else
@@ -385,8 +383,9 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
   const Plan plan = c.plan(true);
   const Tensor delta = torch::stable::new_empty(feat, {layout.lse}, ScalarType::Float);
   p.delta = static_cast<float*>(delta.data_ptr());
-  const Tensor terms = torch::stable::new_empty(
-      feat, {needs_temperature ? plan.backward_query.blocks : 0}, ScalarType::Float);
+  const int tiles = plan.backward_query.blocks / plan.backward_query.slices;
+  const Tensor terms =
+      torch::stable::new_empty(feat, {needs_temperature ? tiles : 0}, ScalarType::Float);
   if (needs_temperature) p.temperature_terms = static_cast<float*>(terms.data_ptr());
 
   void* const stream = device.stream();

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "../params.h"
+#include "sm80/configs.h"
+#include "sm90/forward.h"
 
 namespace fastproto::cuda {
 
@@ -73,20 +75,9 @@ constexpr const char* kKernelsAllowed =
 
 // ---------------------------------------------------------------- tiles of the kernels
 
-// Channels of the template that a kernel runs with: tiles are padded with zeros to that.
-constexpr int padded_dim(int64_t dim) {
-  return dim <= 64 ? 64 : dim <= 128 ? 128 : dim <= 256 ? 256 : 512;
-}
 constexpr int item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 constexpr int kSm90SharedMemory = 227 * 1024;  // the sm90 kernels take all there is
-
-// csrc/cuda/sm80/forward.cuh: rows of prototypes in a tile, and bytes of a block.
-constexpr int sm80_forward_tile_n(int item, int rows) { return item == 2 && rows == 16 ? 64 : 32; }
-constexpr int sm80_forward_bytes(int item, int dim, int rows, int stages) {
-  const int n = sm80_forward_tile_n(item, rows);
-  return (rows + stages * n) * dim * item + rows * n * item + rows * (3 + n / 4) * 4;
-}
 
 // ---------------------------------------------------------------- the choice
 
@@ -143,74 +134,85 @@ inline void plan_stats(const Request& r, KernelPlan* plan) {
   plan->blocks = int(ceil_div(r.total, plan->tile_n));
 }
 
-// The largest number of slices that leaves no block waiting, each of 64 channels or more.
+// Tiles of `rows` prototypes where the host does not know how large the bags are.
+inline int64_t owned_tiles(const Request& r, int rows) {
+  return r.total / rows + r.episodes * r.ways + 1;
+}
+
+// All slices there can be where that leaves few blocks waiting, or one: a block computes the
+// cosines of its tile whichever slice it has.
 inline int latency_slices(const Request& r, int64_t tiles, int dim) {
-  int slices = 1;
-  while (2 * slices <= dim / 64 && 2 * slices * tiles <= r.multiprocessors) slices *= 2;
-  return slices;
+  const int most = sm80::most_slices(dim);
+  return tiles * most <= 2 * r.multiprocessors ? most : 1;
 }
 
 inline void plan_sm80_forward(const Request& r, bool small, KernelPlan* plan) {
-  const int item = item_size(r.dtype), dim = padded_dim(r.dim);
-  const int64_t maps = r.episodes * r.queries * r.ways;
+  const int item = item_size(r.dtype), dim = sm80::padded_dim(r.dim);
   plan->kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
   plan->dim = dim;
-  // float32 has one tile: 64 rows of it would leave no room for prototypes.
-  plan->tile_m = small || item == 4                                        ? 16
-                 : sm80_forward_bytes(item, dim, 64, 1) <= r.shared_memory ? 64
-                                                                           : 16;
-  plan->tile_n = sm80_forward_tile_n(item, plan->tile_m);
-  plan->stages = sm80_forward_bytes(item, dim, plan->tile_m, 2) <= r.shared_memory ? 2 : 1;
+  // 64 rows of float32 would leave no room for prototypes.
+  const bool wide = !small && item == 2 && sm80::forward_bytes(item, dim, 64, 1) <= r.shared_memory;
+  plan->tile_m = wide ? 64 : 16;
+  plan->tile_n = sm80::forward_tile_n(item, plan->tile_m);
+  plan->stages = sm80::forward_bytes(item, dim, plan->tile_m, 2) <= r.shared_memory ? 2 : 1;
+  const int64_t maps = r.episodes * r.queries * r.ways;
   const int64_t tiles = maps * ceil_div(r.pixels, plan->tile_m);
   plan->slices = small ? latency_slices(r, tiles, dim) : 1;
   plan->blocks = int(tiles * plan->slices);
-  plan->threads = 256;
-  plan->shared_bytes = sm80_forward_bytes(item, dim, plan->tile_m, plan->stages);
+  plan->threads = sm80::kThreads;
+  plan->shared_bytes = sm80::forward_bytes(item, dim, plan->tile_m, plan->stages);
+}
+
+// The queries: a block sums over the classes. The prototypes: bag b owns the tiles from
+// offsets[b] / tile_n + b on, found on the device.
+inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
+  const int item = item_size(r.dtype), dim = sm80::padded_dim(r.dim);
+  KernelPlan& query = plan->backward_query;
+  query.kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
+  query.dim = dim;
+  query.tile_m = 16;
+  query.tile_n = sm80::backward_query_tile_n(item);
+  query.stages = sm80::backward_query_bytes(item, dim, 2) <= r.shared_memory ? 2 : 1;
+  query.threads = sm80::kThreads;
+  query.shared_bytes = sm80::backward_query_bytes(item, dim, query.stages);
+  const int64_t tiles = r.episodes * r.queries * ceil_div(r.pixels, query.tile_m);
+  query.slices = small ? latency_slices(r, tiles, dim) : 1;
+  query.blocks = int(tiles * query.slices);
+
+  KernelPlan& protos = plan->backward_protos;
+  protos.kernel = query.kernel;
+  protos.dim = dim;
+  protos.tile_m = sm80::backward_protos_pixels(item);
+  const bool tall =
+      !small && item == 2 && sm80::backward_protos_bytes(item, dim, 32) <= r.shared_memory;
+  protos.tile_n = tall ? 32 : 16;
+  protos.threads = sm80::kThreads;
+  protos.shared_bytes = sm80::backward_protos_bytes(item, dim, protos.tile_n);
+  const int64_t owned = owned_tiles(r, protos.tile_n);
+  protos.slices = small ? latency_slices(r, owned, dim) : 1;
+  protos.blocks = int(owned * protos.slices);
 }
 
 inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
   const int64_t maps = r.episodes * r.queries * r.ways;
-  plan->dim = r.dim <= 256 ? 256 : 512;
-  plan->shared_bytes = kSm90SharedMemory;
+  plan->dim = sm90::padded_dim(r.dim);
   if (small) {
     plan->kernel = Kernel::kSm90Latency;
     plan->tile_m = 16;
-    plan->tile_n = 64;
-    plan->cluster = plan->slices = 8;
-    plan->threads = 256;
-    plan->blocks = int(maps * ceil_div(r.pixels, 16) * 8);
+    plan->cluster = plan->slices = sm90::forward_latency_cluster(plan->dim);
+    plan->tile_n = 32 * plan->cluster;
+    plan->threads = sm90::forward_latency_threads(plan->dim);
+    plan->shared_bytes = sm90::forward_latency_bytes(plan->dim);
+    plan->blocks = int(maps * ceil_div(r.pixels, plan->tile_m) * plan->slices);
   } else {
     plan->kernel = Kernel::kSm90Throughput;
     plan->tile_m = plan->tile_n = 64;
-    plan->stages = plan->dim == 512 ? 2 : 4;
-    plan->threads = 384;
-    const int64_t tiles = maps * ceil_div(r.pixels, 64);  // dealt out to the blocks that fit
+    plan->stages = sm90::forward_stages(plan->dim);
+    plan->threads = sm90::forward_threads();
+    plan->shared_bytes = sm90::forward_bytes(plan->dim);
+    const int64_t tiles = maps * ceil_div(r.pixels, plan->tile_m);  // blocks take turns at them
     plan->blocks = int(tiles < r.multiprocessors ? tiles : r.multiprocessors);
   }
-}
-
-// Backward of the queries: classes are summed in a block. Of the prototypes: bag b owns the tiles
-// from offsets[b] / tile_n + b on, found on the device.
-inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
-  const int item = item_size(r.dtype), dim = padded_dim(r.dim);
-  KernelPlan query;
-  query.kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
-  query.dim = dim;
-  query.tile_m = 16;
-  query.tile_n = 32;
-  query.threads = 256;
-  const int64_t tiles = r.episodes * r.queries * ceil_div(r.pixels, query.tile_m);
-  query.slices = small ? latency_slices(r, tiles, dim) : 1;
-  query.blocks = int(tiles * query.slices);
-  query.shared_bytes = sm80_forward_bytes(item, dim, query.tile_m, 1);
-  KernelPlan protos = query;
-  protos.tile_n = 16;
-  protos.tile_m = 32;
-  const int64_t owned = r.total / protos.tile_n + r.episodes * r.ways + 1;
-  protos.slices = small ? latency_slices(r, owned, dim) : 1;
-  protos.blocks = int(owned * protos.slices);
-  plan->backward_query = query;
-  plan->backward_protos = protos;
 }
 
 inline void plan_sm90_backward(const Request& r, Plan* plan) {
@@ -222,7 +224,7 @@ inline void plan_sm90_backward(const Request& r, Plan* plan) {
   query.shared_bytes = kSm90SharedMemory;
   query.blocks = int(r.episodes * r.queries * ceil_div(r.pixels, 64));
   KernelPlan protos = query;
-  protos.blocks = int(r.total / 64 + r.episodes * r.ways + 1);
+  protos.blocks = int(owned_tiles(r, protos.tile_n));
   plan->backward_query = query;
   plan->backward_protos = protos;
 }
@@ -241,10 +243,10 @@ inline std::string why_not(const Request& r) {
                     kMaxInt / 2);
   if (r.total * r.dim > kMaxInt)
     return sentence("protos: found ", r.total, " x ", r.dim, " values; allowed: at most ", kMaxInt);
-  // Blocks: 16 pixels, a slice of 64 channels each, at the most.
-  if (maps * ceil_div(r.pixels, 16) > kMaxInt / 8)
-    return sentence("feat: found ", maps, " maps of ", r.pixels, " pixels; allowed: at most ",
-                    kMaxInt / 8, " tiles of 16 pixels");
+  // A block for 16 pixels or prototypes and a slice of 64 channels, at the most.
+  if (maps * ceil_div(r.pixels, 16) > kMaxInt / 8 || owned_tiles(r, 16) > kMaxInt / 8)
+    return sentence("feat, protos: found ", maps, " maps of ", r.pixels, " pixels, ", r.total,
+                    " prototypes; allowed: at most ", kMaxInt / 8, " tiles of 16");
   return "";
 }
 
@@ -313,6 +315,12 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
     plan_sm90_backward(r, &plan);
   else
     plan_sm80_backward(r, small, &plan);
+
+  for (const KernelPlan* one : {&plan.forward, &plan.backward_query, &plan.backward_protos}) {
+    if (one->shared_bytes <= r.shared_memory || (one != &plan.forward && !r.save)) continue;
+    plan.error = sentence("feat: D = ", r.dim, " takes ", one->shared_bytes,
+                          " bytes of shared memory in this dtype; the GPU has ", r.shared_memory);
+  }
   return plan;
 }
 

@@ -79,7 +79,9 @@ def to_text(facts: dict[str, Any]) -> str:
         ("gpus", ", ".join(facts["gpus"]) or "none"),
     ]
     for backend in facts["backends"]:
-        state = "available" if backend["available"] else f"not available: {backend['reason']}"
+        state = "available" if backend["available"] else "not available"
+        if backend["reason"]:
+            state += f": {backend['reason']}"
         rows.append((f"backend {backend['name']}", state))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -164,8 +164,8 @@ def extract_prototypes(
         masks: One mask per class, values in [0, 1]; H and W the same multiple of h and w.
         threshold: tau, in [0, 1).
         append_global: Append the mask-weighted average to every bag that is not empty.
-        backend: As in ``proto_attention``. ``"triton"`` packs with a kernel, the others in plain
-            PyTorch; so does it for float64 on a GPU and for masks that require a gradient.
+        backend: As in ``proto_attention``. On a GPU ``"native"`` and ``"triton"`` pack with a
+            kernel, but for float64 and masks that require a gradient; all else is plain PyTorch.
 
     Raises:
         ArgumentError: Shapes or devices that do not fit, or a threshold outside [0, 1).
@@ -195,26 +195,32 @@ def extract_prototypes(
 
     share = F.avg_pool2d(masks.flatten(0, 1), cell).unflatten(0, (episodes, shots))
     share = share.transpose(1, 2).flatten(2)  # [E, K, S*h*w]
-    if _packs_by_kernel(features, share, backend):
-        from fastproto.triton import ops as triton_ops
-
-        protos, offsets = triton_ops.pack_prototypes(
-            features, share.float(), float(threshold), append_global
-        )
+    pack = _packing_kernel(features, share, backend)
+    if pack is not None:
+        protos, offsets = pack(features, share.float(), float(threshold), append_global)
     else:
         protos, offsets = _pack(features, share, threshold, append_global)
     return Prototypes(protos, offsets, masks.shape[2])
 
 
-def _packs_by_kernel(features: Tensor, share: Tensor, backend: str | None) -> bool:
-    chosen = backends.choose(features.device.type, backend, features.dtype)
-    # The kernel has no gradient for masks, and nothing to do without cells.
-    return (
-        chosen == "triton"
-        and features.numel() > 0
-        and share.numel() > 0
-        and not share.requires_grad
-    )
+def _packing_kernel(
+    features: Tensor, share: Tensor, backend: str | None
+) -> Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]] | None:
+    """The chosen backend's kernel; None where plain PyTorch packs."""
+    device = features.device.type
+    chosen = backends.choose(device, backend, features.dtype)
+    # The kernels have no gradient for masks, and nothing to do without cells.
+    if share.requires_grad or features.numel() == 0 or share.numel() == 0:
+        return None
+    if chosen == "native" and device == "cuda" and features.dtype != torch.float64:
+        from fastproto import ops
+
+        return ops.pack_prototypes
+    if chosen == "triton":
+        from fastproto.triton import ops as triton_ops
+
+        return triton_ops.pack_prototypes
+    return None
 
 
 def _pack(

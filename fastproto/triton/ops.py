@@ -13,8 +13,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fastproto import autograd
-from fastproto.layout import is_channels_last
+from fastproto import autograd, packing
+from fastproto.packing import PackPair
 from fastproto.triton import launch, pack_launch, support
 from fastproto.triton.configs import H200, INTERPRETER, Chip, Plan, Shape
 from fastproto.triton.launch import Launch, Run
@@ -283,71 +283,18 @@ if support.INTERPRETED:
     _pack_backward_op.register_fake(functools.partial(pack_launch.run_pack_backward, _run_not))
 
 
-def _pack_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, share = inputs[:2]
-    _, offsets, position, mass = output
-    ctx.save_for_backward(share, position, mass, offsets)
-    ctx.maps = (*features.shape[-2:], is_channels_last(features))
-
-
-class _EagerPack(torch.autograd.Function):
-    """The registered formula below at a fraction of its cost per call, see autograd.py."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _pack_now(*inputs)
-        ctx.mark_non_differentiable(output[1])
-        _pack_save(ctx, inputs, output)
-        return output[0], output[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad_protos: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # With create_graph: through autograd, which says that it cannot.
-        backward = _PACK_BACKWARD if torch.is_grad_enabled() else _pack_backward_now
-        return backward(grad_protos, *ctx.saved_tensors, *ctx.maps), None, None, None
-
-
-def _pack_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    _pack_save(ctx, inputs, output)
-
-
-def _pack_gradients(ctx: Any, grad_protos: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return _PACK_BACKWARD(grad_protos, *ctx.saved_tensors, *ctx.maps), None, None, None
-
-
-def _pack_no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "extract_prototypes: the triton backend has no second derivative; "
-        'call it with backend="reference", which has.'
-    )
-
-
-_PACK = autograd.op("fastproto::triton_pack")
-_PACK_BACKWARD = autograd.op("fastproto::triton_pack_bwd")
-torch.library.register_autograd(
-    "fastproto::triton_pack", _pack_gradients, setup_context=_pack_setup_context
+_PACK = PackPair(
+    "triton",
+    "fastproto::triton_pack",
+    "fastproto::triton_pack_bwd",
+    _pack_now,
+    _pack_backward_now,
 )
-torch.library.register_autograd("fastproto::triton_pack_bwd", _pack_no_second_derivative)
+packing.register(_PACK)
 
 
 def pack_prototypes(
     features: Tensor, share: Tensor, threshold: float, append_global: bool
 ) -> tuple[Tensor, Tensor]:
-    """Pack the cells of ``features`` [E, S, D, h, w] that classes fill into bags of prototypes.
-
-    ``share`` [E, K, S*h*w] float32 is the part of every cell that belongs to a class. A bag has its
-    cells with more than ``threshold``, and their weighted average where it has no such cell, or
-    always (``append_global``), unless no cell has a share.
-
-    Returns:
-        protos [E*K*(S*h*w + 1), D], zeros after the bags, and offsets [E*K + 1] int32.
-        Differentiable in ``features`` alone.
-    """
-    if autograd.is_traced():
-        protos, offsets, _, _ = _PACK(features, share, threshold, append_global)
-        return protos, offsets
-    if torch.is_grad_enabled() and features.requires_grad:
-        return _EagerPack.apply(features, share, threshold, append_global)
-    protos, offsets, _, _ = _pack_now(features, share, threshold, append_global)
-    return protos, offsets
+    """Pack prototypes; see :func:`fastproto.packing.call`."""
+    return packing.call(_PACK, features, share, threshold, append_global)

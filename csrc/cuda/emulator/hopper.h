@@ -37,7 +37,10 @@ inline uint8_t* peer_memory(const char* what, uint32_t address, int bytes) {
   if (offset + bytes > block.shared_bytes)
     fail("%s: %d is past the shared memory of block %d", what, offset, block.index);
   if (offset % bytes != 0) fail("%s: address %d is not a multiple of %d", what, offset, bytes);
-  // PTX ISA: shared memory of an exited block of the cluster must not be accessed.
+  // The programming guide, "Distributed Shared Memory": the blocks must have started (one
+  // sync_cluster tells), and must not have exited.
+  if (&block != current->block && machine.cluster_meeting.completed == 0)
+    fail("%s: block %d may not have started yet: no sync_cluster before", what, block.index);
   if (block.alive_threads == 0) fail("%s: block %d has ended", what, block.index);
   return block.shared + offset;
 }
@@ -397,10 +400,24 @@ inline Operand decode(const char* name, uint64_t descriptor, bool mn_major, int 
 inline double number(uint16_t bits, bool is_half) {
   return double(is_half ? to_float(half{bits}) : to_float(bf16{bits}));
 }
-inline double operand_number(const Operand& operand, int mn, int k, bool is_half) {
-  uint16_t bits;
-  memcpy(&bits, current->block->shared + swizzle(operand.address(mn, k)), 2);
-  return number(bits, is_half);
+// The numbers of rows first to first + count - 1 (along M or N): to(row - first, k, number). Pieces
+// of 16 bytes stay together, whatever the swizzle.
+template <class To>
+void read_operand(const Operand& operand, int first, int count, bool is_half, const To& to) {
+  const uint8_t* shared = current->block->shared;
+  uint16_t piece[8];
+  for (int k = 0; k < 16; k += operand.mn_major ? 1 : 8) {
+    for (int row = 0; row < count; row += operand.mn_major ? 8 : 1) {
+      memcpy(piece, shared + swizzle(operand.address(first + row, k)), 16);
+      for (int i = 0; i < 8; ++i) {
+        const double x = number(piece[i], is_half);
+        if (operand.mn_major)
+          to(row + i, k, x);
+        else
+          to(row, k + i, x);
+      }
+    }
+  }
 }
 
 // The rows of a product that this warp holds: 16 w to 16 w + 15.
@@ -409,7 +426,8 @@ void multiply_warp(const Product& p, float* values) {
   constexpr int kCount = Columns / 2;
   const int first_row = current->warp->index % 4 * 16;
   double a[16][16];
-  thread_local double b[16][Columns];
+  thread_local double b_memory[16][Columns];
+  auto& b = b_memory;
   if (p.a_in_registers) {
     for (int lane = 0; lane < kWarpThreads; ++lane)
       for (int r = 0; r < 4; ++r)
@@ -418,18 +436,22 @@ void multiply_warp(const Product& p, float* values) {
               number(uint16_t(p.a_registers[lane][r] >> 16 * high), p.is_half);
   } else {
     const Operand operand = decode("a", p.a, p.transpose_a, 64);
-    for (int row = 0; row < 16; ++row)
-      for (int k = 0; k < 16; ++k)
-        a[row][k] = operand_number(operand, first_row + row, k, p.is_half);
+    read_operand(operand, first_row, 16, p.is_half,
+                 [&a](int row, int k, double x) { a[row][k] = x; });
   }
   const Operand operand = decode("b", p.b, p.transpose_b, Columns);
-  for (int k = 0; k < 16; ++k)
-    for (int j = 0; j < Columns; ++j) b[k][j] = operand_number(operand, j, k, p.is_half);
+  read_operand(operand, 0, Columns, p.is_half, [&b](int j, int k, double x) { b[k][j] = x; });
   if (!p.add)
     for (int i = 0; i < kWarpThreads * kCount; ++i) values[i] = 0;
-  multiply(a, b, [values](int row, int j) -> float& {
-    return values[(row % 8 * 4 + j % 8 / 2) * kCount + j / 8 * 4 + row / 8 * 2 + j % 2];
-  });
+  float* c[kWarpThreads];
+  for (int i = 0; i < kWarpThreads; ++i) c[i] = values + i * kCount;
+  multiply(a, b, c);
+}
+
+inline void check_untouched(const float* c, int count) {
+  for (int i = 0; i < count; ++i)
+    if (float_to_bits(c[i]) != ~0u)
+      fail("Wgmma: an accumulator was written while a product was under way");
 }
 
 // The last lane of a warp. Ends a product: its accumulator gets the numbers when it was the last
@@ -446,9 +468,11 @@ inline void complete_product(const Product& p) {
     multiply_warp<256>(p, values);
   if (--accumulator.products > 0) return;
   accumulator.fence = warp.fences;
-  for (int lane = 0; lane < kWarpThreads; ++lane)
+  for (int lane = 0; lane < kWarpThreads; ++lane) {
+    check_untouched(accumulator.lanes[lane], accumulator.count);
     memcpy(accumulator.lanes[lane], values + lane * accumulator.count,
            sizeof(float) * size_t(accumulator.count));
+  }
 }
 
 struct ProductArguments {
@@ -477,9 +501,7 @@ inline int begin_accumulator(int count) {
     float* values = x.values.data() + lane * count;
     if (x.products > 0) {
       if (x.lanes[lane] != c) fail("Wgmma: lanes of a warp have different accumulators");
-      for (int i = 0; i < count; ++i)
-        if (float_to_bits(c[i]) != ~0u)
-          fail("Wgmma: an accumulator was written while a product was under way");
+      check_untouched(c, count);
     } else {
       if (known && x.fence == warp.fences && x.lanes[lane] == c && memcmp(values, c, bytes) != 0)
         fail("Wgmma: an accumulator was written after the last product, and no wgmma_begin since");
@@ -537,10 +559,14 @@ inline void wgmma_begin() {
 }
 inline void wgmma_commit() {
   if (!emulator::collect("wgmma_commit", nullptr)) return;
-  emulator::current->warp->products.commit();
+  emulator::Lane& lane = *emulator::current;
+  lane.warp->products.commit();
+  // In random order some happen at once: operands that had not come yet are seen.
+  if (lane.machine->random() && lane.machine->draw(2) == 0)
+    lane.warp->products.wait(0, emulator::complete_product);
   emulator::release();
 }
-// The products happen here, as late as they may: operands overwritten too early are seen.
+// Else the products happen here, as late as they may: operands overwritten too early are seen.
 template <int Pending>
 void wgmma_wait() {
   if (!emulator::collect("wgmma_wait", nullptr)) return;

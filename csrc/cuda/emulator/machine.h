@@ -148,7 +148,13 @@ struct Warp {
 struct Meeting {
   int expected = 0;
   int arrived = 0;
+  int completed = 0;
   std::vector<Warp*> waiting;
+
+  void reset() {
+    arrived = completed = 0;
+    waiting.clear();
+  }
 };
 
 struct Block {
@@ -364,6 +370,7 @@ T& argument(int index) {
 // The last lane of a warp: its warp comes to a meeting, and waits there if it has to.
 inline void wake_all(Meeting& meeting) {
   meeting.arrived = 0;
+  ++meeting.completed;
   for (Warp* warp : meeting.waiting) wake(*warp);
   meeting.waiting.clear();
 }
@@ -465,6 +472,7 @@ inline void end_lane(Lane& lane) {
 inline void lane_main() {
   Lane* lane = current;
   Machine& machine = *lane->machine;
+  Context::entered(machine.host);
   try {
     machine.body(machine.body_data);
   } catch (const std::exception& error) {
@@ -513,10 +521,7 @@ inline void start_block(Machine& machine, int rank, int index, int shared_bytes)
   block.threads = block.alive_threads = threads;
   block.lanes = &machine.lanes[size_t(rank * threads)];
   block.warps = &machine.warps[size_t(rank * warps)];
-  for (Meeting& meeting : block.meetings) {
-    meeting.arrived = 0;
-    meeting.waiting.clear();
-  }
+  for (Meeting& meeting : block.meetings) meeting.reset();
   block.barriers.clear();
   block.barrier_waiters.clear();
   for (auto& list : block.products) list.clear();
@@ -571,8 +576,7 @@ inline std::string end_block(const Machine& machine, const Block& block) {
 inline std::string run_cluster(Machine& machine, int first_block, int shared_bytes) {
   for (int rank = 0; rank < machine.cluster; ++rank)
     start_block(machine, rank, first_block + rank, shared_bytes);
-  machine.cluster_meeting.arrived = 0;
-  machine.cluster_meeting.waiting.clear();
+  machine.cluster_meeting.reset();
   machine.loads.clear();
   machine.error.clear();
   Lane* first = next_lane(machine, nullptr);
@@ -589,10 +593,8 @@ inline std::string run_cluster(Machine& machine, int first_block, int shared_byt
   return "";
 }
 
-// Runs body() in every thread of `blocks` blocks. Null, or what went wrong (valid until the next
-// run in this thread).
-template <class Body>
-const char* run(int blocks, int threads, int cluster, int shared_bytes, const Body& body) {
+inline const char* run_grid(int blocks, int threads, int cluster, int shared_bytes,
+                            void (*body)(void*), void* data) {
   thread_local Machine machine;
   thread_local std::string error;
   if (current != nullptr) return "a grid within a grid";
@@ -616,11 +618,21 @@ const char* run(int blocks, int threads, int cluster, int shared_bytes, const Bo
     seed = setting != nullptr ? atoll(setting) : 0;
   }
   machine.random_state = uint64_t(seed) * 0x9e3779b97f4a7c15ull;
-  machine.body = [](void* data) { (*static_cast<const Body*>(data))(); };
-  machine.body_data = const_cast<void*>(static_cast<const void*>(&body));
+  machine.body = body;
+  machine.body_data = data;
   for (int block = 0; error.empty() && block < blocks; block += cluster)
     error = run_cluster(machine, block, shared_bytes);
   return error.empty() ? nullptr : error.c_str();
+}
+
+// Runs body() in every thread of `blocks` blocks. Null, or what went wrong (valid until the next
+// run in this thread).
+template <class Body>
+const char* run(int blocks, int threads, int cluster, int shared_bytes, const Body& body) {
+  return run_grid(
+      blocks, threads, cluster, shared_bytes,
+      [](void* data) { (*static_cast<const Body*>(data))(); },
+      const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 }  // namespace fastproto::cuda::emulator

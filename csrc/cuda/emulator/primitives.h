@@ -267,18 +267,38 @@ void store_matrix(void* row, const uint32_t (&r)[4]) {
 
 namespace emulator {
 
-// c[row][column] += sum over k of a[row][k] b[k][column]: exact products, summed in double and
-// rounded once.
-template <int Rows, int Columns, int Depth, class C>
-void multiply(const double (&a)[Rows][Depth], const double (&b)[Depth][Columns], const C& c) {
-  for (int row = 0; row < Rows; ++row) {
-    double sums[Columns];
-    for (int j = 0; j < Columns; ++j) sums[j] = c(row, j);
-    for (int k = 0; k < Depth; ++k) {
-      const double x = a[row][k];
-      for (int j = 0; j < Columns; ++j) sums[j] += x * b[k][j];
+// Two numbers in a register that every processor has.
+typedef double Pair __attribute__((vector_size(16)));
+
+// c += a b: exact products, summed in double and rounded once. c lies in the registers of the
+// lanes: of each eight columns the lane 4 (row % 8) + i has 2 i and 2 i + 1, of row % 8 and then of
+// row % 8 + 8.
+template <int Columns, int Depth>
+void multiply(const double (&a)[16][Depth], const double (&b)[Depth][Columns],
+              float* const (&c)[kWarpThreads]) {
+  for (int j = 0; j < Columns; j += 8) {
+    Pair bs[Depth][4];
+    for (int k = 0; k < Depth; ++k) memcpy(bs[k], &b[k][j], sizeof bs[k]);
+    for (int row = 0; row < 16; ++row) {
+      float* const* lanes = c + row % 8 * 4;
+      const int at = j / 2 + row / 8 * 2;
+      const auto load = [lanes, at](int i) {
+        return Pair{double(lanes[i][at]), double(lanes[i][at + 1])};
+      };
+      Pair s0 = load(0), s1 = load(1), s2 = load(2), s3 = load(3);
+      for (int k = 0; k < Depth; ++k) {
+        const Pair x = {a[row][k], a[row][k]};
+        s0 += x * bs[k][0];
+        s1 += x * bs[k][1];
+        s2 += x * bs[k][2];
+        s3 += x * bs[k][3];
+      }
+      const Pair sums[4] = {s0, s1, s2, s3};
+      for (int i = 0; i < 4; ++i) {
+        lanes[i][at] = float(sums[i][0]);
+        lanes[i][at + 1] = float(sums[i][1]);
+      }
     }
-    for (int j = 0; j < Columns; ++j) c(row, j) = float(sums[j]);
   }
 }
 
@@ -287,8 +307,11 @@ struct MmaArguments {
   const void* a;
   const void* b;
 };
-inline float& mma_c(int row, int column) {
-  return argument<MmaArguments>(row % 8 * 4 + column / 2).c[row / 8 * 2 + column % 2];
+template <int Depth>
+void multiply_arguments(const double (&a)[16][Depth], const double (&b)[Depth][8]) {
+  float* c[kWarpThreads];
+  for (int i = 0; i < kWarpThreads; ++i) c[i] = argument<MmaArguments>(i).c;
+  multiply(a, b, c);
 }
 inline void unpack_to(double* to, uint32_t x, bf16) {
   float low, high;
@@ -323,7 +346,7 @@ void mma_16816(const char* what, float (&c)[4], const uint32_t (&a)[4], uint32_t
       bs[2 * i + 8 * half_k + 1][g] = pair[1];
     }
   }
-  multiply(as, bs, mma_c);
+  multiply_arguments(as, bs);
   release();
 }
 
@@ -360,7 +383,7 @@ inline void mma_1688_tf32(float (&c)[4], const float (&a)[4], float b0, float b1
     bs[i][g] = truncate_tf32(y[0]);
     bs[i + 4][g] = truncate_tf32(y[1]);
   }
-  emulator::multiply(as, bs, emulator::mma_c);
+  emulator::multiply_arguments(as, bs);
   emulator::release();
 }
 

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// The host's view of the Hopper forward kernels: when they apply, how they are launched.
+#pragma once
+
+#include "../params.h"
+
+namespace fastproto::cuda::sm90 {
+
+// What the kernels are compiled for, for the plan; their Traits assert the same. `dim` is that of
+// the template, D or more.
+constexpr int padded_dim(int64_t dim) { return dim <= 256 ? 256 : 512; }
+constexpr int forward_threads() { return 384; }
+constexpr int forward_stages(int dim) { return dim == 512 ? 2 : 4; }
+constexpr int forward_bytes(int dim) {
+  const int slices = dim / 64, stages = forward_stages(dim);
+  return ((1 + stages) * slices + 4) * 8192 + 8 * (stages * (slices + 2) + slices + 2) + 2560;
+}
+constexpr int forward_latency_cluster(int dim) { return dim / 64; }
+constexpr int forward_latency_threads(int dim) { return dim / 2; }
+constexpr int forward_latency_bytes(int dim) { return dim / 64 * 12864 + 192; }
+
+// TMA and cp.async move 16 bytes at a time: 8 numbers of two bytes.
+constexpr bool is_vector(int64_t elements) { return elements % 8 == 0; }
+inline bool is_vector(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// A dimension that a tensor map can walk, or of the same data all along.
+constexpr bool is_walkable(int64_t size, int64_t stride) {
+  return size <= 1 || (stride >= 0 && is_vector(stride) && stride < (int64_t(1) << 38));
+}
+
+inline bool is_channels_last(const ForwardParams& p) {
+  return p.out.channel == 1 && (p.out.pixel != 1 || p.problem.pixels == 1);
+}
+
+// What both kernels need of two-byte types: rows of features, prototypes and outputs that start at
+// multiples of 16 bytes, D <= 512.
+inline bool vectors_apply(const ForwardParams& p) {
+  const Problem& s = p.problem;
+  const bool channels_last = is_channels_last(p);
+  const int64_t inner = channels_last ? p.feat.channel : p.feat.pixel;
+  const int64_t row = channels_last ? p.feat.pixel : p.feat.channel;
+  const int rows = channels_last ? s.pixels : s.dim;
+  return s.dim >= 8 && s.dim <= 512 && is_vector(s.dim) && s.pixels >= 1 &&
+         (channels_last || (p.out.pixel == 1 && is_vector(s.pixels))) && inner == 1 &&
+         is_walkable(rows, row) && (rows <= 1 || row > 0) && is_walkable(s.queries, p.feat.query) &&
+         is_walkable(s.episodes, p.feat.episode) && is_vector(p.feat.data) && is_vector(p.protos) &&
+         is_vector(p.out.data) && is_vector(p.agg.data) &&
+         (p.agg.data == nullptr || (channels_last ? p.agg.channel : p.agg.pixel) == 1);
+}
+
+// forward.cuh: throughput. Needs the prototypes' statistics.
+inline bool forward_applies(const ForwardParams& p) {
+  return vectors_apply(p) && (p.statistics.protos != nullptr || p.problem.total == 0);
+}
+template <class T>  // bf16, half
+const char* launch_forward_of(const ForwardParams& p, int blocks, void* stream);
+
+// forward_latency.cuh: few pixels. Computes the prototypes' statistics where they are null.
+inline bool forward_latency_applies(const ForwardParams& p) { return vectors_apply(p); }
+template <class T>
+const char* launch_forward_latency_of(const ForwardParams& p, void* stream);
+
+}  // namespace fastproto::cuda::sm90

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the WGMMA kernels share: boxes of shared memory, rings of them, launch bounds.
+#pragma once
+
+#include "../common/hopper.cuh"
+#include "../common/launch.h"
+#include "../common/math.cuh"
+
+#ifndef FP_LAUNCH_BOUNDS
+#ifdef FASTPROTO_EMULATE
+#define FP_LAUNCH_BOUNDS(threads, blocks)
+#else
+#define FP_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#endif
+#endif
+
+namespace fastproto::cuda::sm90 {
+
+// Dynamic shared memory of a block.
+constexpr int kSharedLimit = 227 * 1024;
+
+// A box: 64 rows of 64 two-byte numbers, 128-byte swizzle, at a multiple of 1024 bytes. What TMA
+// moves at a time and WGMMA reads.
+constexpr int kBox = 64;
+constexpr int kBoxRowBytes = 2 * kBox;
+constexpr int kBoxBytes = kBox * kBoxRowBytes;
+
+// Where the 16-byte piece `piece` (0..7) of row `row` of a box lies.
+FP_HOST_DEVICE constexpr int box_offset(int row, int piece) {
+  return row * kBoxRowBytes + ((piece ^ (row & 7)) << 4);
+}
+
+// Descriptors of step `step` of 16 numbers of K. K contiguous: one box has 4 steps. M or N
+// contiguous: rows of the box are K, and boxes of the next 64 numbers of M or N follow each other.
+FP_DEVICE uint64_t descriptor_k_major(const uint8_t* box, int step) {
+  return matrix_descriptor(box + 32 * step, 0, 1024);
+}
+FP_DEVICE uint64_t descriptor_mn_major(const uint8_t* boxes, int step) {
+  return matrix_descriptor(boxes + 2048 * step, kBoxBytes, 1024);
+}
+template <bool MnMajor>
+FP_DEVICE uint64_t box_descriptor(const uint8_t* box, int step) {
+  return MnMajor ? descriptor_mn_major(box, step) : descriptor_k_major(box, step);
+}
+
+// The place in a ring of `Stages` tiles that the tile number `count` takes, and its phase there.
+template <int Stages>
+struct Ring {
+  static_assert((Stages & (Stages - 1)) == 0, "a power of two");
+  static FP_HOST_DEVICE constexpr int slot(uint32_t count) { return int(count % Stages); }
+  static FP_HOST_DEVICE constexpr int parity(uint32_t count) { return int(count / Stages % 2); }
+};
+
+template <class T>
+constexpr MapType map_type();
+template <>
+constexpr MapType map_type<bf16>() {
+  return MapType::kBFloat16;
+}
+template <>
+constexpr MapType map_type<half>() {
+  return MapType::kFloat16;
+}
+
+// A dense or strided stack of maps [..][channels][pixels], in boxes of 64 x 64. `stack` are the
+// outer dimensions, innermost first, strides in elements; a dimension of one element may have any
+// stride. The map's coordinates are (pixel, channel, ..) for NCHW, (channel, pixel, ..) else.
+struct StackDim {
+  int64_t size;
+  int64_t stride;
+};
+template <int Outer>
+const char* make_stack_map(TensorMap* map, MapType type, const void* data, int channels, int pixels,
+                           int64_t channel_stride, int64_t pixel_stride, bool channels_last,
+                           const StackDim (&stack)[Outer]) {
+  uint64_t sizes[2 + Outer], strides[1 + Outer];
+  uint32_t box[2 + Outer];
+  sizes[0] = uint64_t(channels_last ? channels : pixels);
+  sizes[1] = uint64_t(channels_last ? pixels : channels);
+  const int64_t row = channels_last ? pixel_stride : channel_stride;
+  // Of a single row the stride may be anything; TMA wants a multiple of 16 bytes.
+  strides[0] = sizes[1] > 1 ? uint64_t(row) * 2 : (sizes[0] * 2 + 15) / 16 * 16;
+  box[0] = box[1] = kBox;
+  for (int i = 0; i < Outer; ++i) {
+    sizes[2 + i] = uint64_t(stack[i].size);
+    strides[1 + i] = stack[i].size > 1 ? uint64_t(stack[i].stride) * 2 : strides[i] * sizes[1 + i];
+    box[2 + i] = 1;
+  }
+  return make_tensor_map(map, type, 2 + Outer, data, sizes, strides, box);
+}
+
+// The matrix of prototypes [rows][channels]; coordinates (channel, row). Without rows, a map of
+// `other` that is never used.
+inline const char* make_protos_map(TensorMap* map, MapType type, const void* protos, int channels,
+                                   int rows, const void* other) {
+  const uint64_t sizes[2] = {uint64_t(channels), uint64_t(rows > 0 ? rows : 1)};
+  const uint64_t strides[1] = {uint64_t(channels) * 2};
+  const uint32_t box[2] = {kBox, kBox};
+  return make_tensor_map(map, type, 2, rows > 0 ? protos : other, sizes, strides, box);
+}
+
+}  // namespace fastproto::cuda::sm90

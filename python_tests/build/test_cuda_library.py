@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA library of the installed package: there wherever nvcc was, and touched by no CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastproto
+from fastproto import _library
+
+LIBRARY = Path(fastproto.__file__).parent / "lib" / "libfastproto_cuda.so"
+BUILT = bool(_library.build_info().get("cuda_compiler"))
+
+needs_library = pytest.mark.skipif(not BUILT, reason="the package was built without nvcc")
+
+
+@pytest.mark.skipif(
+    not _library.build_info(), reason="the package was installed without native code"
+)
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.skipif("FASTPROTO_CUDA" in os.environ, reason="FASTPROTO_CUDA is set")
+def test_is_built_where_nvcc_is_found() -> None:
+    assert BUILT
+
+
+def test_is_installed_where_it_was_built() -> None:
+    assert LIBRARY.is_file() == BUILT
+    assert bool(_library.build_info().get("cuda_architectures")) == BUILT
+
+
+USE = """
+import torch, fastproto
+from fastproto.testing.problems import PROBLEMS
+feat, protos, offsets = PROBLEMS[4].make()
+feat.requires_grad_()
+fastproto.proto_attention(feat, protos, offsets).sum().backward()
+fastproto.backends.describe()
+maps = open("/proc/self/maps").read()
+assert "libfastproto_cpu" in maps
+print("libfastproto_cuda" in maps)
+"""
+
+
+@needs_library
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no /proc")
+def test_nothing_loads_it_without_a_gpu() -> None:
+    """Not even who asks which backends there are."""
+    result = subprocess.run(
+        [sys.executable, "-c", USE],
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "False\n"
+    if torch.version.cuda is None:
+        assert _library.why_not_cuda() == "this torch has no CUDA"
+
+
+@needs_library
+def test_depends_on_no_cuda_library() -> None:
+    """The runtime is linked in, and the driver's functions are looked up when they are needed."""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("there is no readelf")
+    report = subprocess.run(
+        [readelf, "-d", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    needed = [line.split("[")[1].rstrip("]") for line in report.splitlines() if "(NEEDED)" in line]
+    assert needed
+    assert not [name for name in needed if "cuda" in name or "torch" in name]
+
+
+@needs_library
+def test_every_launcher_is_in_it() -> None:
+    """A name that nothing defines would show where the library is loaded: on a GPU alone."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("there is no nm")
+    command = [nm, "-DC", "--undefined-only", LIBRARY]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert not [line.strip() for line in report.splitlines() if "fastproto" in line]
