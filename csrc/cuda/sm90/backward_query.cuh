@@ -31,10 +31,12 @@ struct BackwardQueryMaps {
 template <class T_, int Dim, bool ChannelsLast>
 struct BackwardQueryTraits {
   using T = T_;
+  static constexpr int kThreads = backward_threads();
+  static constexpr int kMaxRegisters = kLaunchRegisters;
   static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kBoxes = Dim / kBox;
   static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group
-  static constexpr int kRing = Dim == 512 ? 10 : 16;
+  static constexpr int kRing = backward_query_ring(Dim);
 
   static constexpr int kFeat = 0;
   static constexpr int kGrad = kFeat + kBoxes * kBoxBytes;
@@ -48,6 +50,7 @@ struct BackwardQueryTraits {
   static constexpr int kRows = kSums + 2 * 2 * kBox * 4;
   static constexpr int kBarriers = kRows + 2 * kBox * 4;
   static constexpr int kSharedBytes = kBarriers + 8 * (kBoxes + 1 + 2 * kRing + 4);
+  static_assert(kSharedBytes == backward_query_bytes(Dim), "the plan");
   static_assert(Dim % (2 * kBox) == 0 && kSharedBytes <= kSharedLimit);
   static_assert(kOwned * 32 <= 128, "registers of the accumulator");
 };
@@ -114,6 +117,7 @@ FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
     ++count;
   };
   for (int way = 0; way < s.ways; ++way) {
+    FP_NO_UNROLL
     for (int position = 0; position < Traits::kBoxes; ++position) {
       const int channel = box_at<Traits::kBoxes>(position) * kBox;
       const int x = Traits::kChannelsLast ? channel : at.first;
@@ -127,13 +131,13 @@ FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
         });
     }
     const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
-    for (int row = 0; row < bag.count; row += kBox)
-      for (int position = 0; position < Traits::kBoxes; ++position) {
-        const int channel = box_at<Traits::kBoxes>(position) * kBox;
-        next([&](uint8_t* to, Barrier* full) {
-          tma_load(to, &maps.protos, full, channel, bag.begin + row);
-        });
-      }
+    for (int row = 0; row < bag.count; row += kBox) FP_NO_UNROLL
+    for (int position = 0; position < Traits::kBoxes; ++position) {
+      const int channel = box_at<Traits::kBoxes>(position) * kBox;
+      next([&](uint8_t* to, Barrier* full) {
+        tma_load(to, &maps.protos, full, channel, bag.begin + row);
+      });
+    }
   }
 }
 
@@ -143,6 +147,7 @@ FP_DEVICE void load_grads(const BackwardParams& p, const BackwardQueryMaps& maps
                           const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
   for (int way = 0; way < p.problem.ways; ++way) {
     if (way > 0) barrier_wait(shared.grad_empty, (way - 1) & 1);
+    FP_NO_UNROLL
     for (int position = 0; position < Traits::kBoxes; ++position) {
       const int box = box_at<Traits::kBoxes>(position);
       const int x = Traits::kChannelsLast ? box * kBox : at.first;
@@ -315,8 +320,8 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       wgmma_hold(frag);
       if (remaining <= kBox && lane == 0) barrier_arrive(shared.grad_empty);
 
-      float own[16], other[16];
-      exchange_products(shared.exchange, group, warp, thread, frag, own, other);
+      float own[16];
+      send_products(shared.exchange, group, warp, thread, frag, own);
 
       const float* stats = shared.stats + (tile & 1) * 2 * kBox + 32 * group + lane % 4 * 2;
       const int column = 32 * group + lane % 4 * 2;
@@ -331,32 +336,34 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       uint32_t mine[8], theirs[8];
       FP_UNROLL
       for (int k = 0; k < 4; ++k) {
+        const Vector16 received = received_products(shared.exchange, group, thread, k);
         const float mean_p[2] = {stats[8 * k], stats[8 * k + 1]};
         const float rnorm_p[2] = {stats[kBox + 8 * k], stats[kBox + 8 * k + 1]};
         FP_UNROLL
         for (int h = 0; h < 2; ++h) {
-          float coefficient[2];
+          float coefficient[2], terms = 0;
           FP_UNROLL
           for (int e = 0; e < 2; ++e) {
             const int i = 4 * k + 2 * h + e;
             const bool ok = column + 8 * k + e < remaining;
-            const float product = group == 0 ? own[i] : other[i];
-            const float grad_weight = group == 0 ? other[i] : own[i];
+            const float other = bits_to_float(received.x[2 * h + e]);
+            const float product = group == 0 ? own[i] : other;
+            const float grad_weight = group == 0 ? other : own[i];
             float cos = (product - dim_mean_q[h] * mean_p[e]) * (rnorm_q[h] * rnorm_p[e]);
             cos = ok ? cos : 0.f;
             const float w = exp2_fast(multiply_add(cos, scale, -lse[h]));
             float grad_cos = w * (grad_weight - delta[h]) * gradient_scale;
             grad_cos = ok ? grad_cos : 0.f;
-            sum_cos[h] = multiply_add(grad_cos, cos, sum_cos[h]);
+            terms = e == 0 ? grad_cos * cos : multiply_add(grad_cos, cos, terms);
             // A constant prototype has c = 0 whatever F is: its reciprocal norm is 0 here.
             coefficient[e] = grad_cos * (rnorm_power[h] * rnorm_p[e]);
           }
+          sum_cos[h] += terms;  // short chains: long ones hold registers
           // The means come out of the sum with the rounded coefficients that went into it.
           const uint32_t pair = pack<T>(coefficient[0], coefficient[1]);
           float rounded[2];
           unpack<T>(pair, &rounded[0], &rounded[1]);
-          sum_mean[h] = multiply_add(rounded[0], mean_p[0], sum_mean[h]);
-          sum_mean[h] = multiply_add(rounded[1], mean_p[1], sum_mean[h]);
+          sum_mean[h] += multiply_add(rounded[1], mean_p[1], rounded[0] * mean_p[0]);
           mine[2 * k + h] = pair;
         }
       }
@@ -474,7 +481,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
 }
 
 template <class Traits>
-FP_KERNEL FP_LAUNCH_BOUNDS(kBackwardThreads, 1)
+FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
     backward_query_kernel(FP_GRID_CONSTANT BackwardParams p,
                           FP_GRID_CONSTANT BackwardQueryMaps maps) {
   const BackwardQueryShared<Traits> shared(shared_memory());
@@ -542,14 +549,14 @@ const char* launch_backward_query_as(const BackwardParams& p, void* stream) {
   if (error == nullptr)
     error = make_protos_map(&maps.protos, map_type<T>(), p.protos, s.dim, s.total, feat.data);
   if (error != nullptr) return error;
-  const Grid grid{int(blocks), kBackwardThreads, Traits::kSharedBytes, 1, stream};
+  const Grid grid{int(blocks), Traits::kThreads, Traits::kSharedBytes, 1, stream};
   return launch<backward_query_kernel<Traits>>(grid, p, maps);
 }
 
 template <class T>
-const char* launch_backward_query(const BackwardParams& p, void* stream) {
+const char* launch_backward_query_of(const BackwardParams& p, void* stream) {
   const bool channels_last = is_channels_last(p);
-  if (p.problem.dim <= 256)
+  if (padded_dim(p.problem.dim) == 256)
     return channels_last ? launch_backward_query_as<BackwardQueryTraits<T, 256, true>>(p, stream)
                          : launch_backward_query_as<BackwardQueryTraits<T, 256, false>>(p, stream);
   return channels_last ? launch_backward_query_as<BackwardQueryTraits<T, 512, true>>(p, stream)
