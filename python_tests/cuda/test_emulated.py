@@ -135,7 +135,7 @@ def test_a_number_for_temperature(
     runs(family, problem, dtype)
 
     def with_number(*inputs: Tensor, temperature: Tensor, concat: bool) -> Tensor:
-        return gpu.proto_attention(*inputs, temperature=float(temperature), concat=concat)
+        return gpu.proto_attention(*inputs, temperature=temperature.item(), concat=concat)
 
     exact = run(reference.proto_attention, problem, dtype, compute=torch.float64, temperature=t)
     eager = run(reference.proto_attention, problem, dtype, temperature=t)
@@ -170,6 +170,23 @@ def test_the_order_of_threads_changes_no_bit(gpu: ModuleType, family: str, seed:
     for field in dataclasses.fields(plain):
         assert torch.equal(getattr(plain, field.name), getattr(again, field.name))
         assert torch.equal(getattr(plain, field.name), getattr(other, field.name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_every_element_of_every_result_is_written(
+    gpu: ModuleType, family: str, dtype: torch.dtype
+) -> None:
+    problem = Problem("written", ((5, 0, 9),), dim=24, height=2, width=4, spare=70)
+    runs(family, problem, dtype)
+    plain = run(gpu.proto_attention, problem, dtype)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        filled = run(gpu.proto_attention, problem, dtype)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for field in dataclasses.fields(plain):
+        assert torch.equal(getattr(plain, field.name), getattr(filled, field.name)), field.name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
