@@ -10,6 +10,7 @@
 
 #include "../params.h"
 #include "sm80/configs.h"
+#include "sm90/forward.h"
 
 namespace fastproto::cuda {
 
@@ -194,21 +195,22 @@ inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
 
 inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
   const int64_t maps = r.episodes * r.queries * r.ways;
-  plan->dim = r.dim <= 256 ? 256 : 512;
-  plan->shared_bytes = kSm90SharedMemory;
+  plan->dim = sm90::padded_dim(r.dim);
   if (small) {
     plan->kernel = Kernel::kSm90Latency;
     plan->tile_m = 16;
-    plan->tile_n = 32 * plan->dim / 64;  // of a cluster
-    plan->cluster = plan->slices = plan->dim / 64;
-    plan->threads = 32 * plan->slices;
+    plan->cluster = plan->slices = sm90::forward_latency_cluster(plan->dim);
+    plan->tile_n = 32 * plan->cluster;
+    plan->threads = sm90::forward_latency_threads(plan->dim);
+    plan->shared_bytes = sm90::forward_latency_bytes(plan->dim);
     plan->blocks = int(maps * ceil_div(r.pixels, plan->tile_m) * plan->slices);
   } else {
     plan->kernel = Kernel::kSm90Throughput;
     plan->tile_m = plan->tile_n = 64;
-    plan->stages = plan->dim == 512 ? 2 : 4;
-    plan->threads = 384;
-    const int64_t tiles = maps * ceil_div(r.pixels, 64);  // dealt out to the blocks that fit
+    plan->stages = sm90::forward_stages(plan->dim);
+    plan->threads = sm90::forward_threads();
+    plan->shared_bytes = sm90::forward_bytes(plan->dim);
+    const int64_t tiles = maps * ceil_div(r.pixels, plan->tile_m);  // blocks take turns at them
     plan->blocks = int(tiles < r.multiprocessors ? tiles : r.multiprocessors);
   }
 }

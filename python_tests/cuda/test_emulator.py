@@ -120,7 +120,7 @@ def test_rounding_to_nearest_even(library: ctypes.CDLL, kind: str) -> None:
             numbers,
             *[n.view(np.float32) for n in near],
             small,
-            np.float32([65504, 65519.996, 65520, 3.3e38, 3.4e38, np.inf]),
+            np.array([65504, 65519.996, 65520, 3.3e38, 3.4e38, np.inf], np.float32),
         ]
     )
     result = np.empty(len(x), np.uint16)
@@ -146,15 +146,17 @@ def test_tf32_rounds_ties_away(library: ctypes.CDLL) -> None:
 
 
 def test_exponentials_flush_subnormal_numbers(library: ctypes.CDLL) -> None:
-    x = np.float32([0, 1, -1, 0.5, -126, -126.5, -140, 128, -np.inf])
+    x = np.array([0, 1, -1, 0.5, -126, -126.5, -140, 128, -np.inf], np.float32)
     result = np.empty_like(x)
     call(library, "numbers", 1, x, result, len(x))
-    expected = np.float32([1, 2, 0.5, 2**0.5, 2.0**-126, 0, 0, np.inf, 0])
+    expected = np.array([1, 2, 0.5, 2**0.5, 2.0**-126, 0, 0, np.inf, 0], np.float32)
     np.testing.assert_allclose(result, expected, rtol=1e-6, atol=0)
-    x = np.float32([1, 2, 0.125, 1e-40, 0, np.inf])
+    x = np.array([1, 2, 0.125, 1e-40, 0, np.inf], np.float32)
     result = np.empty_like(x)
     call(library, "numbers", 2, x, result, len(x))
-    np.testing.assert_array_equal(result, np.float32([0, 1, -3, -np.inf, -np.inf, np.inf]))
+    np.testing.assert_array_equal(
+        result, np.array([0, 1, -3, -np.inf, -np.inf, np.inf], np.float32)
+    )
 
 
 # ---------------------------------------------------------------- warps

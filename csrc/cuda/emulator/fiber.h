@@ -12,6 +12,20 @@
 #include <ucontext.h>
 #endif
 
+// The address sanitizer finds what kernels read and write outside of their tensors, but has to be
+// told of other stacks.
+#if defined(__SANITIZE_ADDRESS__)
+#define FP_EMULATOR_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define FP_EMULATOR_ASAN 1
+#endif
+#endif
+#ifdef FP_EMULATOR_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace fastproto::cuda::emulator {
 
 constexpr size_t kStackBytes = size_t(128) << 10;
@@ -101,10 +115,9 @@ constexpr int kSavedWords = 19;
 
 extern "C" void fastproto_emulator_switch(void** from, void* to);
 
-struct Context {
+struct Place {
   void* stack_pointer = nullptr;
 
-  // The first switch to it calls `entry`, which never returns; the stack begins at `top`.
   void start(uint8_t*, uint8_t* top, void (*entry)()) {
     // x86-64 enters a function 8 bytes past a multiple of 16, where a call would have put an
     // address; aarch64 at a multiple of 16.
@@ -119,12 +132,12 @@ struct Context {
     words[kSavedWords] = uint64_t(uintptr_t(entry));
     stack_pointer = words;
   }
-  void switch_to(Context& next) { fastproto_emulator_switch(&stack_pointer, next.stack_pointer); }
+  void switch_to(Place& next) { fastproto_emulator_switch(&stack_pointer, next.stack_pointer); }
 };
 
 #else
 
-struct Context {
+struct Place {
   ucontext_t context;
 
   void start(uint8_t* bottom, uint8_t* top, void (*entry)()) {
@@ -134,9 +147,52 @@ struct Context {
     context.uc_link = nullptr;
     makecontext(&context, entry, 0);
   }
-  void switch_to(Context& next) { swapcontext(&context, &next.context); }
+  void switch_to(Place& next) { swapcontext(&context, &next.context); }
 };
 
 #endif
+
+// A stack, and how far it has come.
+class Context {
+ public:
+  // The first switch to it calls `entry`, which calls entered and never returns.
+  void start(uint8_t* bottom, uint8_t* top, void (*entry)()) {
+#ifdef FP_EMULATOR_ASAN
+    bottom_ = bottom;
+    size_ = size_t(top - bottom);
+    __asan_unpoison_memory_region(bottom, size_);
+#endif
+    place_.start(bottom, top, entry);
+  }
+  // `host` is who made the first switch of all.
+  static void entered([[maybe_unused]] Context& host) {
+#ifdef FP_EMULATOR_ASAN
+    const void* bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+    if (host.bottom_ == nullptr) {
+      host.bottom_ = bottom;
+      host.size_ = size;
+    }
+#endif
+  }
+  void switch_to(Context& next) {
+#ifdef FP_EMULATOR_ASAN
+    void* kept;
+    __sanitizer_start_switch_fiber(&kept, next.bottom_, next.size_);
+    place_.switch_to(next.place_);
+    __sanitizer_finish_switch_fiber(kept, nullptr, nullptr);
+#else
+    place_.switch_to(next.place_);
+#endif
+  }
+
+ private:
+  Place place_;
+#ifdef FP_EMULATOR_ASAN
+  const void* bottom_ = nullptr;
+  size_t size_ = 0;
+#endif
+};
 
 }  // namespace fastproto::cuda::emulator

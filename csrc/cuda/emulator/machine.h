@@ -472,6 +472,7 @@ inline void end_lane(Lane& lane) {
 inline void lane_main() {
   Lane* lane = current;
   Machine& machine = *lane->machine;
+  Context::entered(machine.host);
   try {
     machine.body(machine.body_data);
   } catch (const std::exception& error) {
@@ -592,10 +593,8 @@ inline std::string run_cluster(Machine& machine, int first_block, int shared_byt
   return "";
 }
 
-// Runs body() in every thread of `blocks` blocks. Null, or what went wrong (valid until the next
-// run in this thread).
-template <class Body>
-const char* run(int blocks, int threads, int cluster, int shared_bytes, const Body& body) {
+inline const char* run_grid(int blocks, int threads, int cluster, int shared_bytes,
+                            void (*body)(void*), void* data) {
   thread_local Machine machine;
   thread_local std::string error;
   if (current != nullptr) return "a grid within a grid";
@@ -619,11 +618,21 @@ const char* run(int blocks, int threads, int cluster, int shared_bytes, const Bo
     seed = setting != nullptr ? atoll(setting) : 0;
   }
   machine.random_state = uint64_t(seed) * 0x9e3779b97f4a7c15ull;
-  machine.body = [](void* data) { (*static_cast<const Body*>(data))(); };
-  machine.body_data = const_cast<void*>(static_cast<const void*>(&body));
+  machine.body = body;
+  machine.body_data = data;
   for (int block = 0; error.empty() && block < blocks; block += cluster)
     error = run_cluster(machine, block, shared_bytes);
   return error.empty() ? nullptr : error.c_str();
+}
+
+// Runs body() in every thread of `blocks` blocks. Null, or what went wrong (valid until the next
+// run in this thread).
+template <class Body>
+const char* run(int blocks, int threads, int cluster, int shared_bytes, const Body& body) {
+  return run_grid(
+      blocks, threads, cluster, shared_bytes,
+      [](void* data) { (*static_cast<const Body*>(data))(); },
+      const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 }  // namespace fastproto::cuda::emulator
