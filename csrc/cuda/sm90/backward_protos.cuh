@@ -42,7 +42,10 @@ struct BackwardProtosTraits {
   static constexpr int kStats = kExchange + 2 * kExchangeBytes;
   // Means and reciprocal norms of the prototypes.
   static constexpr int kRows = kStats + 2 * 4 * kBox * 4;
-  static constexpr int kBarriers = kRows + 2 * kBox * 4;
+  // log2(e) / t; first row, and end of the bag: registers are scarce.
+  static constexpr int kScale = kRows + 2 * kBox * 4;
+  static constexpr int kPlace = kScale + 2 * 4;
+  static constexpr int kBarriers = kPlace + 2 * 4;
   static constexpr int kSharedBytes = kBarriers + 8 * (1 + 3 * kRing + 4);
   static_assert(Dim % (2 * kBox) == 0 && kSharedBytes <= kSharedLimit);
   static_assert(kOwned * 32 <= 128, "registers of the accumulator");
@@ -55,6 +58,8 @@ struct BackwardProtosShared {
   uint8_t* exchange;
   float* stats;
   float* rows;
+  float* scale;
+  int* place;
   Barrier* protos_full;
   Barrier* ring_full;    // F and dY2 are there
   Barrier* ring_formed;  // dO is
@@ -68,6 +73,8 @@ struct BackwardProtosShared {
         exchange(base + Traits::kExchange),
         stats(reinterpret_cast<float*>(base + Traits::kStats)),
         rows(reinterpret_cast<float*>(base + Traits::kRows)),
+        scale(reinterpret_cast<float*>(base + Traits::kScale)),
+        place(reinterpret_cast<int*>(base + Traits::kPlace)),
         protos_full(reinterpret_cast<Barrier*>(base + Traits::kBarriers)),
         ring_full(protos_full + 1),
         ring_formed(ring_full + Traits::kRing),
@@ -81,8 +88,8 @@ struct BackwardProtosShared {
 // Rows of no bag are those of the bag behind the last.
 struct ProtoTile {
   int first;  // row
-  int end;    // of the bag
-  int count;  // of the bag
+  int begin;  // of the bag
+  int end;
   int episode;
   int way;
   bool is_bag;
@@ -99,10 +106,9 @@ struct ProtoTile {
     for (int mask = 1; mask < 32; mask *= 2) owners += shuffle_xor(owners, mask);
     const int bag = int(owners) > 0 ? int(owners) - 1 : 0;
     is_bag = bag < bags;
-    const int begin = offsets[bag] > 0 ? offsets[bag] : 0;
+    begin = offsets[bag] > 0 ? offsets[bag] : 0;
     end = is_bag ? offsets[bag + 1] : s.total;
     end = end < s.total ? end : s.total;
-    count = end - begin;
     // The tile's number less those before begin's: in this order it cannot overflow.
     first = begin % kBackwardProtosRows + (tile - bag) * kBackwardProtosRows;
     episode = bag / s.ways;
@@ -110,30 +116,36 @@ struct ProtoTile {
   }
 };
 
+// Tiles of pixels of all queries.
+FP_DEVICE uint32_t pixel_tiles(const Problem& s) {
+  return uint32_t(s.queries) * uint32_t((s.pixels + kBox - 1) / kBox);
+}
+
 // One lane: P, then F and dY2 of every tile of pixels.
 template <class Traits>
 FP_DEVICE void load_pixels(const Problem& s, const BackwardProtosMaps& maps,
                            const BackwardProtosShared<Traits>& shared, const ProtoTile& at) {
   using Place = Places<Traits::kRing>;
   barrier_arrive_expect(shared.protos_full, Traits::kBoxes * kBoxBytes);
+  FP_NO_UNROLL
   for (int box = 0; box < Traits::kBoxes; ++box)
     tma_load(shared.protos + box * kBoxBytes, &maps.protos, shared.protos_full, box * kBox,
              at.first);
   uint32_t count = 0;
   for (int query = 0; query < s.queries; ++query)
-    for (int pixel = 0; pixel < s.pixels; pixel += kBox)
-      for (int position = 0; position < Traits::kBoxes; ++position, ++count) {
-        const int channel = box_at<Traits::kBoxes>(position) * kBox;
-        const int x = Traits::kChannelsLast ? channel : pixel;
-        const int y = Traits::kChannelsLast ? pixel : channel;
-        const int slot = Place::slot(count);
-        Barrier* full = shared.ring_full + slot;
-        uint8_t* to = shared.ring + slot * Traits::kPairBytes;
-        barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
-        barrier_arrive_expect(full, Traits::kPairBytes);
-        tma_load(to, &maps.feat, full, x, y, query, at.episode);
-        tma_load(to + kBoxBytes, &maps.enhanced, full, x, y, at.way, query, at.episode);
-      }
+    for (int pixel = 0; pixel < s.pixels; pixel += kBox) FP_NO_UNROLL
+  for (int position = 0; position < Traits::kBoxes; ++position, ++count) {
+    const int channel = box_at<Traits::kBoxes>(position) * kBox;
+    const int x = Traits::kChannelsLast ? channel : pixel;
+    const int y = Traits::kChannelsLast ? pixel : channel;
+    const int slot = Place::slot(count);
+    Barrier* full = shared.ring_full + slot;
+    uint8_t* to = shared.ring + slot * Traits::kPairBytes;
+    barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
+    barrier_arrive_expect(full, Traits::kPairBytes);
+    tma_load(to, &maps.feat, full, x, y, query, at.episode);
+    tma_load(to + kBoxBytes, &maps.enhanced, full, x, y, at.way, query, at.episode);
+  }
 }
 
 // One of two warps: dO in the place of dY2, in every second pair of boxes.
@@ -146,13 +158,20 @@ FP_DEVICE void form_grads(const BackwardProtosShared<Traits>& shared, uint32_t p
     Vector16* feat = reinterpret_cast<Vector16*>(shared.ring + slot * Traits::kPairBytes);
     Vector16* grad = feat + kBoxBytes / 16;
     barrier_wait(shared.ring_full + slot, Place::parity(count));
-    FP_UNROLL
-    for (int i = 0; i < kBoxBytes / 16; i += 32) {
-      const Vector16 f = feat[i + lane_index()];
-      Vector16 g = grad[i + lane_index()];
+    FP_NO_UNROLL
+    for (int i = lane_index(); i < kBoxBytes / 16; i += 128) {
+      Vector16 f[4], g[4];
       FP_UNROLL
-      for (int j = 0; j < 4; ++j) g.x[j] = multiply_pairs<T>(g.x[j], f.x[j]);
-      grad[i + lane_index()] = g;
+      for (int j = 0; j < 4; ++j) {
+        f[j] = feat[i + 32 * j];
+        g[j] = grad[i + 32 * j];
+      }
+      FP_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        FP_UNROLL
+        for (int k = 0; k < 4; ++k) g[j].x[k] = multiply_pairs<T>(g[j].x[k], f[j].x[k]);
+        grad[i + 32 * j] = g[j];
+      }
     }
     fence_async();
     barrier_arrive(shared.ring_formed + slot);
@@ -187,8 +206,7 @@ FP_DEVICE void load_pixel_stats(const BackwardParams& p, const BackwardProtosSha
 
 template <class Traits>
 FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
-                                   const BackwardProtosShared<Traits>& shared, const ProtoTile& at,
-                                   uint32_t tiles) {
+                                   const BackwardProtosShared<Traits>& shared) {
   using T = typename Traits::T;
   using Place = Places<Traits::kRing>;
   constexpr bool kChannelsLast = Traits::kChannelsLast;
@@ -198,18 +216,12 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
   const int thread = thread_index() % 128;
   const int row = 16 * warp + lane / 4;  // and row + 8
 
-  float dim_mean_p[2], rnorm_p[2], rnorm_power[2], power[2];
-  FP_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    dim_mean_p[h] = float(s.dim) * shared.rows[row + 8 * h];
-    rnorm_p[h] = shared.rows[kBox + row + 8 * h];
-    // Scales dS r(P) into the range of float16; bounded, because w is scaled with it.
-    const float r = of_constant(rnorm_p[h], s.eps);
-    power[h] = fminf(fmaxf(power_of_two_near(r), 1.f), 1024.f);
-    rnorm_power[h] = r * power[h];
-  }
-  const float scale = exponent_scale(s, at.count);  // log2(e) / t
-  const float gradient_scale = scale * kLn2;
+  // Scales dS r(P) into the range of float16; bounded, because w is scaled with it. From shared
+  // memory where it is wanted: registers are scarce.
+  const auto power_of = [&](int h) {
+    const float r = of_constant(shared.rows[kBox + row + 8 * h], s.eps);
+    return fminf(fmaxf(power_of_two_near(r), 1.f), 1024.f);
+  };
 
   // Descriptors of the operands: with 64 numbers of M or N, `leading` says nothing.
   const uint64_t protos = matrix_descriptor(shared.protos, 0, 1024);
@@ -223,10 +235,11 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
   }
   float sum_cos[2] = {0, 0};   // sum_i dS c
   float sum_mean[2] = {0, 0};  // sum_i dS r(F) mean(F), scaled as the accumulator
-  uint32_t count = 0;          // pairs of boxes that went through the ring
 
   barrier_wait(shared.protos_full, 0);
+  const uint32_t tiles = pixel_tiles(s);
   for (uint32_t tile = 0; tile < tiles; ++tile) {
+    const uint32_t count = tile * Traits::kBoxes;  // pairs of boxes that went through the ring
     float frag[32];
     Barrier* ready = group == 0 ? shared.ring_full : shared.ring_formed;
     FP_UNROLL
@@ -246,14 +259,24 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
     wgmma_wait<0>();
     wgmma_hold(frag);
 
-    float own[16], other[16];
-    exchange_products(shared.exchange, group, warp, thread, frag, own, other);
+    float own[16];
+    send_products(shared.exchange, group, warp, thread, frag, own);
 
     const float* stats = shared.stats + (tile & 1) * 4 * kBox + 32 * group + lane % 4 * 2;
     barrier_wait(shared.stats_full + (tile & 1), tile >> 1 & 1);
-    uint32_t mine[16], theirs[16];  // w, then dS
+    const float scale = shared.scale[0], gradient_scale = scale * kLn2;  // 1 / t
+    float dim_mean_p[2], rnorm_p[2], rnorm_power[2], power[2];
+    FP_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      dim_mean_p[h] = float(s.dim) * shared.rows[row + 8 * h];
+      rnorm_p[h] = shared.rows[kBox + row + 8 * h];
+      power[h] = power_of(h);
+      rnorm_power[h] = of_constant(rnorm_p[h], s.eps) * power[h];
+    }
+    uint32_t mine[16], theirs[16];  // [4 k + h]: w, [4 k + 2 + h]: dS
     FP_UNROLL
     for (int k = 0; k < 4; ++k) {
+      const Vector16 received = received_products(shared.exchange, group, thread, k);
       float mean_q[2], rnorm_q[2], lse[2], delta[2];
       FP_UNROLL
       for (int e = 0; e < 2; ++e) {
@@ -264,28 +287,29 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
       }
       FP_UNROLL
       for (int h = 0; h < 2; ++h) {
-        float weight[2], coefficient[2];
+        float weight[2], coefficient[2], terms = 0;
         FP_UNROLL
         for (int e = 0; e < 2; ++e) {
           const int i = 4 * k + 2 * h + e;
-          const float product = group == 0 ? own[i] : other[i];
-          const float grad_weight = group == 0 ? other[i] : own[i];
+          const float other = bits_to_float(received.x[2 * h + e]);
+          const float product = group == 0 ? own[i] : other;
+          const float grad_weight = group == 0 ? other : own[i];
           const float cos = (product - dim_mean_p[h] * mean_q[e]) * (rnorm_p[h] * rnorm_q[e]);
           const float w = exp2_fast(multiply_add(cos, scale, -lse[e]));
           const float grad_cos = w * (grad_weight - delta[e]) * gradient_scale;
-          sum_cos[h] = multiply_add(grad_cos, cos, sum_cos[h]);
+          terms = e == 0 ? grad_cos * cos : multiply_add(grad_cos, cos, terms);
           weight[e] = w * power[h];
           // A constant pixel has c = 0 whatever P is: its reciprocal norm is 0 here.
           coefficient[e] = grad_cos * (rnorm_power[h] * rnorm_q[e]);
         }
-        mine[2 * k + h] = pack<T>(weight[0], weight[1]);
+        mine[4 * k + h] = pack<T>(weight[0], weight[1]);
+        sum_cos[h] += terms;  // short chains: long ones hold registers
         // The means come out of the sum with the rounded coefficients that went into it.
         const uint32_t pair = pack<T>(coefficient[0], coefficient[1]);
         float rounded[2];
         unpack<T>(pair, &rounded[0], &rounded[1]);
-        sum_mean[h] = multiply_add(rounded[0], mean_q[0], sum_mean[h]);
-        sum_mean[h] = multiply_add(rounded[1], mean_q[1], sum_mean[h]);
-        mine[8 + 2 * k + h] = pair;
+        sum_mean[h] += multiply_add(rounded[1], mean_q[1], rounded[0] * mean_q[0]);
+        mine[4 * k + 2 + h] = pair;
       }
     }
     sync_warp();
@@ -300,11 +324,12 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
       if (group == 0) barrier_wait(shared.ring_formed + slot, Place::parity(count + 2 * q));
       wgmma_begin();
       FP_UNROLL
-      for (int i = 0; i < 16; i += 4) {
-        // Registers 0..7 are weights, which belong to dO, the second box of a pair.
-        const int box = i < 8 ? kBoxBytes : 0, step = i % 8 / 4;
-        const uint32_t a[4] = {mine[i], mine[i + 1], mine[i + 2], mine[i + 3]};
-        const uint32_t c[4] = {theirs[i], theirs[i + 1], theirs[i + 2], theirs[i + 3]};
+      for (int i = 0; i < 4; ++i) {
+        // The weights belong to dO, the second box of a pair.
+        const int step = i / 2, from = 8 * step + i % 2 * 2;
+        const int box = i % 2 == 0 ? kBoxBytes : 0;
+        const uint32_t a[4] = {mine[from], mine[from + 1], mine[from + 4], mine[from + 5]};
+        const uint32_t c[4] = {theirs[from], theirs[from + 1], theirs[from + 4], theirs[from + 5]};
         Wgmma<T, 64, false, kChannelsLast>::run(
             acc[q], a, advance(b, box + (2 * group + step) * kStepBytes<kChannelsLast>), 1);
         Wgmma<T, 64, false, kChannelsLast>::run(
@@ -317,7 +342,6 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
     });
     FP_UNROLL
     for (int q = 0; q < kOwned; ++q) wgmma_hold(acc[q]);
-    count += Traits::kBoxes;
   }
 
   // Sums over the two groups, through the exchange area: [2][2][64].
@@ -340,10 +364,11 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
     sum_cos[h] = parts[r] + parts[kBox + r];
     sum_mean[h] = parts[2 * kBox + r] + parts[3 * kBox + r];
     mean_p[h] = shared.rows[r];
-    projection[h] = projection_factor(rnorm_p[h], s.eps) * sum_cos[h];
-    inverse_power[h] = 1 / power[h];
+    projection[h] = projection_factor(shared.rows[kBox + r], s.eps) * sum_cos[h];
+    inverse_power[h] = 1 / power_of(h);
   }
   const int base = fragment_base<true>(warp, lane);
+  const int first = shared.place[0], end = shared.place[1];
   FP_UNROLL
   for (int q = 0; q < kOwned; ++q) {
     // dP in the place of P, by the warp that alone reads it now; then to rows of whole vectors.
@@ -371,9 +396,9 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
     FP_UNROLL
     for (int i = 0; i < 16; i += 4) {
       const int r = 16 * warp + i + lane / 8;
-      if (at.first + r < at.end && channel < s.dim)
-        *reinterpret_cast<Vector16*>(static_cast<T*>(p.grad_protos) +
-                                     int64_t(at.first + r) * s.dim + channel) =
+      if (first + r < end && channel < s.dim)
+        *reinterpret_cast<Vector16*>(static_cast<T*>(p.grad_protos) + int64_t(first + r) * s.dim +
+                                     channel) =
             *reinterpret_cast<const Vector16*>(box + box_offset(r, piece));
     }
   }
@@ -396,6 +421,9 @@ FP_KERNEL FP_LAUNCH_BOUNDS(kBackwardThreads, 1)
     return;
   }
   if (thread_index() == 0) {
+    shared.scale[0] = exponent_scale(s, at.end - at.begin);
+    shared.place[0] = at.first;
+    shared.place[1] = at.end;
     barrier_init(shared.protos_full, 1);
     for (int i = 0; i < Traits::kRing; ++i) {
       barrier_init(shared.ring_full + i, 1);
@@ -416,16 +444,16 @@ FP_KERNEL FP_LAUNCH_BOUNDS(kBackwardThreads, 1)
   }
   sync_block();
 
-  const uint32_t tiles = uint32_t(s.queries) * uint32_t((s.pixels + kBox - 1) / kBox);
   const int warp = warp_index();
   if (warp >= kConsumers / 32) {
     registers_fewer<kProducerRegisters>();
     if (warp == 8 && lane_index() == 0) load_pixels<Traits>(s, maps, shared, at);
-    if (warp == 9 || warp == 10) form_grads<Traits>(shared, tiles * Traits::kBoxes, warp - 9);
+    if (warp == 9 || warp == 10)
+      form_grads<Traits>(shared, pixel_tiles(s) * Traits::kBoxes, warp - 9);
     if (warp == 11) load_pixel_stats<Traits>(p, shared, at);
   } else {
     registers_more<kConsumerRegisters>();
-    consume_pixel_tiles<Traits>(p, shared, at, tiles);
+    consume_pixel_tiles<Traits>(p, shared);
   }
 }
 

@@ -114,6 +114,7 @@ FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
     ++count;
   };
   for (int way = 0; way < s.ways; ++way) {
+    FP_NO_UNROLL
     for (int position = 0; position < Traits::kBoxes; ++position) {
       const int channel = box_at<Traits::kBoxes>(position) * kBox;
       const int x = Traits::kChannelsLast ? channel : at.first;
@@ -127,13 +128,13 @@ FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
         });
     }
     const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
-    for (int row = 0; row < bag.count; row += kBox)
-      for (int position = 0; position < Traits::kBoxes; ++position) {
-        const int channel = box_at<Traits::kBoxes>(position) * kBox;
-        next([&](uint8_t* to, Barrier* full) {
-          tma_load(to, &maps.protos, full, channel, bag.begin + row);
-        });
-      }
+    for (int row = 0; row < bag.count; row += kBox) FP_NO_UNROLL
+    for (int position = 0; position < Traits::kBoxes; ++position) {
+      const int channel = box_at<Traits::kBoxes>(position) * kBox;
+      next([&](uint8_t* to, Barrier* full) {
+        tma_load(to, &maps.protos, full, channel, bag.begin + row);
+      });
+    }
   }
 }
 
@@ -143,6 +144,7 @@ FP_DEVICE void load_grads(const BackwardParams& p, const BackwardQueryMaps& maps
                           const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
   for (int way = 0; way < p.problem.ways; ++way) {
     if (way > 0) barrier_wait(shared.grad_empty, (way - 1) & 1);
+    FP_NO_UNROLL
     for (int position = 0; position < Traits::kBoxes; ++position) {
       const int box = box_at<Traits::kBoxes>(position);
       const int x = Traits::kChannelsLast ? box * kBox : at.first;
@@ -315,8 +317,8 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       wgmma_hold(frag);
       if (remaining <= kBox && lane == 0) barrier_arrive(shared.grad_empty);
 
-      float own[16], other[16];
-      exchange_products(shared.exchange, group, warp, thread, frag, own, other);
+      float own[16];
+      send_products(shared.exchange, group, warp, thread, frag, own);
 
       const float* stats = shared.stats + (tile & 1) * 2 * kBox + 32 * group + lane % 4 * 2;
       const int column = 32 * group + lane % 4 * 2;
@@ -331,32 +333,34 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       uint32_t mine[8], theirs[8];
       FP_UNROLL
       for (int k = 0; k < 4; ++k) {
+        const Vector16 received = received_products(shared.exchange, group, thread, k);
         const float mean_p[2] = {stats[8 * k], stats[8 * k + 1]};
         const float rnorm_p[2] = {stats[kBox + 8 * k], stats[kBox + 8 * k + 1]};
         FP_UNROLL
         for (int h = 0; h < 2; ++h) {
-          float coefficient[2];
+          float coefficient[2], terms = 0;
           FP_UNROLL
           for (int e = 0; e < 2; ++e) {
             const int i = 4 * k + 2 * h + e;
             const bool ok = column + 8 * k + e < remaining;
-            const float product = group == 0 ? own[i] : other[i];
-            const float grad_weight = group == 0 ? other[i] : own[i];
+            const float other = bits_to_float(received.x[2 * h + e]);
+            const float product = group == 0 ? own[i] : other;
+            const float grad_weight = group == 0 ? other : own[i];
             float cos = (product - dim_mean_q[h] * mean_p[e]) * (rnorm_q[h] * rnorm_p[e]);
             cos = ok ? cos : 0.f;
             const float w = exp2_fast(multiply_add(cos, scale, -lse[h]));
             float grad_cos = w * (grad_weight - delta[h]) * gradient_scale;
             grad_cos = ok ? grad_cos : 0.f;
-            sum_cos[h] = multiply_add(grad_cos, cos, sum_cos[h]);
+            terms = e == 0 ? grad_cos * cos : multiply_add(grad_cos, cos, terms);
             // A constant prototype has c = 0 whatever F is: its reciprocal norm is 0 here.
             coefficient[e] = grad_cos * (rnorm_power[h] * rnorm_p[e]);
           }
+          sum_cos[h] += terms;  // short chains: long ones hold registers
           // The means come out of the sum with the rounded coefficients that went into it.
           const uint32_t pair = pack<T>(coefficient[0], coefficient[1]);
           float rounded[2];
           unpack<T>(pair, &rounded[0], &rounded[1]);
-          sum_mean[h] = multiply_add(rounded[0], mean_p[0], sum_mean[h]);
-          sum_mean[h] = multiply_add(rounded[1], mean_p[1], sum_mean[h]);
+          sum_mean[h] += multiply_add(rounded[1], mean_p[1], rounded[0] * mean_p[0]);
           mine[2 * k + h] = pair;
         }
       }

@@ -79,10 +79,10 @@ FP_DEVICE void exchange_read(const uint8_t* area, int thread, uint32_t (&x)[Coun
   }
 }
 
-// Splits the 64 x 64 products `frag` of this group by columns: its own half to `own`, of the other
-// half what the other group has of the other product to `other`.
-FP_DEVICE void exchange_products(uint8_t* areas, int group, int warp, int thread,
-                                 const float (&frag)[32], float (&own)[16], float (&other)[16]) {
+// Splits the 64 x 64 products `frag` of this group by columns: keeps its own half and sends the
+// other to the other group.
+FP_DEVICE void send_products(uint8_t* areas, int group, int warp, int thread,
+                             const float (&frag)[32], float (&own)[16]) {
   uint32_t bits[16];
   FP_UNROLL
   for (int i = 0; i < 16; ++i) {
@@ -91,9 +91,10 @@ FP_DEVICE void exchange_products(uint8_t* areas, int group, int warp, int thread
   }
   exchange_write(areas + group * kExchangeBytes, thread, bits);
   sync_some(kPairBarrier + warp, 64);
-  exchange_read(areas + (1 - group) * kExchangeBytes, thread, bits);
-  FP_UNROLL
-  for (int i = 0; i < 16; ++i) other[i] = bits_to_float(bits[i]);
+}
+// What came back: the other product at own[4 k..], where the group needs it.
+FP_DEVICE Vector16 received_products(const uint8_t* areas, int group, int thread, int k) {
+  return reinterpret_cast<const Vector16*>(areas + (1 - group) * kExchangeBytes)[128 * k + thread];
 }
 // The answer: into the area just read, from the one just written.
 template <int Count>
