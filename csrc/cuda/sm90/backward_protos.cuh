@@ -29,10 +29,12 @@ struct BackwardProtosMaps {
 template <class T_, int Dim, bool ChannelsLast>
 struct BackwardProtosTraits {
   using T = T_;
+  static constexpr int kThreads = backward_threads();
+  static constexpr int kMaxRegisters = kLaunchRegisters;
   static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kBoxes = Dim / kBox;
   static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group
-  static constexpr int kRing = Dim == 512 ? 9 : 10;
+  static constexpr int kRing = backward_protos_ring(Dim);
   static constexpr int kPairBytes = 2 * kBoxBytes;  // F, then dO
 
   static constexpr int kProtos = 0;
@@ -47,6 +49,7 @@ struct BackwardProtosTraits {
   static constexpr int kPlace = kScale + 2 * 4;
   static constexpr int kBarriers = kPlace + 2 * 4;
   static constexpr int kSharedBytes = kBarriers + 8 * (1 + 3 * kRing + 4);
+  static_assert(kSharedBytes == backward_protos_bytes(Dim), "the plan");
   static_assert(Dim % (2 * kBox) == 0 && kSharedBytes <= kSharedLimit);
   static_assert(kOwned * 32 <= 128, "registers of the accumulator");
 };
@@ -405,7 +408,7 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
 }
 
 template <class Traits>
-FP_KERNEL FP_LAUNCH_BOUNDS(kBackwardThreads, 1)
+FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
     backward_protos_kernel(FP_GRID_CONSTANT BackwardParams p,
                            FP_GRID_CONSTANT BackwardProtosMaps maps) {
   const Problem& s = p.problem;
@@ -416,7 +419,7 @@ FP_KERNEL FP_LAUNCH_BOUNDS(kBackwardThreads, 1)
     const int rows = at.end - at.first < kBox ? at.end - at.first : kBox;
     Vector16* to = reinterpret_cast<Vector16*>(static_cast<typename Traits::T*>(p.grad_protos) +
                                                int64_t(at.first) * s.dim);
-    for (int i = thread_index(); i < rows * s.dim / 8; i += kBackwardThreads)
+    for (int i = thread_index(); i < rows * s.dim / 8; i += Traits::kThreads)
       to[i] = {{0, 0, 0, 0}};
     return;
   }
@@ -476,15 +479,15 @@ const char* launch_backward_protos_as(const BackwardParams& p, void* stream) {
   if (error == nullptr)
     error = make_protos_map(&maps.protos, map_type<T>(), p.protos, s.dim, s.total, feat.data);
   if (error != nullptr) return error;
-  const Grid grid{int(backward_protos_programs(s)), kBackwardThreads, Traits::kSharedBytes, 1,
+  const Grid grid{int(backward_protos_programs(s)), Traits::kThreads, Traits::kSharedBytes, 1,
                   stream};
   return launch<backward_protos_kernel<Traits>>(grid, p, maps);
 }
 
 template <class T>
-const char* launch_backward_protos(const BackwardParams& p, void* stream) {
+const char* launch_backward_protos_of(const BackwardParams& p, void* stream) {
   const bool channels_last = is_channels_last(p);
-  if (p.problem.dim <= 256)
+  if (padded_dim(p.problem.dim) == 256)
     return channels_last
                ? launch_backward_protos_as<BackwardProtosTraits<T, 256, true>>(p, stream)
                : launch_backward_protos_as<BackwardProtosTraits<T, 256, false>>(p, stream);

@@ -31,10 +31,12 @@ struct BackwardQueryMaps {
 template <class T_, int Dim, bool ChannelsLast>
 struct BackwardQueryTraits {
   using T = T_;
+  static constexpr int kThreads = backward_threads();
+  static constexpr int kMaxRegisters = kLaunchRegisters;
   static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kBoxes = Dim / kBox;
   static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group
-  static constexpr int kRing = Dim == 512 ? 10 : 16;
+  static constexpr int kRing = backward_query_ring(Dim);
 
   static constexpr int kFeat = 0;
   static constexpr int kGrad = kFeat + kBoxes * kBoxBytes;
@@ -48,6 +50,7 @@ struct BackwardQueryTraits {
   static constexpr int kRows = kSums + 2 * 2 * kBox * 4;
   static constexpr int kBarriers = kRows + 2 * kBox * 4;
   static constexpr int kSharedBytes = kBarriers + 8 * (kBoxes + 1 + 2 * kRing + 4);
+  static_assert(kSharedBytes == backward_query_bytes(Dim), "the plan");
   static_assert(Dim % (2 * kBox) == 0 && kSharedBytes <= kSharedLimit);
   static_assert(kOwned * 32 <= 128, "registers of the accumulator");
 };
@@ -478,7 +481,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
 }
 
 template <class Traits>
-FP_KERNEL FP_LAUNCH_BOUNDS(kBackwardThreads, 1)
+FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
     backward_query_kernel(FP_GRID_CONSTANT BackwardParams p,
                           FP_GRID_CONSTANT BackwardQueryMaps maps) {
   const BackwardQueryShared<Traits> shared(shared_memory());
@@ -546,14 +549,14 @@ const char* launch_backward_query_as(const BackwardParams& p, void* stream) {
   if (error == nullptr)
     error = make_protos_map(&maps.protos, map_type<T>(), p.protos, s.dim, s.total, feat.data);
   if (error != nullptr) return error;
-  const Grid grid{int(blocks), kBackwardThreads, Traits::kSharedBytes, 1, stream};
+  const Grid grid{int(blocks), Traits::kThreads, Traits::kSharedBytes, 1, stream};
   return launch<backward_query_kernel<Traits>>(grid, p, maps);
 }
 
 template <class T>
-const char* launch_backward_query(const BackwardParams& p, void* stream) {
+const char* launch_backward_query_of(const BackwardParams& p, void* stream) {
   const bool channels_last = is_channels_last(p);
-  if (p.problem.dim <= 256)
+  if (padded_dim(p.problem.dim) == 256)
     return channels_last ? launch_backward_query_as<BackwardQueryTraits<T, 256, true>>(p, stream)
                          : launch_backward_query_as<BackwardQueryTraits<T, 256, false>>(p, stream);
   return channels_last ? launch_backward_query_as<BackwardQueryTraits<T, 512, true>>(p, stream)

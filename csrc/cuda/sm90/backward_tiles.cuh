@@ -15,10 +15,12 @@
 namespace fastproto::cuda::sm90 {
 
 constexpr int kConsumers = 256;
-constexpr int kBackwardThreads = kConsumers + 128;
+static_assert(backward_threads() == kConsumers + 128);
 // 256 x 232 + 128 x 40 of 65536.
 constexpr int kConsumerRegisters = 232;
 constexpr int kProducerRegisters = 40;
+// Of every thread at first: 65536 / 384, in eights.
+constexpr int kLaunchRegisters = 168;
 
 // Named barriers; 0 is the block's.
 constexpr int kPairBarrier = 1;       // + warp of the group: 64 threads
