@@ -304,6 +304,16 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
   else
     say("forward, backward: sm90: half types on capability 9.0, in steps of 16 bytes.");
 
+  if (!sm90) {
+    if (!small && plan.forward.tile_m == 16)
+      say("forward: 16 pixels a block: 64 leave no room for prototypes in ", r.shared_memory,
+          " bytes.");
+    if (small && plan.forward.slices == 1)
+      say("forward: all channels in one block: slices of 64 would be more than ",
+          2 * r.multiprocessors, " blocks.");
+    if (plan.forward.stages == 1) say("forward: one tile of prototypes at a time: two do not fit.");
+  }
+
   // Statistics of the prototypes: the latency kernels find them on their way, where a block sees
   // whole rows and nobody needs them later.
   if (finds_statistics(r, plan.forward)) {
