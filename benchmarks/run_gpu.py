@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -26,6 +27,7 @@ import torch
 from gpu import cases, record
 from gpu.suite import Suite
 from gpu.timers import CudaTimer, HostTimer, Timer
+from roofline import Ceilings
 
 import fastproto
 
@@ -40,6 +42,14 @@ def arguments() -> argparse.Namespace:
         "--budget", type=float, default=6.0, metavar="MINUTES", help="no setting starts after it"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="settings whose name has it")
+    parser.add_argument(
+        "--families",
+        action="store_true",
+        help="measure every family of the native kernels, not only the one that the plan picks",
+    )
+    parser.add_argument(
+        "--checks", type=Path, metavar="FILE", help="JSON rows for the record, of gpu_check.py"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="tiny settings, two rounds: does the suite run?"
     )
@@ -67,7 +77,20 @@ def versions() -> dict[str, str]:
     }
 
 
-def build_record(suite: Suite, timer: Timer, seconds: float) -> dict[str, Any]:
+def goal_rows(suite: Suite, ceilings: Ceilings | None) -> list[dict[str, Any]]:
+    """The goals of the backend that users get, and those of the native one."""
+    found = []
+    for backend, goals in ((suite.chosen, record.GOALS), ("native", record.NATIVE_GOALS)):
+        if backend in suite.ours:
+            completed = [record.complete(case, backend, ceilings) for case in suite.cases]
+            rows = record.compare_goals(completed, backend, goals)
+            found += [{"backend": backend} | row for row in rows]
+    return found
+
+
+def build_record(
+    suite: Suite, timer: Timer, seconds: float, checks: Path | None = None
+) -> dict[str, Any]:
     """Everything there is so far."""
     gpu = timer.describe()
     ceilings = record.ceilings_of(suite.ceilings)
@@ -86,7 +109,8 @@ def build_record(suite: Suite, timer: Timer, seconds: float) -> dict[str, Any]:
         "gpu": gpu,
         "ours": suite.chosen,
         "seconds": round(seconds),
-        "goals": record.compare_goals(completed, suite.chosen),
+        "goals": goal_rows(suite, ceilings),
+        "checks": [] if checks is None else json.loads(checks.read_text(encoding="utf-8")),
         "ceilings": record.ceiling_rows(suite.ceilings),
         "failed": suite.failed,
         "left_out": suite.left_out,
@@ -129,7 +153,7 @@ def report(found: dict[str, Any]) -> None:
         reached = "not measured"
         if row["reached"] is not None:
             reached = f"{row['reached']} {row['unit']} ({'met' if row['met'] else 'NOT met'})"
-        print(f"goal: {row['goal']}: wanted {row['wanted']}, reached {reached}")
+        print(f"goal ({row['backend']}): {row['goal']}: wanted {row['wanted']}, reached {reached}")
     for row in found["left_out"]:
         print(f"left out: {row['setting']}: {row['why']}")
     for row in found["failed"]:
@@ -149,14 +173,17 @@ def main() -> int:
     if not settings:
         print(f"run_gpu.py: no setting's name has {options.only!r}.", file=sys.stderr)
         return 2
-    suite = Suite(timer, options.budget * 60, options.quick)
+    suite = Suite(timer, options.budget * 60, options.quick, options.families)
+
+    def record_so_far() -> dict[str, Any]:
+        return build_record(suite, timer, time.monotonic() - began, options.checks)
 
     def write_so_far() -> Path:
-        return write(options.out, build_record(suite, timer, time.monotonic() - began))
+        return write(options.out, record_so_far())
 
     suite.run(settings, write_so_far)
     path = write_so_far()
-    report(build_record(suite, timer, time.monotonic() - began))
+    report(record_so_far())
     print(f"Result: {path}")
     return 1 if suite.failed or not suite.cases else 0
 

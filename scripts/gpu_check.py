@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that wants a GPU, in one go: build, tests, kernels' resources, benchmark, tables.
+"""Everything that wants a GPU, in one go: build, tests, kernels' resources, sanitizers, benchmark.
 
 Runs with any Python that has torch with CUDA, triton and pytest; installs nothing else and needs no
 network. The package is built and installed into a folder of its own, so that the environment stays
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -23,13 +24,16 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RESOURCES = ROOT / "scripts" / "triton_resources.py"
+CUDA_RESOURCES = ROOT / "scripts" / "cuda_resources.py"
+SANITIZED = ROOT / "scripts" / "sanitize_gpu.py"
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,9 @@ def arguments() -> argparse.Namespace:
         "--limit", type=float, default=20.0, metavar="MINUTES", help="of every other step"
     )
     parser.add_argument(
+        "--sanitizer-limit", type=float, default=5.0, metavar="MINUTES", help="of each sanitizer"
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=min(8, os.cpu_count() or 1),
@@ -101,6 +108,7 @@ class Check:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.logs: Path = options.logs.resolve()
+        self.checks = self.logs / "checks.json"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.environment = {
             key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
@@ -112,6 +120,15 @@ class Check:
         """Before the environment's own packages; the sources last, should the build fail."""
         path = [str(folder), os.environ.get("PYTHONPATH", ""), str(ROOT)]
         self.environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+
+    def remember(self, step: Step) -> None:
+        """For the benchmark's record; also across calls, until something else is installed."""
+        rows: list[dict[str, str]] = []
+        if step.name != "install" and self.checks.is_file():
+            rows = json.loads(self.checks.read_text(encoding="utf-8"))
+        rows = [row for row in rows if row["check"] != step.name]
+        rows.append({"check": step.name, "result": step.result, "detail": step.detail})
+        self.checks.write_text(json.dumps(rows), encoding="utf-8")
 
     def install(self) -> Step:
         """Build and install into a folder."""
@@ -158,11 +175,61 @@ class Check:
             return Step("resources", "skipped", 0.0, f"there is no scripts/{RESOURCES.name}")
         return self._step("resources", [sys.executable, str(RESOURCES)])
 
+    def cuda_resources(self) -> Step:
+        """Read the machine code of the CUDA library."""
+        step = self._step("cuda_resources", [sys.executable, str(CUDA_RESOURCES)])
+        if "exit code 2" in step.detail:  # there is no library, or nothing to read it with
+            return dataclasses.replace(step, result="skipped", detail=self._last_line(step))
+        return step
+
+    def memcheck(self) -> Step:
+        """Accesses out of bounds or misaligned, in the CUDA library's kernels."""
+        return self._sanitizer("memcheck", ["--kernel-name", "kns=fastproto"])
+
+    def racecheck(self) -> Step:
+        """Races in shared memory."""
+        options = ["--kernel-name", "kns=fastproto", "--racecheck-report", "all"]
+        return self._sanitizer("racecheck", options)
+
+    def initcheck(self) -> Step:
+        """Global memory that is read before it was written."""
+        # All kernels are watched: who wrote the inputs must have been seen.
+        return self._sanitizer("initcheck", [])
+
+    def _sanitizer(self, tool: str, options: Sequence[str]) -> Step:
+        program = find_sanitizer()
+        if program is None:
+            return Step(tool, "skipped", 0.0, "there is no compute-sanitizer")
+        command = [str(program), "--tool", tool, "--error-exitcode", "86", *options]
+        command += [sys.executable, str(SANITIZED), "--for", tool]
+        # Every tensor is an allocation of its own, or a block of many would hide what is outside.
+        step = self._step(
+            tool,
+            command,
+            limit=self.options.sanitizer_limit * 60,
+            extra={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+        log = step.log.read_text(encoding="utf-8") if step.log is not None else ""
+        reason = why_not_sanitized(log)
+        if step.result == "failed" and reason is not None:
+            return dataclasses.replace(step, result="skipped", detail=reason)
+        found = [line.strip("= ") for line in log.splitlines() if "SUMMARY" in line]
+        details = [step.detail, *found, self._last_line(step)]
+        return dataclasses.replace(step, detail="; ".join(dict.fromkeys(filter(None, details))))
+
+    def _last_line(self, step: Step) -> str:
+        """What a program said last, its sanitizer aside."""
+        text = step.log.read_text(encoding="utf-8") if step.log is not None else ""
+        lines = [line for line in text.splitlines() if line and not line.startswith("=====")]
+        return lines[-1] if lines else ""
+
     def benchmark(self) -> Step:
-        """The GPU suite."""
+        """The GPU suite; what the steps before found goes into its record."""
         program = ROOT / "benchmarks" / "run_gpu.py"
         out = self.options.out.resolve()
         command = [sys.executable, str(program), "--out", str(out)]
+        if self.checks.is_file():
+            command += ["--checks", str(self.checks)]
         command += ["--budget", str(self.options.budget)]
         return self._step(
             "benchmark", command, limit=(self.options.budget + 4) * 60, describe=lambda: str(out)
@@ -175,12 +242,14 @@ class Check:
         describe: Callable[[], str] = lambda: "",
         accept: Callable[[], bool] = lambda: True,
         limit: float | None = None,
+        extra: Mapping[str, str] | None = None,
     ) -> Step:
         log = self.logs / f"{name}.log"
         print(f"\n== {name}: {' '.join(command)}", flush=True)
         began = time.monotonic()
         limit = self.options.limit * 60 if limit is None else limit
-        code, timed_out = run(command, log, self.environment, self.logs, limit)
+        environment = self.environment | dict(extra or {})
+        code, timed_out = run(command, log, environment, self.logs, limit)
         seconds = time.monotonic() - began
         details = [f"stopped after {limit:.0f} s" if timed_out else "", describe()]
         if code != 0 and not timed_out:
@@ -189,7 +258,28 @@ class Check:
         return Step(name, result, seconds, "; ".join(filter(None, details)), log)
 
 
-STEPS = ("install", "tests", "resources", "benchmark")
+STEPS = ("install", "tests", "resources", "cuda_resources", *SANITIZER_TOOLS, "benchmark")
+
+
+def find_sanitizer() -> Path | None:
+    """compute-sanitizer: on PATH, or beside nvcc, or where the toolkit is installed."""
+    found = shutil.which("compute-sanitizer")
+    if found is not None:
+        return Path(found)
+    nvcc = shutil.which("nvcc")
+    folders = [] if nvcc is None else [Path(nvcc).resolve().parent]
+    folders += [path / "bin" for path in sorted(Path("/usr/local").glob("cuda*"), reverse=True)]
+    candidates = [folder / "compute-sanitizer" for folder in folders]
+    return next((path for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def why_not_sanitized(log: str) -> str | None:
+    """Why a sanitizer could not watch this GPU, or this program; None if it could."""
+    for words in ("Device not supported", "Unable to find injection library", "nothing to run"):
+        if words in log:
+            line = next(line for line in log.splitlines() if words in line)
+            return line.strip("= ")
+    return None
 
 
 def run(
@@ -295,6 +385,7 @@ def main() -> int:
                 steps.append(methods[name]())
             except Exception as error:  # the next step may still tell something
                 steps.append(Step(name, "failed", 0.0, f"{type(error).__name__}: {error}"))
+            check.remember(steps[-1])
     text = summary(steps)
     if "benchmark" in options.only:
         text += "\n\n" + tables(options.out)

@@ -265,6 +265,31 @@ GPU = ["us", "fastest peer", "its us", "ratio", "expected us", "over expected", 
 GPU += ["TFLOP/s", "of matmul", "wall us", "eager's wall us"]
 
 
+def gpu_backends(record: dict[str, Any]) -> list[str]:
+    """Our backends, and families of kernels, side by side, where several were measured."""
+    names = [
+        name
+        for name in dict.fromkeys(name for case in record["cases"] for name in case["us"])
+        if name.partition(" ")[0] in ("native", "triton")
+    ]
+    if len(names) < 2:
+        return []
+    rows = [
+        [case["setting"], case["what"]]
+        + [digits(case["us"][name]) if name in case["us"] else "-" for name in names]
+        for case in record["cases"]
+    ]
+    return [table("our backends, microseconds", ["setting", "pass", *names], rows)]
+
+
+def gpu_checks(record: dict[str, Any]) -> list[str]:
+    """What was checked beside, if anything."""
+    rows = [
+        [row["check"], row["result"], row["detail"].replace("|", "/")] for row in record["checks"]
+    ]
+    return [table("checks", ["", "result", ""], rows)] if rows else []
+
+
 def gpu(results: Path) -> str:
     """A GPU: ours beside the fastest peer and what the machine could reach, by type and pass."""
     blocks = []
@@ -279,13 +304,14 @@ def gpu(results: Path) -> str:
                 if rows:
                     title = f"{record['gpu']['name']}: {what}, {dtype}, {record['ours']}"
                     blocks.append(table(title, ["size", *GPU], rows))
+        blocks += gpu_backends(record)
         rows = [
             [row["rate"], f"{digits(row['median'])} {row['unit']}", str(len(row["measurements"]))]
             for row in record["ceilings"]
         ]
         if rows:
             blocks.append(table("what the machine reaches", ["rate", "", "measurements"], rows))
-        blocks += [*gpu_gaps(record), provenance(record)]
+        blocks += [*gpu_checks(record), *gpu_gaps(record), provenance(record)]
     return "\n\n".join(blocks) or NO_RECORD
 
 
@@ -294,13 +320,14 @@ def gpu_goals(results: Path) -> str:
     blocks = []
     for record in gpu_records(results):
         lines = [f"**{record['gpu']['name']}: bfloat16, D = 512, 16 x 16 pixels**", ""]
-        lines += ["| goal | wanted | reached | met |", "|---|---:|---:|---|"]
+        lines += ["| backend | goal | wanted | reached | met |", "|---|---|---:|---:|---|"]
         for row in record["goals"]:
             reached, met = "not measured", "-"
             if row["reached"] is not None:
                 reached = f"{row['reached']} {row['unit']} ({row['at']})"
                 met = "yes" if row["met"] else "**no**"
-            lines.append(f"| {row['goal']} | {row['wanted']} | {reached} | {met} |")
+            cells = [row["backend"], row["goal"], row["wanted"], reached, met]
+            lines.append("| " + " | ".join(cells) + " |")
         blocks += ["\n".join(lines), provenance(record)]
     return "\n\n".join(blocks) or NO_RECORD
 

@@ -9,8 +9,10 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import baselines
 import torch
@@ -19,6 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastproto import backends, proto_attention
+from fastproto.errors import ArgumentError
+from fastproto.testing.problems import Problem
+from gpu.timers import Call
 
 OURS = ("native", "triton")
 """Backends of this package that are compared, in the order of the ladder."""
@@ -30,6 +35,69 @@ Implementation = Callable[[Tensor, Tensor, Tensor, Bounds], Tensor]
 def ours(device: str) -> dict[str, Implementation]:
     """Our backends that can run on ``device``."""
     return {name: _backend(name) for name in OURS if backends.why_not(name, device) is None}
+
+
+FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
+"""Of the native backend's CUDA kernels."""
+
+
+def families(device: str, problem: Problem, dtype: torch.dtype) -> dict[str, Implementation]:
+    """The native backend, forced to each family that takes the problem."""
+    if device != "cuda" or "native" not in ours(device):
+        return {}
+    found = {}
+    for family in FAMILIES:
+        with _forced(family):
+            try:
+                backends.explain(
+                    episodes=problem.episodes,
+                    queries=problem.queries,
+                    ways=problem.ways,
+                    dim=problem.dim,
+                    pixels=problem.height * problem.width,
+                    total=sum(map(sum, problem.bags)),
+                    dtype=dtype,
+                    save=True,
+                )
+            except ArgumentError:
+                continue
+        found[f"native {family}"] = Family(family)
+    return found
+
+
+@contextlib.contextmanager
+def _forced(family: str) -> Iterator[None]:
+    """The kernels' choice in the environment, where every call looks for it."""
+    before = os.environ.get("FASTPROTO_CUDA_KERNELS")
+    os.environ["FASTPROTO_CUDA_KERNELS"] = family
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FASTPROTO_CUDA_KERNELS"]
+        else:
+            os.environ["FASTPROTO_CUDA_KERNELS"] = before
+
+
+class Family:
+    """The native backend, forced to a family of kernels: an ``Implementation``."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._native = _backend("native")
+
+    def __call__(self, feat: Tensor, protos: Tensor, offsets: Tensor, bounds: Bounds) -> Tensor:
+        with _forced(self.name):
+            return self._native(feat, protos, offsets, bounds)
+
+    def around(self, call: Call) -> Call:
+        """A call that differentiates, too: forced as a whole."""
+
+        def forced() -> list[Tensor]:
+            with _forced(self.name):
+                return call()
+
+        return forced
 
 
 def _backend(name: str) -> Implementation:

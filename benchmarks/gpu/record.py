@@ -39,7 +39,7 @@ def ceiling_rows(measured: Mapping[str, Sequence[float]]) -> list[dict[str, Any]
 def complete(case: dict[str, Any], chosen: str, ceilings: Ceilings | None) -> dict[str, Any]:
     """The case with what follows from its times, for the backend ``chosen``."""
     times, work = case["us"], Work(case["bytes"], case["flops"])
-    peers = [name for name in times if name not in OUR_NAMES]
+    peers = [name for name in times if name.partition(" ")[0] not in OUR_NAMES]
     derived: dict[str, Any] = {"ours": chosen}
     if peers:
         derived["fastest_peer"] = min(peers, key=lambda name: times[name])
@@ -72,7 +72,8 @@ class Goal:
 
     Attributes:
         goal: What is measured.
-        key: Of a completed case, or "us", or "wall": eager's wall time over ours.
+        key: Of a completed case, or "us", or "wall": eager's wall time over ours, or "triton": the
+            Triton backend's time over ours.
         what: The pass.
         sizes: The worst of these counts; all must have been measured.
         wanted: The limit.
@@ -99,11 +100,23 @@ GOALS = [
     Goal("forward and backward, one image and class, N = 256, fastest peer's time over ours", "peer_over_ours", "both", ("1x256",), 2, False, "x"),  # noqa: E501
 ]  # fmt: skip
 """All of bfloat16, D = 512 and 16 x 16 pixels."""
+LARGE = ("512x256", "16x4096")
+NATIVE_GOALS = [
+    Goal("forward, one image and class, N <= 256, by graph replay", "us", "forward", SMALL, 8, True, "us"),  # noqa: E501
+    Goal("forward, 512 bags of N = 256, share of the copy bandwidth", "of_copy", "forward", ("512x256",), 80, False, "%"),  # noqa: E501
+    Goal("forward, N = 4096, share of the matrix rate", "of_matmul", "forward", ("16x4096",), 60, False, "%"),  # noqa: E501
+    Goal("backward, N = 4096, share of the matrix rate", "of_matmul", "backward", ("16x4096",), 55, False, "%"),  # noqa: E501
+    Goal("forward, the Triton backend's time over ours", "triton", "forward", SMALL + LARGE, 1, False, "x"),  # noqa: E501
+    Goal("forward and backward, the Triton backend's time over ours", "triton", "both", SMALL + LARGE, 1, False, "x"),  # noqa: E501
+]  # fmt: skip
+"""Of the native backend, whether users get it or not."""
 
 
-def compare_goals(cases: Sequence[Mapping[str, Any]], chosen: str) -> list[dict[str, Any]]:
+def compare_goals(
+    cases: Sequence[Mapping[str, Any]], chosen: str, goals: Sequence[Goal] = GOALS
+) -> list[dict[str, Any]]:
     """Wanted, reached, met; reached is None where a size was not measured."""
-    return [_compare(goal, cases, chosen) for goal in GOALS]
+    return [_compare(goal, cases, chosen) for goal in goals]
 
 
 def _compare(goal: Goal, cases: Sequence[Mapping[str, Any]], chosen: str) -> dict[str, Any]:
@@ -135,6 +148,9 @@ def _value(goal: Goal, case: Mapping[str, Any], chosen: str) -> float | None:
         wall = case.get("wall_us", {})
         eager = [wall[name] for name in EAGER if name in wall]
         return min(eager) / wall[chosen] if eager and chosen in wall else None
+    if goal.key == "triton":
+        times = case["us"]
+        return times["triton"] / times[chosen] if {"triton", chosen} <= set(times) else None
     value = case.get(goal.key)
     return value * 100 if value is not None and goal.unit == "%" else value
 

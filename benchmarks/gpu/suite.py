@@ -119,8 +119,10 @@ class Suite:
         ceilings: Measurements by rate: bytes or operations per second.
     """
 
-    def __init__(self, timer: Timer, budget: float, quick: bool = False) -> None:
-        self.timer, self.quick = timer, quick
+    def __init__(
+        self, timer: Timer, budget: float, quick: bool = False, families: bool = False
+    ) -> None:
+        self.timer, self.quick, self.families = timer, quick, families
         self._deadline = time.monotonic() + budget
         self.ours = implementations.ours(timer.device)
         chosen = backends.choose(timer.device)
@@ -169,6 +171,8 @@ class Suite:
         compiled = self._compiled(setting, uncompiled)
         for what in WHATS:
             ops = dict(self.ours)
+            if self.families:
+                ops |= implementations.families(self.timer.device, setting.problem, setting.dtype)
             ops |= {n: implementations.peer(op) for n, op in uncompiled.items()}
             wanted = self._winners.get((setting.kind, what != "forward"))
             for name, op in compiled[what != "forward"].items():
@@ -248,6 +252,8 @@ class Suite:
     ) -> tuple[list[Call], Replay]:
         """Calls of all sets, warm, and their replay."""
         calls = [inputs.call(what, op) for inputs in sets]
+        if isinstance(op, implementations.Family):
+            calls = [op.around(call) for call in calls]
         for _ in range(2):  # compiles, and fills the allocator
             calls[0]()
         return calls, self.timer.replay(calls)

@@ -16,6 +16,7 @@
 #include <tuple>
 
 #include "../cuda/kernels.h"
+#include "../cuda/sm90/backward.h"
 #include "checks.h"
 #include "layout.h"
 #include "schemas.h"
@@ -146,18 +147,6 @@ Dense dense_maps(const Tensor& maps, bool channels_last) {
           channels_last ? channels : 1};
 }
 
-bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-// Whether TMA and vectors of 16 bytes can walk two-byte maps.
-bool is_aligned(const Strided& s, const Problem& p, bool channels_last) {
-  const auto steps = [](int64_t size, int64_t stride) {
-    return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 38);
-  };
-  return is_aligned(s.data) && steps(p.episodes, s.episode) && steps(p.queries, s.query) &&
-         (s.way == 0 || steps(p.ways, s.way)) &&
-         (channels_last ? steps(p.pixels, s.pixel) : steps(p.dim, s.channel));
-}
-
 // What both ops make of their arguments.
 struct Call {
   Chip chip;
@@ -166,14 +155,14 @@ struct Call {
   Tensor feat, protos, offsets;
   Strided feat_strides;
   Problem problem;
-  bool tma_ok;
 
   const int32_t* starts() const { return static_cast<const int32_t*>(offsets.data_ptr()); }
   int64_t images() const { return int64_t(problem.episodes) * problem.queries; }
   int64_t maps() const { return images() * problem.ways; }
   bool is_empty() const { return images() * problem.pixels == 0; }
 
-  Plan plan(bool save) const {
+  // `tma_ok`: see Request.
+  Plan plan(bool save, bool tma_ok) const {
     const Request request{chip.capability,
                           chip.multiprocessors,
                           chip.shared_memory,
@@ -236,9 +225,6 @@ Call prepare(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
     p.temperature_tensor = temperature_tensor->data_ptr();
     p.temperature_is_double = temperature_tensor->scalar_type() == ScalarType::Double;
   }
-  c.tma_ok = c.dtype != DType::kFloat32 && total > 0 && dim % 8 == 0 &&
-             (c.channels_last || pixels % 8 == 0) && is_aligned(c.protos.data_ptr()) &&
-             is_aligned(c.feat_strides, p, c.channels_last);
   return c;
 }
 
@@ -260,11 +246,10 @@ void check_launch(const char* error, const char* kernel) {
   FP_CHECK(error == nullptr, kernel, " kernel: ", error, ".");
 }
 
+#ifdef FASTPROTO_SM90
 bool is_sm90(Kernel kernel) {
   return kernel == Kernel::kSm90Latency || kernel == Kernel::kSm90Throughput;
 }
-
-#ifdef FASTPROTO_SM90
 #define FP_LAUNCH(function, plan, ...) \
   (is_sm90((plan).kernel) ? sm90::function(__VA_ARGS__) : sm80::function(__VA_ARGS__))
 #else
@@ -279,7 +264,6 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor proto
                                                        bool save_for_backward, bool tf32) {
   const OnDevice device(feat);
   const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
-  const Plan plan = c.plan(save_for_backward);
   const Problem& s = c.problem;
   const StatisticsLayout layout(c);
 
@@ -287,17 +271,10 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor proto
     return new_maps(feat, {s.episodes, s.queries, s.ways, channels, feat.size(3), feat.size(4)},
                     c.channels_last);
   };
-  const auto new_floats = [&](int64_t count) {
-    return torch::stable::new_empty(feat, {count}, ScalarType::Float);
-  };
   Tensor out = new_stack(concat ? 2 * int64_t(s.dim) : s.dim);
   Tensor agg = save_for_backward ? new_stack(s.dim) : torch::stable::new_empty(feat, {0});
-  const bool has_stats = plan.stats.kernel != Kernel::kNone;
-  // Without a backward: room for the prototypes' statistics, dropped on return. The memory is not
-  // handed out to another stream before this one is done with it.
-  Tensor stats = new_floats(save_for_backward ? layout.total() : 0);
-  const Tensor scratch = has_stats && !save_for_backward ? new_floats(layout.protos) : stats;
-
+  Tensor stats =
+      torch::stable::new_empty(feat, {save_for_backward ? layout.total() : 0}, ScalarType::Float);
   ForwardParams p = {};
   p.problem = s;
   p.feat = c.feat_strides;
@@ -307,8 +284,15 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor proto
   if (save_for_backward) {
     p.agg = dense_maps(agg, c.channels_last);
     p.statistics = layout.at(stats);
-  } else if (has_stats) {
-    p.statistics.protos = static_cast<float*>(scratch.data_ptr());
+  }
+  const Plan plan = c.plan(save_for_backward, sm90::vectors_apply(p));
+  const bool has_stats = plan.stats.kernel != Kernel::kNone;
+  // Without a backward: room for the prototypes' statistics, dropped on return. The memory is not
+  // handed out to another stream before this one is done with it.
+  std::optional<Tensor> room;
+  if (has_stats && !save_for_backward) {
+    room = torch::stable::new_empty(feat, {layout.protos}, ScalarType::Float);
+    p.statistics.protos = static_cast<float*>(room->data_ptr());
   }
   void* const stream = device.stream();
   if (has_stats) check_launch(sm80::launch_proto_stats(p, c.dtype, stream), "proto_stats");
@@ -340,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                                                        double eps, bool concat, bool needs_protos,
                                                        bool needs_temperature, bool tf32) {
   const OnDevice device(feat);
-  Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
+  const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
   const Problem& s = c.problem;
   const StatisticsLayout layout(c);
   check_rank(grad_out, "grad_out", 6, "[E, Q, K, 2D or D, H, W]");
@@ -379,14 +363,16 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
   p.agg = dense_maps(saved, c.channels_last);
   p.grad_feat = dense_maps(grad_feat, c.channels_last);
   p.grad_protos = needs_protos ? grad_protos.data_ptr() : nullptr;
-  c.tma_ok = c.tma_ok && is_aligned(p.grad_out, s, c.channels_last) && is_aligned(p.agg.data);
-  const Plan plan = c.plan(true);
+  const Plan plan =
+      c.plan(true, sm90::backward_query_applies(p) && sm90::backward_protos_applies(p));
   const Tensor delta = torch::stable::new_empty(feat, {layout.lse}, ScalarType::Float);
   p.delta = static_cast<float*>(delta.data_ptr());
-  const int tiles = plan.backward_query.blocks / plan.backward_query.slices;
-  const Tensor terms =
-      torch::stable::new_empty(feat, {needs_temperature ? tiles : 0}, ScalarType::Float);
-  if (needs_temperature) p.temperature_terms = static_cast<float*>(terms.data_ptr());
+  std::optional<Tensor> terms;
+  if (needs_temperature) {
+    const int tiles = plan.backward_query.blocks / plan.backward_query.slices;
+    terms = torch::stable::new_empty(feat, {tiles}, ScalarType::Float);
+    p.temperature_terms = static_cast<float*>(terms->data_ptr());
+  }
 
   void* const stream = device.stream();
   check_launch(FP_LAUNCH(launch_backward_query, plan.backward_query, p, c.dtype,
@@ -397,7 +383,7 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                            plan.backward_protos, stream),
                  "backward_protos");
   return {grad_feat, grad_protos,
-          needs_temperature ? temperature_gradient(terms, *temperature_tensor)
+          needs_temperature ? temperature_gradient(*terms, *temperature_tensor)
                             : torch::stable::new_empty(feat, {0}, ScalarType::Float)};
 }
 

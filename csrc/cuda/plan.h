@@ -115,8 +115,7 @@ inline const char* why_not_sm90(const Request& r) {
   if (!r.has_sm90) return "this build has no code for sm_90a";
   if (r.dtype == DType::kFloat32) return "WGMMA cannot transpose float32";
   if (r.shared_memory < kSm90SharedMemory) return "the chip has too little shared memory";
-  if (!r.tma_ok)
-    return "TMA takes rows that start and step in multiples of 16 bytes, and no empty tensor";
+  if (!r.tma_ok) return "TMA takes rows that start and step in multiples of 16 bytes";
   return nullptr;
 }
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -90,22 +91,54 @@ def test_all_steps_run_whatever_fails(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    codes = iter([(1, False), (0, False), (-9, True)])
+    outcomes = {
+        "install": (1, False, ""),
+        "tests": (0, False, ""),
+        "cuda_resources": (2, False, "cuda_resources.py: cannot run: there is no library.\n"),
+        "memcheck": (0, False, "12 problems\n========= ERROR SUMMARY: 0 errors\n"),
+        "racecheck": (86, False, "9 problems\n========= RACECHECK SUMMARY: 1 hazard displayed\n"),
+        "initcheck": (1, False, "========= Error: Device not supported.\n"),
+        "benchmark": (-9, True, ""),
+    }
+    commands: dict[str, list[str]] = {}
 
-    def run(*arguments: Any) -> tuple[int, bool]:
-        return next(codes)
+    def run(command: list[str], log: Path, *rest: Any) -> tuple[int, bool]:
+        code, expired, text = outcomes[log.stem]
+        commands[log.stem] = command
+        log.write_text(text)
+        return code, expired
 
     monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr(gpu_check, "why_not", lambda: None)
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: Path("/bin/compute-sanitizer"))
     monkeypatch.setattr(gpu_check, "RESOURCES", tmp_path / "none.py")
-    monkeypatch.setattr(
-        sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--logs", str(tmp_path / "logs")]
-    )
+    logs = tmp_path / "logs"
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--logs", str(logs)])
     assert gpu_check.main() == 1
     text = capsys.readouterr().out
     assert "| install | failed |" in text
     assert "| tests | failed |" in text  # exit code 0, but no test is known to have passed
     assert "| resources | skipped | 0 | there is no scripts/none.py |" in text
+    assert "| cuda_resources | skipped | 0 | cuda_resources.py: cannot run: there is no" in text
+    assert "| memcheck | passed | 0 | ERROR SUMMARY: 0 errors; 12 problems |" in text
+    assert "| racecheck | failed | 0 | exit code 86; RACECHECK SUMMARY: 1 hazard" in text
+    assert "| initcheck | skipped | 0 | Error: Device not supported. |" in text
     assert "| benchmark | failed |" in text
     assert "stopped after 600 s" in text
-    assert (tmp_path / "logs" / "summary.md").read_text().strip() in text
+    assert (logs / "summary.md").read_text().strip() in text
+    assert "--kernel-name" in commands["memcheck"]
+    assert "--kernel-name" not in commands["initcheck"]
+    # The benchmark's record gets what the steps before it found.
+    assert commands["benchmark"][-4:-2] == ["--checks", str(logs / "checks.json")]
+    rows = {row["check"]: row["result"] for row in json.loads((logs / "checks.json").read_text())}
+    assert rows["memcheck"] == "passed"
+    assert rows["racecheck"] == "failed"
+
+
+def test_without_a_sanitizer(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--logs", str(tmp_path)])
+    step = gpu_check.Check(gpu_check.arguments()).memcheck()
+    assert (step.result, step.detail) == ("skipped", "there is no compute-sanitizer")

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import baselines
 import pytest
+import run_gpu
 import torch
 from gpu import cases, implementations, record
 from gpu import suite as gpu_suite
 from gpu.timers import Call, CudaTimer, HostTimer, Replay
 from roofline import Ceilings
 
+from fastproto import _library
 from fastproto.testing.problems import Problem
 
 
@@ -45,7 +48,8 @@ def test_unequal_bags_loop() -> None:
 def test_settings_are_unique_and_begin_with_the_goals() -> None:
     names = [setting.name for setting in cases.SETTINGS]
     assert len(set(names)) == len(names)
-    wanted = {f"{size} bfloat16" for goal in record.GOALS for size in goal.sizes}
+    goals = record.GOALS + record.NATIVE_GOALS
+    wanted = {f"{size} bfloat16" for goal in goals for size in goal.sizes}
     assert set(names[: len(wanted)]) == wanted
     for setting in cases.SETTINGS:
         assert (setting.kind == "mixed") == (len({n for e in setting.problem.bags for n in e}) > 1)
@@ -107,6 +111,70 @@ def test_goals() -> None:
     assert found[5]["not_measured"] == ["1x256"]
     rows[0]["dtype"] = "float16"
     assert record.compare_goals(rows, "triton")[0]["not_measured"] == ["1x1"]
+
+
+def test_goals_of_the_native_backend() -> None:
+    us = {"triton": 12.0, "native": 6.0, "native sm80-latency": 3.0, "eager": 60.0}
+    ceilings = Ceilings(4e12, {"bfloat16": 800e12})
+    rows = [case(size, "forward", us) for size in record.SMALL + record.LARGE]
+    rows += [case(size, "both", us | {"triton": 4.5}) for size in record.SMALL + record.LARGE]
+    rows.append(case("16x4096", "backward", {"native": 0.25}))
+    completed = [record.complete(row, "native", ceilings) for row in rows]
+    assert completed[0]["fastest_peer"] == "eager"  # a family of our own kernels is no peer
+    found = record.compare_goals(completed, "native", record.NATIVE_GOALS)
+    assert [(row["reached"], row["met"]) for row in found] == [
+        (6.0, True),
+        (4.17, False),
+        (2.08, False),
+        (50.0, False),
+        (2.0, True),
+        (0.75, False),
+    ]
+
+
+class FakeSuite:
+    """What a record is made of."""
+
+    chosen = "triton"
+    ours = ("native", "triton")
+    cases = (case("1x256", "forward", {"triton": 12.0, "native": 6.0}),)
+
+
+def test_every_goal_says_whose_it_is() -> None:
+    rows = run_gpu.goal_rows(FakeSuite(), None)
+    assert [row["backend"] for row in rows] == (
+        ["triton"] * len(record.GOALS) + ["native"] * len(record.NATIVE_GOALS)
+    )
+
+
+def test_families_are_forced_while_a_call_runs_and_not_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str | None] = []
+
+    def native(*arguments: Any) -> torch.Tensor:
+        seen.append(os.environ.get("FASTPROTO_CUDA_KERNELS"))
+        return torch.zeros(1)
+
+    monkeypatch.delenv("FASTPROTO_CUDA_KERNELS", raising=False)
+    monkeypatch.setattr(implementations, "_backend", lambda name: native)
+    family = implementations.Family("sm80-latency")
+    empty = torch.zeros(1)
+    family(empty, empty, empty, (0, 1))
+    family.around(lambda: [native()])()
+    native()
+    assert seen == ["sm80-latency", "sm80-latency", None]
+
+
+@pytest.mark.skipif(not _library.build_info(), reason="there is no native code")
+def test_families_that_take_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200, which the plan assumes where there is none."""
+    monkeypatch.setattr(implementations, "ours", lambda device: {"native": None})
+    problem = cases.bags(1, 64)
+    both = [f"native {name}" for name in implementations.FAMILIES]
+    assert implementations.families("cpu", problem, torch.bfloat16) == {}
+    assert list(implementations.families("cuda", problem, torch.bfloat16)) == both
+    assert list(implementations.families("cuda", problem, torch.float32)) == both[:2]
 
 
 def test_tag() -> None:

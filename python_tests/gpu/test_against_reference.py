@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproto import InputError, proto_attention
+from fastproto import InputError, backends, proto_attention
 from fastproto.testing.compare import assert_as_good_as_eager
 from fastproto.testing.problems import PROBLEMS, Problem
 
@@ -77,8 +77,12 @@ def test_layouts(op: Op, layout: str, dtype: torch.dtype, concat: bool, device: 
     assert (out.stride(3) == 1) == (layout == "channels_last")
 
 
-def test_wide_features_that_no_tile_holds(op: Op, device: str) -> None:
+def test_wide_features_that_no_tile_holds(op: Op, backend: str, device: str) -> None:
     problem = Problem("wide", ((40, 3),), dim=1536, height=4, width=5)
+    if backend == "native":
+        with pytest.raises(InputError, match=r"1536|512"):
+            op(*problem.make(device=device))
+        return
     for dtype in DTYPES:
         assert_as_good_as_eager(op, problem, dtype, device=device)
 
@@ -94,5 +98,7 @@ def test_many_bags(op: Op, device: str) -> None:
 def test_float64_is_left_to_plain_pytorch(device: str) -> None:
     feat, protos, offsets = (x.to(device) for x in PROBLEMS[2].make(torch.float64))
     assert proto_attention(feat, protos, offsets).dtype == torch.float64
-    with pytest.raises(InputError, match="float64 only interpreted"):
-        proto_attention(feat, protos, offsets, backend="triton")
+    for backend in ("native", "triton"):
+        if backends.why_not(backend, device) is None:
+            with pytest.raises(InputError, match="float64"):
+                proto_attention(feat, protos, offsets, backend=backend)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family of the native backend's CUDA kernels, also those that the plan would not pick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastproto import backends, proto_attention
+from fastproto.errors import ArgumentError
+from fastproto.testing.compare import assert_as_good_as_eager
+from fastproto.testing.problems import PROBLEMS, Problem
+
+Op = Callable[..., Tensor]
+FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MANY = Problem("many", tuple((n, 96 - n) for n in range(0, 97, 24)), queries=2)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forced for the test."""
+    reason = backends.why_not("native", device)
+    if reason is not None:
+        pytest.skip(f"backend native cannot run on {device}: {reason}")
+    monkeypatch.setenv("FASTPROTO_CUDA_KERNELS", request.param)
+    return request.param
+
+
+def native(*args: object, **kwargs: object) -> Tensor:
+    """``proto_attention`` on the native backend."""
+    return proto_attention(*args, backend="native", **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def runs(device: str) -> Callable[[Problem, torch.dtype], None]:
+    """Skips what a family does not take, as the plan says."""
+
+    def check(problem: Problem, dtype: torch.dtype) -> None:
+        sizes = {"dim": problem.dim, "pixels": problem.height * problem.width}
+        try:
+            backends.explain(**sizes, dtype=dtype, save=True)
+            native(*problem.make(dtype, device=device))
+        except ArgumentError as error:
+            pytest.skip(str(error))
+        except RuntimeError as error:
+            if "FASTPROTO_CUDA_KERNELS" not in str(error):
+                raise
+            pytest.skip(str(error))
+
+    return check
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", [*PROBLEMS, MANY], ids=lambda p: p.name)
+@pytest.mark.usefixtures("family")
+def test_as_good_as_eager(
+    runs: Callable[[Problem, torch.dtype], None], problem: Problem, dtype: torch.dtype, device: str
+) -> None:
+    if problem.constant:
+        pytest.skip("eager centres a constant vector to noise; see test_edges.py")
+    runs(problem, dtype)
+    assert_as_good_as_eager(native, problem, dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("family")
+def test_the_same_bits_every_time(
+    runs: Callable[[Problem, torch.dtype], None], dtype: torch.dtype, device: str
+) -> None:
+    runs(MANY, dtype)
+    results = []
+    for _ in range(3):
+        feat, protos, offsets = MANY.make(dtype, device=device)
+        leaves = (feat.requires_grad_(), protos.requires_grad_())
+        out = native(*leaves, offsets)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            assert torch.equal(found, expected)

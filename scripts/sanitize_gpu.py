@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native CUDA kernels on a few small problems: what compute-sanitizer watches.
+
+compute-sanitizer --tool racecheck python scripts/sanitize_gpu.py --for racecheck
+
+Forward, backward and packing, every family of kernels that this GPU has, forced. Values are not
+compared: the tests do that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import fastproto
+from fastproto import backends
+from fastproto.errors import ArgumentError
+from fastproto.nn import class_masks, extract_prototypes
+from fastproto.testing.problems import Problem
+
+FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Tails of pixels, prototypes and channels; several bags of a tile; one that is full.
+TAILS = Problem("tails", ((0, 70), (5, 1)), queries=2, dim=72, height=4, width=6, spare=3)
+ODD = Problem("odd", ((33, 7),), dim=37, height=5, width=7)
+FULL = Problem("full", ((130,),), dim=512, height=8, width=8)
+LAYOUTS = ("nchw", "channels_last")
+
+
+def cases(tool: str) -> Iterator[tuple[Problem, torch.dtype, str]]:
+    """Racecheck takes its time: one type stands for both of two bytes, one layout for both."""
+    for dtype in DTYPES:
+        if tool == "racecheck" and dtype == torch.float16:
+            continue
+        for layout in LAYOUTS if tool != "racecheck" else LAYOUTS[:1]:
+            for problem in (TAILS, ODD, FULL):
+                yield problem, dtype, layout
+
+
+def with_layout(problem: Problem, dtype: torch.dtype, layout: str) -> list[Tensor]:
+    """Operands whose every byte was copied from the host."""
+    feat, protos, offsets = problem.make(dtype)
+    if layout == "channels_last":
+        return [x.cuda() for x in (feat.movedim(2, -1).contiguous(), protos, offsets)]
+    return [x.cuda() for x in (feat, protos, offsets)]
+
+
+def run_op(problem: Problem, dtype: torch.dtype, layout: str) -> None:
+    """Forward without and with a backward; the temperature is a number, then a tensor."""
+    feat, protos, offsets = with_layout(problem, dtype, layout)
+    if layout == "channels_last":
+        feat = feat.movedim(-1, 2)
+    with torch.no_grad():
+        fastproto.proto_attention(feat, protos, offsets, backend="native")
+    feat.requires_grad_()
+    protos.requires_grad_()
+    t = torch.tensor(0.05).cuda().requires_grad_()
+    for temperature, leaves in ((0.05, (feat, protos)), (t, (feat, protos, t))):
+        out = fastproto.proto_attention(
+            feat, protos, offsets, temperature=temperature, backend="native"
+        )
+        torch.autograd.grad(out, leaves, torch.ones(out.shape, dtype=dtype).cuda())
+    torch.cuda.synchronize()
+
+
+def run_pack(dtype: torch.dtype) -> None:
+    """Bags with cells, with an average alone, and empty ones."""
+    labels = torch.zeros(2, 2, 10, 14, dtype=torch.long)
+    labels[..., 7:] = 1
+    labels[..., :1, :1] = 2
+    masks = class_masks(labels, 4).cuda()
+    for features in (torch.ones(2, 2, 70, 5, 7), torch.ones(2, 2, 5, 7, 70).movedim(-1, 2)):
+        leaf = features.to(dtype).cuda().requires_grad_()
+        for append_global in (False, True):
+            found = extract_prototypes(leaf, masks, append_global=append_global, backend="native")
+            grad = torch.ones(found.protos.shape, dtype=dtype).cuda()
+            torch.autograd.grad(found.protos, leaf, grad)
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    """Run them, and say how many."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--for", dest="tool", default="memcheck", help="the sanitizer's tool")
+    tool = parser.parse_args().tool
+    reason = backends.why_not("native", "cuda")
+    if reason is not None:
+        print(f"sanitize_gpu.py: nothing to run: {reason}", file=sys.stderr)
+        return 2
+    runs = 0
+    for family in FAMILIES:
+        os.environ["FASTPROTO_CUDA_KERNELS"] = family
+        for problem, dtype, layout in cases(tool):
+            sizes = {"dim": problem.dim, "pixels": problem.height * problem.width}
+            try:
+                backends.explain(**sizes, dtype=dtype, save=True)
+                run_op(problem, dtype, layout)
+            except ArgumentError:
+                continue  # not for this family, chip, type or size
+            except RuntimeError as error:
+                if "FASTPROTO_CUDA_KERNELS" not in str(error):
+                    raise
+                continue  # TMA cannot read these tensors
+            runs += 1
+            print(family, problem.name, str(dtype)[6:], layout, flush=True)
+    del os.environ["FASTPROTO_CUDA_KERNELS"]
+    for dtype in DTYPES:
+        run_pack(dtype)
+        runs += 1
+    print(f"{runs} problems")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
