@@ -31,6 +31,9 @@ struct BackwardProtosTraits {
   using T = T_;
   static constexpr int kThreads = backward_threads();
   static constexpr int kMaxRegisters = kLaunchRegisters;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
+  static_assert(256 * kConsumerRegisters + 128 * kProducerRegisters <= 65536);
   static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kBoxes = Dim / kBox;
   static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group
@@ -449,13 +452,13 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
 
   const int warp = warp_index();
   if (warp >= kConsumers / 32) {
-    registers_fewer<kProducerRegisters>();
+    registers_fewer<Traits::kProducerRegisters>();
     if (warp == 8 && lane_index() == 0) load_pixels<Traits>(s, maps, shared, at);
     if (warp == 9 || warp == 10)
       form_grads<Traits>(shared, pixel_tiles(s) * Traits::kBoxes, warp - 9);
     if (warp == 11) load_pixel_stats<Traits>(p, shared, at);
   } else {
-    registers_more<kConsumerRegisters>();
+    registers_more<Traits::kConsumerRegisters>();
     consume_pixel_tiles<Traits>(p, shared);
   }
 }

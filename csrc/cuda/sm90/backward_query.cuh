@@ -8,12 +8,14 @@
 //
 // Budget (D = 512)
 //   tile      64 pixels x 64 prototypes x all channels
-//   threads   2 consuming warpgroups, 232 registers each (64 x 256 accumulators: 128), and one of
+//   threads   2 consuming warpgroups, 240 registers each (64 x 256 accumulators: 128), and one of
 //             producing warps: boxes of G, dY1 and P; of F and dY2; statistics of P
 //   shared    F 64 KiB, dO 64 KiB (dY2 before, dF behind), a ring of 10 boxes 80 KiB, exchange 16
 //   KiB products  3 x 1024 cycles a tile; F and dO are read from shared memory at its full rate
 //   traffic   F, dY1, dY2, G, dF once per class: bound by memory up to N = 256 or so
 #pragma once
+
+#include <type_traits>
 
 #include "backward_tiles.cuh"
 
@@ -33,10 +35,16 @@ struct BackwardQueryTraits {
   using T = T_;
   static constexpr int kThreads = backward_threads();
   static constexpr int kMaxRegisters = kLaunchRegisters;
+  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 24;
+  static_assert(256 * kConsumerRegisters + 128 * kProducerRegisters <= 65536);
   static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kBoxes = Dim / kBox;
   static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group
   static constexpr int kRing = backward_query_ring(Dim);
+
+  // Boxes of the next tile that the ring holds beside this one's.
+  static constexpr int kAhead = kRing - kBoxes < kBoxes ? kRing - kBoxes : kBoxes;
 
   static constexpr int kFeat = 0;
   static constexpr int kGrad = kFeat + kBoxes * kBoxBytes;
@@ -48,7 +56,9 @@ struct BackwardQueryTraits {
   static constexpr int kSums = kStats + 2 * 2 * kBox * 4;
   // Means and reciprocal norms of the pixels.
   static constexpr int kRows = kSums + 2 * 2 * kBox * 4;
-  static constexpr int kBarriers = kRows + 2 * kBox * 4;
+  // First pixel, image, first bag of the image: registers are scarce.
+  static constexpr int kPlace = kRows + 2 * kBox * 4;
+  static constexpr int kBarriers = kPlace + 4 * 4;
   static constexpr int kSharedBytes = kBarriers + 8 * (kBoxes + 1 + 2 * kRing + 4);
   static_assert(kSharedBytes == backward_query_bytes(Dim), "the plan");
   static_assert(Dim % (2 * kBox) == 0 && kSharedBytes <= kSharedLimit);
@@ -64,6 +74,7 @@ struct BackwardQueryShared {
   float* stats;
   float* sums;
   float* rows;
+  int* place;
   Barrier* grad_full;   // [kBoxes] dY2 of a class, and F with the first
   Barrier* grad_empty;  // dO was read
   Barrier* ring_full;
@@ -79,6 +90,7 @@ struct BackwardQueryShared {
         stats(reinterpret_cast<float*>(base + Traits::kStats)),
         sums(reinterpret_cast<float*>(base + Traits::kSums)),
         rows(reinterpret_cast<float*>(base + Traits::kRows)),
+        place(reinterpret_cast<int*>(base + Traits::kPlace)),
         grad_full(reinterpret_cast<Barrier*>(base + Traits::kBarriers)),
         grad_empty(grad_full + Traits::kBoxes),
         ring_full(grad_empty + 1),
@@ -186,16 +198,16 @@ FP_DEVICE void load_proto_stats(const BackwardParams& p, const BackwardQueryShar
 
 template <class Traits>
 FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryMaps& maps,
-                                   const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
+                                   const BackwardQueryShared<Traits>& shared) {
   using T = typename Traits::T;
   using Place = Places<Traits::kRing>;
   constexpr bool kChannelsLast = Traits::kChannelsLast;
   constexpr int kOwned = Traits::kOwned;
+  constexpr int kAhead = Traits::kAhead;
   const Problem& s = p.problem;
   const int warp = warp_index() % 4, group = warp_index() / 4, lane = lane_index();
   const int thread = thread_index() % 128;
   const int row = 16 * warp + lane / 4;  // and row + 8
-  const int pixel = at.first + row;
   const int base = fragment_base<kChannelsLast>(warp, lane);
 
   // The accumulator holds dF times a power of two near the norm of F: the coefficients stay in the
@@ -220,13 +232,18 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
   uint32_t tile = 0;
 
   for (int way = 0; way < s.ways; ++way) {
-    const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
+    const Bag bag = load_bag(p.offsets, shared.place[2] + way, s.total);
     const float scale = bag.valid ? exponent_scale(s, bag.count) : not_a_number();  // log2(e) / t
-    const int64_t map_row = int64_t(at.image * s.ways + way) * s.pixels + pixel;
+    // A bag whose offsets make no sense: its pixels get NaN, as in the forward.
+    if (!bag.valid) sum_cos[0] = sum_cos[1] = not_a_number();
+    const auto has_pixel = [&](int h) { return shared.place[0] + row + 8 * h < s.pixels; };
+    // In the statistics of the maps.
+    const auto pixel_at = [&](int h) {
+      return int64_t(shared.place[1] * s.ways + way) * s.pixels + shared.place[0] + row + 8 * h;
+    };
     float lse[2], delta[2] = {0, 0}, power[2];
     FP_UNROLL
-    for (int h = 0; h < 2; ++h)
-      lse[h] = pixel + 8 * h < s.pixels ? p.statistics.lse[map_row + 8 * h] : 0.f;
+    for (int h = 0; h < 2; ++h) lse[h] = has_pixel(h) ? p.statistics.lse[pixel_at(h)] : 0.f;
 
     FP_UNROLL
     for (int h = 0; h < 2; ++h) power[h] = power_of(h);
@@ -244,15 +261,16 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       const uint8_t* feat = shared.feat + box * kBoxBytes;
       uint8_t* grad = shared.grad + box * kBoxBytes;
       const uint8_t* agg = shared.ring + Place::slot(item) * kBoxBytes;
-      const uint8_t* copy = shared.ring + Place::slot(item + 1) * kBoxBytes;
+      // Without dY1 something that may be read.
+      const uint8_t* copy = s.concat ? shared.ring + Place::slot(item + 1) * kBoxBytes : agg;
       FP_UNROLL
       for (int step = 0; step < 4; ++step) {
         const int offset = fragment_offset<kChannelsLast>(base, step);
-        uint32_t f[4], dy[4], g[4], dy1[4] = {0, 0, 0, 0};
+        uint32_t f[4], dy[4], g[4], dy1[4];
         load_matrix<!kChannelsLast>(f, feat + offset);
         load_matrix<!kChannelsLast>(dy, grad + offset);
         load_matrix<!kChannelsLast>(g, agg + offset);
-        if (s.concat) load_matrix<!kChannelsLast>(dy1, copy + offset);
+        load_matrix<!kChannelsLast>(dy1, copy + offset);
         FP_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int h = i & 1;
@@ -262,7 +280,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
           unpack<T>(f[i], &do0, &do1);
           unpack<T>(dy[i], &dy0, &dy1_);
           unpack<T>(g[i], &g0, &g1);
-          unpack<T>(dy1[i], &y0, &y1);
+          unpack<T>(s.concat ? dy1[i] : 0u, &y0, &y1);
           // One addition: in a longer chain the products would wait in registers.
           delta[h] += multiply_add(do1, g1, do0 * g0);
           direct[c] = multiply_add(dy0, g0, y0) * power[h];
@@ -294,20 +312,18 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
     FP_UNROLL
     for (int h = 0; h < 2; ++h) {
       delta[h] = parts[row + 8 * h] + parts[kBox + row + 8 * h];
-      if (group == 0 && lane % 4 == 0 && pixel + 8 * h < s.pixels)
-        p.delta[map_row + 8 * h] = delta[h];
+      if (group == 0 && lane % 4 == 0 && has_pixel(h)) p.delta[pixel_at(h)] = delta[h];
     }
 
     const float gradient_scale = scale * kLn2;  // 1 / t
-    for (int first = 0; first < bag.count; first += kBox, ++tile) {
-      const int remaining = bag.count - first;
-      float frag[32];
+    float frag[32];
+    const auto multiply = [&](uint32_t from, int begin, int end) {
       FP_UNROLL
-      for (int position = 0; position < Traits::kBoxes; ++position) {
-        const int slot = Place::slot(count + position);
+      for (int position = begin; position < end; ++position) {
+        const int slot = Place::slot(from + position);
         const uint64_t a = advance(rows, box_at<Traits::kBoxes>(position) * kBoxBytes);
         const uint64_t b = advance(ring, slot * kBoxBytes);
-        barrier_wait(shared.ring_full + slot, Place::parity(count + position));
+        barrier_wait(shared.ring_full + slot, Place::parity(from + position));
         wgmma_begin();
         FP_UNROLL
         for (int step = 0; step < 4; ++step)
@@ -316,19 +332,28 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
               advance(b, step * kStepBytes<false>), position + step > 0);
       }
       wgmma_commit();
+    };
+    float own[16];
+    const auto finish = [&](uint32_t from) {
+      multiply(from, kAhead, Traits::kBoxes);
       wgmma_wait<0>();
       wgmma_hold(frag);
-      if (remaining <= kBox && lane == 0) barrier_arrive(shared.grad_empty);
-
-      float own[16];
       send_products(shared.exchange, group, warp, thread, frag, own);
+    };
+    // One tile, whose products are there; those of the next one begin with the boxes that the ring
+    // has already, meanwhile. Nothing is under way from one call to the next: the compiler would
+    // wait for it.
+    const auto consume = [&](int remaining, auto is_last) {
+      constexpr bool kLast = decltype(is_last)::value;
+      if constexpr (!kLast) multiply(count + Traits::kBoxes, 0, kAhead);
 
       const float* stats = shared.stats + (tile & 1) * 2 * kBox + 32 * group + lane % 4 * 2;
       const int column = 32 * group + lane % 4 * 2;
       barrier_wait(shared.stats_full + (tile & 1), tile >> 1 & 1);
-      float dim_mean_q[2], rnorm_q[2], rnorm_power[2];
+      float dim_mean_q[2], rnorm_q[2], rnorm_power[2], delta[2];
       FP_UNROLL
       for (int h = 0; h < 2; ++h) {
+        delta[h] = parts[row + 8 * h] + parts[kBox + row + 8 * h];
         dim_mean_q[h] = float(s.dim) * shared.rows[row + 8 * h];
         rnorm_q[h] = shared.rows[kBox + row + 8 * h];
         rnorm_power[h] = of_constant(rnorm_q[h], s.eps) * power_of(h);
@@ -345,7 +370,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
           FP_UNROLL
           for (int e = 0; e < 2; ++e) {
             const int i = 4 * k + 2 * h + e;
-            const bool ok = column + 8 * k + e < remaining;
+            const bool ok = !kLast || column + 8 * k + e < remaining;
             const float other = bits_to_float(received.x[2 * h + e]);
             const float product = group == 0 ? own[i] : other;
             const float grad_weight = group == 0 ? other : own[i];
@@ -371,7 +396,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       if (lane == 0) barrier_arrive(shared.stats_empty + (tile & 1));
       exchange_coefficients(shared.exchange, group, warp, thread, mine, theirs);
 
-      if (remaining < kBox) {
+      if (kLast && remaining < kBox) {
         // The rows behind the bag may hold anything, and 0 * NaN is no 0.
         sync_some(kConsumersBarrier, kConsumers);
         for (int q = 0; q < kOwned; ++q) {
@@ -411,10 +436,17 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       FP_UNROLL
       for (int q = 0; q < kOwned; ++q) wgmma_hold(acc[q]);
       count += Traits::kBoxes;
+      ++tile;
+      if constexpr (!kLast) finish(count);
+    };
+    int remaining = bag.count;
+    if (remaining > 0) {
+      multiply(count, 0, kAhead);
+      finish(count);
+      for (; remaining > kBox; remaining -= kBox) consume(remaining, std::false_type());
     }
-    if (bag.count == 0 && lane == 0) barrier_arrive(shared.grad_empty);
-    // A bag whose offsets make no sense: its pixels get NaN, as in the forward.
-    if (!bag.valid) sum_cos[0] = sum_cos[1] = not_a_number();
+    if (lane == 0) barrier_arrive(shared.grad_empty);
+    if (remaining > 0) consume(remaining, std::true_type());
   }
 
   sync_some(kConsumersBarrier, kConsumers);  // delta's parts were read
@@ -468,12 +500,13 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
   fence_async();
   sync_some(kGroupBarrier + group, 128);
   if (thread == 0) {
+    const int first = shared.place[0];
     for (int q = 0; q < kOwned; ++q) {
       const int box = group * kOwned + q;
       if (box * kBox < s.dim)
         tma_store(&maps.grad_feat, shared.grad + box * kBoxBytes,
-                  kChannelsLast ? box * kBox : at.first, kChannelsLast ? at.first : box * kBox,
-                  at.image);
+                  kChannelsLast ? box * kBox : first, kChannelsLast ? first : box * kBox,
+                  shared.place[1]);
     }
     tma_store_commit();
     tma_store_wait<0>();
@@ -487,6 +520,9 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
   const BackwardQueryShared<Traits> shared(shared_memory());
   const PixelTile at(p.problem, block_index());
   if (thread_index() == 0) {
+    shared.place[0] = at.first;
+    shared.place[1] = at.image;
+    shared.place[2] = at.episode * p.problem.ways;
     for (int i = 0; i < Traits::kBoxes; ++i) barrier_init(shared.grad_full + i, 1);
     barrier_init(shared.grad_empty, 8);
     for (int i = 0; i < Traits::kRing; ++i) {
@@ -509,13 +545,13 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
 
   const int warp = warp_index();
   if (warp >= kConsumers / 32) {
-    registers_fewer<kProducerRegisters>();
+    registers_fewer<Traits::kProducerRegisters>();
     if (warp == 8 && lane_index() == 0) load_ring<Traits>(p, maps, shared, at);
     if (warp == 9 && lane_index() == 0) load_grads<Traits>(p, maps, shared, at);
     if (warp == 10) load_proto_stats<Traits>(p, shared, at);
   } else {
-    registers_more<kConsumerRegisters>();
-    consume_query_tiles<Traits>(p, maps, shared, at);
+    registers_more<Traits::kConsumerRegisters>();
+    consume_query_tiles<Traits>(p, maps, shared);
   }
 }
 

@@ -16,9 +16,6 @@ namespace fastproto::cuda::sm90 {
 
 constexpr int kConsumers = 256;
 static_assert(backward_threads() == kConsumers + 128);
-// 256 x 232 + 128 x 40 of 65536.
-constexpr int kConsumerRegisters = 232;
-constexpr int kProducerRegisters = 40;
 // Of every thread at first: 65536 / 384, in eights.
 constexpr int kLaunchRegisters = 168;
 
