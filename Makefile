@@ -43,15 +43,18 @@ test: develop
 # instruction set of this CPU; the first report ends the run. Python is not instrumented, so it must
 # load the runtimes before anything else. detect_leaks=0: CPython and torch keep memory to the end
 # on purpose. --capture=sys: pytest would swallow what a dying process prints.
+# Then the CUDA kernels in emulation. libstdc++: an exception before torch is loaded needs it.
 SANITIZED := $(CURDIR)/build/sanitize/package
+SANITIZER = LD_PRELOAD="$$(for lib in asan ubsan stdc++; do g++ -print-file-name=lib$$lib.so; done)" \
+  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  FASTPROTO_SANITIZE=1 PYTHONPATH=$(SANITIZED) PYTEST_ADDOPTS=--capture=sys
 sanitize: $(VENV)/.extras
 	CXX=g++ FASTPROTO_SANITIZE=1 FASTPROTO_CUDA=0 \
 	  $(PIP) --no-deps --upgrade --target $(SANITIZED) .
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=$(SANITIZED) PYTEST_ADDOPTS=--capture=sys \
-	  $(BIN)/pytest python_tests/ops \
+	$(SANITIZER) $(BIN)/pytest python_tests/ops \
 	  python_tests/backends/test_choice.py::test_every_instruction_set_of_this_cpu_passes_the_op_tests
+	$(SANITIZER) $(BIN)/pytest python_tests/cuda/test_emulated.py python_tests/cuda/test_pack.py \
+	  -k "not opcheck and not compile"
 
 # Measures for about six minutes, writes benchmarks/results and the tables in docs/performance.md.
 bench: develop

@@ -7,7 +7,8 @@ what matters: who reads what, when, rounded how. Needs a source checkout and a C
 
 The environment is read at each call: FASTPROTO_CUDA_KERNELS forces a family of kernels,
 FASTPROTO_EMULATE_CAPABILITY says which chip it is (90, an H200, unless set), FASTPROTO_EMULATE_SEED
-lets threads run in a random order. :func:`pretending` sets them for a while.
+lets threads run in a random order. :func:`pretending` sets them for a while. Built under
+FASTPROTO_SANITIZE=1, every access of a kernel to a tensor is checked by AddressSanitizer.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def build() -> Path:
     torch_folder = Path(torch.__file__).parent
     flags = [*_FLAGS, *(["-DFASTPROTO_SM90"] if has_sm90() else [])]
     flags += ["-isystem", str(torch_folder / "include")]
+    if os.environ.get("FASTPROTO_SANITIZE") == "1":  # as in setup.py; `make sanitize`
+        flags += ["-fsanitize=address", "-O1", "-g1"]
     units = sorted(
         file
         for pattern in (
@@ -113,7 +116,7 @@ def build() -> Path:
             list(pool.map(compile_unit, units, objects))
         linked = Path(scratch) / library.name
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-pthread"]
-        _run([compiler, "-shared", "-o", str(linked), *map(str, objects), *libraries])
+        _run([compiler, *flags, "-shared", "-o", str(linked), *map(str, objects), *libraries])
         for old in folder.glob("libfastproto_emulated-*.so"):
             old.unlink(missing_ok=True)
         linked.replace(library)
