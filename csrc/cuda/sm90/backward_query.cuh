@@ -10,8 +10,9 @@
 //   tile      64 pixels x 64 prototypes x all channels
 //   threads   2 consuming warpgroups, 240 registers each (64 x 256 accumulators: 128), and one of
 //             producing warps: boxes of G, dY1 and P; of F and dY2; statistics of P
-//   shared    F 64 KiB, dO 64 KiB (dY2 before, dF behind), a ring of 10 boxes 80 KiB, exchange 16
-//   KiB products  3 x 1024 cycles a tile; F and dO are read from shared memory at its full rate
+//   shared    F 64 KiB, dO 64 KiB (dY2 before, dF behind), a ring of 10 boxes 80 KiB,
+//             exchange 16 KiB
+//   products  3 x 1024 cycles a tile; F and dO are read from shared memory at its full rate
 //   traffic   F, dY1, dY2, G, dF once per class: bound by memory up to N = 256 or so
 #pragma once
 
@@ -143,12 +144,14 @@ FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
         });
     }
     const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
-    for (int row = 0; row < bag.count; row += kBox) FP_NO_UNROLL
-    for (int position = 0; position < Traits::kBoxes; ++position) {
-      const int channel = box_at<Traits::kBoxes>(position) * kBox;
-      next([&](uint8_t* to, Barrier* full) {
-        tma_load(to, &maps.protos, full, channel, bag.begin + row);
-      });
+    for (int row = 0; row < bag.count; row += kBox) {
+      FP_NO_UNROLL
+      for (int position = 0; position < Traits::kBoxes; ++position) {
+        const int channel = box_at<Traits::kBoxes>(position) * kBox;
+        next([&](uint8_t* to, Barrier* full) {
+          tma_load(to, &maps.protos, full, channel, bag.begin + row);
+        });
+      }
     }
   }
 }
