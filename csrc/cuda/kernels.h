@@ -4,8 +4,9 @@
 //
 // What they may count on: all maps of one call have one layout, either NCHW (the pixel stride is 1)
 // or channels_last (the channel stride is 1); D <= kMaxDim; one image lies within 32-bit offsets;
-// there is at least one image, class and pixel. `protos` may have no rows, and then be null. Only
-// what the plan calls tma_ok is aligned to more than an element.
+// there is at least one image, class and pixel. `protos` may have no rows, and then be null.
+// Nothing is aligned to more than an element but where Request::tma_ok says so, which sm90 asks
+// for.
 #pragma once
 
 #include "../params.h"

@@ -4,13 +4,12 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <vector>
 
 #include "../params.h"
 #include "sm80/configs.h"
-#include "sm90/forward.h"
+#include "sm90/backward.h"
 
 namespace fastproto::cuda {
 
@@ -215,17 +214,23 @@ inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
 }
 
 inline void plan_sm90_backward(const Request& r, Plan* plan) {
-  KernelPlan query;
+  KernelPlan& query = plan->backward_query;
   query.kernel = Kernel::kSm90Throughput;
-  query.dim = r.dim <= 256 ? 256 : 512;
-  query.tile_m = query.tile_n = 64;
-  query.threads = 384;
-  query.shared_bytes = kSm90SharedMemory;
-  query.blocks = int(r.episodes * r.queries * ceil_div(r.pixels, 64));
-  KernelPlan protos = query;
+  query.dim = sm90::padded_dim(r.dim);
+  query.tile_m = sm90::kBackwardQueryPixels;
+  query.tile_n = 64;
+  query.threads = sm90::backward_threads();
+  query.shared_bytes = sm90::backward_query_bytes(query.dim);
+  query.blocks = int(r.episodes * r.queries * ceil_div(r.pixels, query.tile_m));
+
+  KernelPlan& protos = plan->backward_protos;
+  protos.kernel = query.kernel;
+  protos.dim = query.dim;
+  protos.tile_m = 64;
+  protos.tile_n = sm90::kBackwardProtosRows;
+  protos.threads = query.threads;
+  protos.shared_bytes = sm90::backward_protos_bytes(protos.dim);
   protos.blocks = int(owned_tiles(r, protos.tile_n));
-  plan->backward_query = query;
-  plan->backward_protos = protos;
 }
 
 // Why nothing of csrc/cuda runs the problem; empty: something does.
@@ -298,6 +303,16 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
     say("forward, backward: not sm90: ", reason, ".");
   else
     say("forward, backward: sm90: half types on capability 9.0, in steps of 16 bytes.");
+
+  if (!sm90) {
+    if (!small && plan.forward.tile_m == 16)
+      say("forward: 16 pixels a block: 64 leave no room for prototypes in ", r.shared_memory,
+          " bytes.");
+    if (small && plan.forward.slices == 1)
+      say("forward: all channels in one block: slices of 64 would be more than ",
+          2 * r.multiprocessors, " blocks.");
+    if (plan.forward.stages == 1) say("forward: one tile of prototypes at a time: two do not fit.");
+  }
 
   // Statistics of the prototypes: the latency kernels find them on their way, where a block sees
   // whole rows and nobody needs them later.

@@ -94,8 +94,8 @@ def build() -> Path:
         for file in root.glob(pattern)
     )
     state = hashlib.sha256(repr((compiler, flags, torch.__version__)).encode())
-    for file in sorted(root.glob("csrc/**/*")):
-        if file.is_file():
+    for file in sorted((root / "csrc").rglob("*")):
+        if file.is_file() and file.parent.name not in ("cpu", "bindings", "template"):
             state.update(str(file.relative_to(root)).encode())
             state.update(file.read_bytes())
     folder = root / "build" / "emulator"

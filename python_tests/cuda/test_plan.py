@@ -103,7 +103,9 @@ def test_many_images_run_at_throughput() -> None:
         assert found["forward"]["kernel"] == "sm80 throughput"
         assert found["forward"]["tile_m"] == 64
         assert all(found[name]["slices"] == 1 for name in KERNELS)
-    assert plan("RTX 4090", **MANY)["forward"]["tile_m"] == 16  # 64 rows have no room there
+    for small in (plan("RTX 4090", **MANY), plan("H200", "float32", **MANY)):
+        assert small["forward"]["tile_m"] == 16
+        assert any("64 leave no room" in reason for reason in small["reasons"])
 
 
 def test_hoppers_kernels_need_hopper_half_types_alignment_and_their_code() -> None:
