@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES))
 
-.PHONY: install develop demo test sanitize bench gpu-check lint format clean
+.PHONY: install develop demo test test-compiled test-interpreted sanitize bench gpu-check lint format clean
 
 install: $(VENV)/.installed
 
@@ -34,10 +34,16 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
 demo: install
 	$(BIN)/python scripts/demo.py
 
-# The Triton kernels in a process of their own, in which they are interpreted.
+# The Triton kernels in a process of their own, in which they are interpreted; both at a time, since
+# most tests keep one core busy.
 test: develop
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-compiled test-interpreted
+
+test-compiled:
 	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/triton
+
+test-interpreted:
+	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/triton -p no:cacheprovider
 
 # The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++ and Linux), on every
 # instruction set of this CPU; the first report ends the run. Python is not instrumented, so it must
