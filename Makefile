@@ -45,7 +45,7 @@ test: develop
 # on purpose. --capture=sys: pytest would swallow what a dying process prints.
 # Then the CUDA kernels in emulation. libstdc++: an exception before torch is loaded needs it.
 SANITIZED := $(CURDIR)/build/sanitize/package
-SANITIZER = LD_PRELOAD="$$(for lib in asan ubsan stdc++; do g++ -print-file-name=lib$$lib.so; done)" \
+SANITIZER = LD_PRELOAD="$(foreach lib,asan ubsan stdc++,$$(g++ -print-file-name=lib$(lib).so))" \
   ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
   FASTPROTO_SANITIZE=1 PYTHONPATH=$(SANITIZED) PYTEST_ADDOPTS=--capture=sys
 sanitize: $(VENV)/.extras

@@ -80,6 +80,9 @@ class CMakeBuild(build_ext):
                 [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
             ).strip(),
         }
+        ninja = shutil.which("ninja")
+        if ninja is not None:  # not that of an earlier build's environment, which pip has deleted
+            options["CMAKE_MAKE_PROGRAM"] = ninja
         if "FASTPROTO_CUDA_ARCHS" in os.environ:
             options["FASTPROTO_CUDA_ARCHS"] = os.environ["FASTPROTO_CUDA_ARCHS"]
         definitions = [f"-D{key}={value}" for key, value in options.items()]

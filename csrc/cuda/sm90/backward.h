@@ -12,7 +12,7 @@ constexpr int backward_threads() { return 384; }
 constexpr int backward_query_ring(int dim) { return dim == 512 ? 10 : 16; }
 constexpr int backward_query_bytes(int dim) {
   const int boxes = dim / 64, ring = backward_query_ring(dim);
-  return (2 * boxes + ring + 2) * 8192 + 2576 + 8 * (boxes + 2 * ring + 5);
+  return (2 * boxes + ring + 2) * 8192 + 2568 + 8 * (boxes + 2 * ring + 5);
 }
 constexpr int backward_protos_ring(int dim) { return dim == 512 ? 9 : 10; }
 constexpr int backward_protos_bytes(int dim) {

@@ -12,8 +12,7 @@
 //             producing warps: boxes of F and dY2; dO = dY2 * F in its place (2); statistics
 //   shared    P 64 KiB (dP behind), a ring of 9 pairs of boxes 144 KiB, exchange 16 KiB
 //   products  4 x 1024 cycles a tile; operands are read from shared memory at its full rate
-//   traffic   128 KiB a tile, from the L2 cache where a bag has more than one tile: 32 bytes a
-//   cycle
+//   traffic   128 KiB a tile, from the L2 cache where a bag has more tiles: 32 bytes a cycle
 #pragma once
 
 #include "backward_tiles.cuh"
@@ -139,19 +138,21 @@ FP_DEVICE void load_pixels(const Problem& s, const BackwardProtosMaps& maps,
              at.first);
   uint32_t count = 0;
   for (int query = 0; query < s.queries; ++query)
-    for (int pixel = 0; pixel < s.pixels; pixel += kBox) FP_NO_UNROLL
-  for (int position = 0; position < Traits::kBoxes; ++position, ++count) {
-    const int channel = box_at<Traits::kBoxes>(position) * kBox;
-    const int x = Traits::kChannelsLast ? channel : pixel;
-    const int y = Traits::kChannelsLast ? pixel : channel;
-    const int slot = Place::slot(count);
-    Barrier* full = shared.ring_full + slot;
-    uint8_t* to = shared.ring + slot * Traits::kPairBytes;
-    barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
-    barrier_arrive_expect(full, Traits::kPairBytes);
-    tma_load(to, &maps.feat, full, x, y, query, at.episode);
-    tma_load(to + kBoxBytes, &maps.enhanced, full, x, y, at.way, query, at.episode);
-  }
+    for (int pixel = 0; pixel < s.pixels; pixel += kBox) {
+      FP_NO_UNROLL
+      for (int position = 0; position < Traits::kBoxes; ++position, ++count) {
+        const int channel = box_at<Traits::kBoxes>(position) * kBox;
+        const int x = Traits::kChannelsLast ? channel : pixel;
+        const int y = Traits::kChannelsLast ? pixel : channel;
+        const int slot = Place::slot(count);
+        Barrier* full = shared.ring_full + slot;
+        uint8_t* to = shared.ring + slot * Traits::kPairBytes;
+        barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
+        barrier_arrive_expect(full, Traits::kPairBytes);
+        tma_load(to, &maps.feat, full, x, y, query, at.episode);
+        tma_load(to + kBoxBytes, &maps.enhanced, full, x, y, at.way, query, at.episode);
+      }
+    }
 }
 
 // One of two warps: dO in the place of dY2, in every second place of the ring. Not in every second

@@ -10,8 +10,9 @@
 //   tile      64 pixels x 64 prototypes x all channels
 //   threads   2 consuming warpgroups, 240 registers each (64 x 256 accumulators: 128), and one of
 //             producing warps: boxes of G, dY1 and P; of F and dY2; statistics of P
-//   shared    F 64 KiB, dO 64 KiB (dY2 before, dF behind), a ring of 10 boxes 80 KiB, exchange 16
-//   KiB products  3 x 1024 cycles a tile; F and dO are read from shared memory at its full rate
+//   shared    F 64 KiB, dO 64 KiB (dY2 before, dF behind), a ring of 10 boxes 80 KiB,
+//             exchange 16 KiB
+//   products  3 x 1024 cycles a tile; F and dO are read from shared memory at its full rate
 //   traffic   F, dY1, dY2, G, dF once per class: bound by memory up to N = 256 or so
 #pragma once
 
@@ -56,9 +57,9 @@ struct BackwardQueryTraits {
   static constexpr int kSums = kStats + 2 * 2 * kBox * 4;
   // Means and reciprocal norms of the pixels.
   static constexpr int kRows = kSums + 2 * 2 * kBox * 4;
-  // First pixel, image, first bag of the image: registers are scarce.
+  // First pixel and image: registers are scarce.
   static constexpr int kPlace = kRows + 2 * kBox * 4;
-  static constexpr int kBarriers = kPlace + 4 * 4;
+  static constexpr int kBarriers = kPlace + 2 * 4;
   static constexpr int kSharedBytes = kBarriers + 8 * (kBoxes + 1 + 2 * kRing + 4);
   static_assert(kSharedBytes == backward_query_bytes(Dim), "the plan");
   static_assert(Dim % (2 * kBox) == 0 && kSharedBytes <= kSharedLimit);
@@ -143,12 +144,14 @@ FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
         });
     }
     const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
-    for (int row = 0; row < bag.count; row += kBox) FP_NO_UNROLL
-    for (int position = 0; position < Traits::kBoxes; ++position) {
-      const int channel = box_at<Traits::kBoxes>(position) * kBox;
-      next([&](uint8_t* to, Barrier* full) {
-        tma_load(to, &maps.protos, full, channel, bag.begin + row);
-      });
+    for (int row = 0; row < bag.count; row += kBox) {
+      FP_NO_UNROLL
+      for (int position = 0; position < Traits::kBoxes; ++position) {
+        const int channel = box_at<Traits::kBoxes>(position) * kBox;
+        next([&](uint8_t* to, Barrier* full) {
+          tma_load(to, &maps.protos, full, channel, bag.begin + row);
+        });
+      }
     }
   }
 }
@@ -198,7 +201,7 @@ FP_DEVICE void load_proto_stats(const BackwardParams& p, const BackwardQueryShar
 
 template <class Traits>
 FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryMaps& maps,
-                                   const BackwardQueryShared<Traits>& shared) {
+                                   const BackwardQueryShared<Traits>& shared, int first_bag) {
   using T = typename Traits::T;
   using Place = Places<Traits::kRing>;
   constexpr bool kChannelsLast = Traits::kChannelsLast;
@@ -232,14 +235,18 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
   uint32_t tile = 0;
 
   for (int way = 0; way < s.ways; ++way) {
-    const Bag bag = load_bag(p.offsets, shared.place[2] + way, s.total);
+    const Bag bag = load_bag(p.offsets, first_bag + way, s.total);
     const float scale = bag.valid ? exponent_scale(s, bag.count) : not_a_number();  // log2(e) / t
     // A bag whose offsets make no sense: its pixels get NaN, as in the forward.
     if (!bag.valid) sum_cos[0] = sum_cos[1] = not_a_number();
-    const auto has_pixel = [&](int h) { return shared.place[0] + row + 8 * h < s.pixels; };
+    // Computed anew: kept, they cost the registers that the rest just has.
+    const auto has_pixel = [&](int h) {
+      return PixelTile(s, block_index()).first + row + 8 * h < s.pixels;
+    };
     // In the statistics of the maps.
     const auto pixel_at = [&](int h) {
-      return int64_t(shared.place[1] * s.ways + way) * s.pixels + shared.place[0] + row + 8 * h;
+      return int64_t(PixelTile(s, block_index()).image * s.ways + way) * s.pixels +
+             PixelTile(s, block_index()).first + row + 8 * h;
     };
     float lse[2], delta[2] = {0, 0}, power[2];
     FP_UNROLL
@@ -522,7 +529,6 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
   if (thread_index() == 0) {
     shared.place[0] = at.first;
     shared.place[1] = at.image;
-    shared.place[2] = at.episode * p.problem.ways;
     for (int i = 0; i < Traits::kBoxes; ++i) barrier_init(shared.grad_full + i, 1);
     barrier_init(shared.grad_empty, 8);
     for (int i = 0; i < Traits::kRing; ++i) {
@@ -551,7 +557,7 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
     if (warp == 10) load_proto_stats<Traits>(p, shared, at);
   } else {
     registers_more<Traits::kConsumerRegisters>();
-    consume_query_tiles<Traits>(p, maps, shared);
+    consume_query_tiles<Traits>(p, maps, shared, at.episode * p.problem.ways);
   }
 }
 

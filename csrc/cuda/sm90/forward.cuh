@@ -196,7 +196,7 @@ FP_DEVICE void query_statistics(const Problem& p, const Shared<Traits>& shared, 
   float* const stats = shared.floats(Traits::kQueryStats);
   const int warp = warp_index(), lane = lane_index();
   RowSums sums[2];
-  float first[2];
+  float first[2] = {0, 0};
   const auto keep = [&](int row, RowStatistics s) {
     stats[row] = s.mean;
     stats[Traits::kTile + row] = s.rnorm;
