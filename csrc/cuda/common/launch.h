@@ -88,14 +88,26 @@ inline const char* make_tensor_map(TensorMap* map, MapType type, int rank, const
   }();
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled (CUDA 12.0)";
   const uint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUresult result =
-      encode(reinterpret_cast<CUtensorMap*>(map),
-             type == MapType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             cuuint32_t(rank), const_cast<void*>(data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor";
+  const auto run = [&] {
+    return encode(reinterpret_cast<CUtensorMap*>(map),
+                  type == MapType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                  cuuint32_t(rank), const_cast<void*>(data), sizes, strides, box, steps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = run();
+  if (result != CUDA_SUCCESS && result != CUDA_ERROR_INVALID_VALUE) {
+    // The driver wants a current context. A thread that has only set its device may have none, as
+    // torch's threads of the backward: this makes the device's own current.
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess)
+      result = run();
+  }
+  if (result == CUDA_SUCCESS) return nullptr;
+  if (result == CUDA_ERROR_INVALID_VALUE) return "cuTensorMapEncodeTiled refused a tensor";
+  // Not about the tensor: an earlier kernel's failure, say. The numbers are those of the runtime.
+  return cudaGetErrorString(cudaError_t(result));
 }
 
 #endif

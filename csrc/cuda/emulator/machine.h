@@ -253,18 +253,22 @@ FP_EMULATOR_PRINTF inline std::string text(const char* format, ...) {
 
 inline void complete_load(const BoxCopy& copy);  // hopper.h
 
-// Loads whose time has come, or (`any`) the oldest one.
+// Loads whose time has come. With `any` time passes until there is one.
 inline void progress_loads(Machine& machine, bool any) {
   auto& loads = machine.loads;
+  if (any) {
+    uint64_t next = loads[0].due;
+    for (const BoxCopy& load : loads) next = load.due < next ? load.due : next;
+    if (next > machine.step) machine.step = next;
+  }
   for (size_t i = 0; i < loads.size();) {
-    if (!any && loads[i].due > machine.step) {
+    if (loads[i].due > machine.step) {
       ++i;
       continue;
     }
     const BoxCopy copy = loads[i];
     loads.erase(loads.begin() + std::ptrdiff_t(i));
     complete_load(copy);
-    any = false;
   }
 }
 

@@ -155,13 +155,16 @@ FP_DEVICE void load_pixels(const Problem& s, const BackwardProtosMaps& maps,
     }
 }
 
-// One of two warps: dO in the place of dY2, in every second pair of boxes.
+// One of two warps: dO in the place of dY2, in every second place of the ring. Not in every second
+// pair of boxes: of a place, a warp must have seen every phase, or a parity may be that of the phase
+// before the one that is not over.
 template <class Traits>
 FP_DEVICE void form_grads(const BackwardProtosShared<Traits>& shared, uint32_t pairs, int which) {
   using T = typename Traits::T;
   using Place = Places<Traits::kRing>;
-  for (uint32_t count = uint32_t(which); count < pairs; count += 2) {
+  for (uint32_t count = 0; count < pairs; ++count) {
     const int slot = Place::slot(count);
+    if (slot % 2 != which) continue;
     Vector16* feat = reinterpret_cast<Vector16*>(shared.ring + slot * Traits::kPairBytes);
     Vector16* grad = feat + kBoxBytes / 16;
     barrier_wait(shared.ring_full + slot, Place::parity(count));
