@@ -156,8 +156,8 @@ FP_DEVICE void load_pixels(const Problem& s, const BackwardProtosMaps& maps,
 }
 
 // One of two warps: dO in the place of dY2, in every second place of the ring. Not in every second
-// pair of boxes: of a place, a warp must have seen every phase, or a parity may be that of the phase
-// before the one that is not over.
+// pair of boxes: of a place, a warp must have seen every phase, or a parity may be that of the
+// phase before the one that is not over.
 template <class Traits>
 FP_DEVICE void form_grads(const BackwardProtosShared<Traits>& shared, uint32_t pairs, int which) {
   using T = typename Traits::T;
