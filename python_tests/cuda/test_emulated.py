@@ -159,10 +159,13 @@ def test_three_tf32_products_have_the_digits_of_float32_and_one_has_not(gpu: Mod
         assert_as_good_as_eager(tf32, problem, torch.float32)
 
 
+@pytest.mark.parametrize("dim", [64, 512])  # rings of two lengths
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_order_of_threads_changes_no_bit(gpu: ModuleType, family: str, seed: int) -> None:
+def test_the_order_of_threads_changes_no_bit(
+    gpu: ModuleType, family: str, seed: int, dim: int
+) -> None:
     """A missing barrier would."""
-    problem = Problem("order", ((70, 3),), queries=2, dim=64, height=4, width=6)
+    problem = Problem("order", ((70, 3),), queries=2, dim=dim, height=4, width=18)
     plain = run(gpu.proto_attention, problem, torch.bfloat16)
     again = run(gpu.proto_attention, problem, torch.bfloat16)
     with gpu.pretending(seed=seed):
