@@ -83,8 +83,10 @@ def proto_attention(
         try:
             return ops.proto_attention(feat, protos, offsets, temperature, eps, concat)
         except RuntimeError:
-            # Values are the library's to check; its words may be lost on the way (torch < 2.13).
-            _check_values(offsets, protos, temperature)
+            # Values are the library's to check; its words may be lost on the way (torch < 2.13). A
+            # GPU is not asked for values, which would be to wait for it.
+            if feat.device.type == "cpu":
+                _check_values(offsets, protos, temperature)
             raise
     if chosen == "triton":
         from fastproto.triton import ops as triton_ops

@@ -10,7 +10,7 @@ from torch import Tensor
 def is_channels_last(maps: Tensor) -> bool:
     """Whether channels are contiguous, and that says something.
 
-    Must agree with is_channels_last in csrc/api/proto_attention.cpp.
+    Must agree with is_channels_last in csrc/api/layout.h.
     """
     return maps.stride(-3) == 1 and maps.shape[-3] > 1 and maps.shape[-2] * maps.shape[-1] > 1
 

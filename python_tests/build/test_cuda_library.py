@@ -68,7 +68,7 @@ def test_nothing_loads_it_without_a_gpu() -> None:
 
 
 @needs_library
-def test_depends_on_no_cuda_library() -> None:
+def test_depends_on_torch_alone() -> None:
     """The runtime is linked in, and the driver's functions are looked up when they are needed."""
     readelf = shutil.which("readelf")
     if readelf is None:
@@ -77,8 +77,37 @@ def test_depends_on_no_cuda_library() -> None:
         [readelf, "-d", LIBRARY], capture_output=True, text=True, check=True
     ).stdout
     needed = [line.split("[")[1].rstrip("]") for line in report.splitlines() if "(NEEDED)" in line]
-    assert needed
-    assert not [name for name in needed if "cuda" in name or "torch" in name]
+    found = {name for name in needed if "cu" in name or "torch" in name}
+    assert found == {"libtorch_cuda.so", "libtorch_cpu.so"}
+
+
+LOAD = """
+import ctypes, sys, torch, fastproto.backends
+fastproto.backends.describe()  # the CPU library, which defines the schemas
+ctypes.CDLL(sys.argv[1])
+torch.ops.load_library(sys.argv[2])
+print(torch._C._dispatch_has_kernel_for_dispatch_key("fastproto::proto_attention_fwd", "CUDA"))
+"""
+
+
+@needs_library
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a libtorch_cuda")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_loads_beside_a_libtorch_cuda(tmp_path: Path) -> None:
+    """Every symbol is found, where torch was loaded in no global scope: what a GPU's torch does."""
+    stub = tmp_path / "libtorch_cuda.so"
+    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    command = ["g++", "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-x", "c++", "-", "-o", stub]
+    subprocess.run(command, input=source, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, stub, LIBRARY],
+        cwd=tempfile.gettempdir(),
+        env=os.environ | {"LD_BIND_NOW": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "True\n", result.stderr
 
 
 @needs_library

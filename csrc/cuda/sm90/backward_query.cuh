@@ -259,8 +259,8 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
     // mixes the boxes and runs out of registers.
     FP_NO_UNROLL
     for (int q = 0; q < kOwned; ++q) {
-      // Boxes of this class take the places of some that the other group had: it has seen them come,
-      // or the parity of their places would say nothing.
+      // Boxes of this class take the places of some that the other group had: it has seen them
+      // come, or the parity of their places would say nothing.
       if (Traits::kRing < 2 * Traits::kBoxes && s.concat && q == kOwned / 2)
         sync_some(kConsumersBarrier, kConsumers);
       float direct[32];
