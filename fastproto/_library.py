@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import logging
@@ -40,17 +41,51 @@ def why_not_cuda() -> str | None:
         return "this torch has no CUDA"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return why_not_cpu() or _load("fastproto_cuda")
+    return why_not_cpu() or _load("fastproto_cuda") or _why_not_driver()
+
+
+def cuda_is_broken() -> str | None:
+    """Why the CUDA library does not work although one is installed and a GPU is there, or None."""
+    if not _path("fastproto_cuda").is_file() or not torch.cuda.is_available():
+        return None
+    return why_not_cuda()
+
+
+def _why_not_driver() -> str | None:
+    """Why the driver cannot run what nvcc compiled; a driver runs all of its own major version."""
+    built_with = build_info().get("cuda_compiler", "")
+    known = _driver_knows()
+    if known is None or not built_with or known // 1000 >= int(built_with.split(".")[0]):
+        return None
+    return (
+        f"the driver knows CUDA {known // 1000}.{known % 1000 // 10}, the library was built with "
+        f"{built_with}; update the driver, or reinstall with an nvcc that the driver knows"
+    )
+
+
+def _driver_knows() -> int | None:
+    """Newest CUDA of the driver, e.g. 13000; None where there is no driver to ask."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+
+
+def _path(name: str) -> Path:
+    return _FOLDER / f"lib{name}{_SUFFIX}"
 
 
 def _load(name: str) -> str | None:
     if os.environ.get("FASTPROTO_NATIVE") == "0":
         return "FASTPROTO_NATIVE=0 is set"
-    path = _FOLDER / f"lib{name}{_SUFFIX}"
+    path = _path(name)
     if not path.is_file():
+        tools = "nvcc >= 12.5" if name == "fastproto_cuda" else "a C++ compiler"
         return (
-            f"the package was installed without {path.name}; reinstall it where torch and a C++ "
-            "compiler are found"
+            f"the package was installed without {path.name}; reinstall it where torch and {tools} "
+            "are found"
         )
     try:
         torch.ops.load_library(path)

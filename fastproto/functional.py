@@ -71,10 +71,7 @@ def proto_attention(
     _check(feat, protos, offsets, temperature, eps)
     if isinstance(temperature, Tensor) and temperature.dtype not in (torch.float32, torch.float64):
         temperature = temperature.float()
-    too_wide = False
-    if feat.shape[2] > backends.MAX_CUDA_DIM:  # torch.compile knows what a branch says
-        too_wide = True
-    chosen = backends.choose(feat.device.type, backend, feat.dtype, too_wide)
+    chosen = backends.choose(feat.device, backend, feat.dtype, backends.padded_dim(feat.shape[2]))
     if chosen == "native":
         from fastproto import ops
 
@@ -82,11 +79,21 @@ def proto_attention(
             return ops.proto_attention(feat, protos, offsets, temperature, eps, concat)
         try:
             return ops.proto_attention(feat, protos, offsets, temperature, eps, concat)
-        except RuntimeError:
-            # Values are the library's to check; its words may be lost on the way (torch < 2.13). A
+        except RuntimeError as error:
+            # What the library says may be lost on the way (torch < 2.13), so it is found again. A
             # GPU is not asked for values, which would be to wait for it.
             if feat.device.type == "cpu":
                 _check_values(offsets, protos, temperature)
+            else:
+                save = torch.is_grad_enabled() and (feat.requires_grad or protos.requires_grad)
+                reason = backends.why_failed(feat, protos, offsets, save)
+                if reason is not None:
+                    raise ArgumentError(
+                        "backend native",
+                        found=reason,
+                        allowed="a problem with a plan (fastproto.backends.explain)",
+                        fix='Use backend="triton" or "reference" for it.',
+                    ) from error
             raise
     if chosen == "triton":
         from fastproto.triton import ops as triton_ops

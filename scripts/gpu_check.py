@@ -34,6 +34,18 @@ RESOURCES = ROOT / "scripts" / "triton_resources.py"
 CUDA_RESOURCES = ROOT / "scripts" / "cuda_resources.py"
 SANITIZED = ROOT / "scripts" / "sanitize_gpu.py"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
+# Prints whether something is wrong with the native backend, then what can run.
+INSTALLED = """
+import shutil
+import fastproto
+from fastproto import _library, backends
+
+compiled = bool(_library.build_info().get("cuda_compiler"))
+broken = _library.cuda_is_broken() is not None
+print(broken or (shutil.which("nvcc") is not None and not compiled))
+reasons = {name: backends.why_not(name, "cuda") for name in ("native", "triton")}
+print(fastproto.__file__, *(f"{n}: {why or 'runs'}" for n, why in reasons.items()), sep="; ")
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,15 +150,16 @@ class Check:
         shutil.rmtree(folder, ignore_errors=True)
         pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
         pip += ["--disable-pip-version-check", "--no-index", "--verbose", "--target", str(folder)]
-        return self._step("install", [*pip, str(ROOT)], self._what_is_installed)
+        step = self._step("install", [*pip, str(ROOT)])
+        if step.result == "failed":
+            return step
+        problem, found = self._what_is_installed()
+        return dataclasses.replace(step, result="failed" if problem else "passed", detail=found)
 
-    def _what_is_installed(self) -> str:
-        program = (
-            "import fastproto; from fastproto import backends; print(fastproto.__file__, "
-            "*(n for n in ('native', 'triton') if backends.why_not(n, 'cuda') is None))"
-        )
+    def _what_is_installed(self) -> tuple[bool, str]:
+        """Whether something is wrong with it, and which backends it has or why not."""
         found = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", INSTALLED],
             cwd=self.logs,
             env=self.environment,
             capture_output=True,
@@ -154,9 +167,9 @@ class Check:
             check=False,
         )
         if found.returncode != 0:
-            return f"does not import: {found.stderr.strip().splitlines()[-1]}"
-        file, *backends = found.stdout.split()
-        return f"{Path(file).parent}; backends on CUDA: {', '.join(backends) or 'none'}"
+            return True, f"does not import: {found.stderr.strip().splitlines()[-1]}"
+        problem, text = found.stdout.splitlines()[-2:]
+        return problem == "True", text
 
     def tests(self) -> Step:
         """The tests marked gpu."""

@@ -49,16 +49,8 @@ def families(device: str, problem: Problem, dtype: torch.dtype) -> dict[str, Imp
     for family in FAMILIES:
         with _forced(family):
             try:
-                backends.explain(
-                    episodes=problem.episodes,
-                    queries=problem.queries,
-                    ways=problem.ways,
-                    dim=problem.dim,
-                    pixels=problem.height * problem.width,
-                    total=sum(map(sum, problem.bags)),
-                    dtype=dtype,
-                    save=True,
-                )
+                last = problem.layout == "channels_last"
+                backends.explain(**problem.sizes, dtype=dtype, channels_last=last, save=True)
             except ArgumentError:
                 continue
         found[f"native {family}"] = Family(family)

@@ -8,6 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <initializer_list>
+
 #define FP_CHECK(condition, ...) STD_TORCH_CHECK(condition, "proto_attention: ", __VA_ARGS__)
 
 namespace fastproto {
@@ -16,6 +19,15 @@ inline void check_rank(const torch::stable::Tensor& t, const char* name, int64_t
                        const char* shape) {
   FP_CHECK(t.dim() == rank, name, ": found ", t.dim(), " dimensions; allowed: ", rank, ", ", shape,
            ".");
+}
+
+inline bool is_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+inline bool has_sizes(const torch::stable::Tensor& t, std::initializer_list<int64_t> sizes) {
+  const auto found = t.sizes();
+  return std::equal(found.begin(), found.end(), sizes.begin(), sizes.end());
 }
 
 // Everything about feat, protos and offsets that can be checked without reading a value.
@@ -29,10 +41,7 @@ inline void check_inputs(const torch::stable::Tensor& feat, const torch::stable:
            "protos: found a dtype other than that of feat; allowed: the same.");
   FP_CHECK(offsets.scalar_type() == torch::headeronly::ScalarType::Int,
            "offsets: found another dtype; allowed: int32.");
-  const auto same_device = [&feat](const torch::stable::Tensor& t) {
-    return t.is_cpu() == feat.is_cpu() && t.get_device_index() == feat.get_device_index();
-  };
-  FP_CHECK(same_device(protos) && same_device(offsets),
+  FP_CHECK(is_same_device(protos, feat) && is_same_device(offsets, feat),
            "protos, offsets: found another device than that of feat; allowed: the same.");
   FP_CHECK(feat.size(2) >= 1 && protos.size(1) == feat.size(2), "protos: found ", protos.size(1),
            " channels; allowed: those of feat, ", feat.size(2), ", at least 1.");
@@ -45,7 +54,7 @@ inline void check_inputs(const torch::stable::Tensor& feat, const torch::stable:
 inline void check_temperature_tensor(const torch::stable::Tensor& t,
                                      const torch::stable::Tensor& feat) {
   using torch::headeronly::ScalarType;
-  FP_CHECK(t.is_cpu() == feat.is_cpu() && t.get_device_index() == feat.get_device_index(),
+  FP_CHECK(is_same_device(t, feat),
            "temperature: found another device than that of feat; allowed: the same.");
   FP_CHECK(t.numel() == 1, "temperature: found a tensor of ", t.numel(),
            " elements; allowed: one.");

@@ -36,10 +36,6 @@ DType pack_dtype(const Tensor& t) {
   }
 }
 
-bool is_same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
-}
-
 // Sizes of the problem, from the features' and the shares [E, K, C]; 32 bits hold all that follows.
 cuda::PackShape pack_shape(int64_t episodes, int64_t ways, int64_t shots, int64_t pixels,
                            int64_t dim) {

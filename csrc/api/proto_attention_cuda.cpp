@@ -333,9 +333,11 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
   FP_CHECK(grad_out.scalar_type() == feat.scalar_type() &&
                agg.scalar_type() == feat.scalar_type() && stats.scalar_type() == ScalarType::Float,
            "grad_out, agg, stats: found another dtype; allowed: those of the forward.");
-  const int64_t numbers = c.maps() * s.pixels * s.dim;
-  FP_CHECK(grad_out.numel() == numbers * (concat ? 2 : 1) && agg.numel() == numbers &&
-               stats.numel() == layout.total(),
+  const int64_t height = feat.size(3), width = feat.size(4),
+                channels = (concat ? 2 : 1) * int64_t(s.dim);
+  FP_CHECK(has_sizes(grad_out, {s.episodes, s.queries, s.ways, channels, height, width}) &&
+               has_sizes(agg, {s.episodes, s.queries, s.ways, s.dim, height, width}) &&
+               has_sizes(stats, {layout.total()}),
            "grad_out, agg, stats: found other sizes; allowed: those of the forward.");
   FP_CHECK(!needs_temperature || temperature_tensor.has_value(),
            "needs_temperature: found true without a tensor; allowed: with one.");

@@ -76,8 +76,6 @@ constexpr const char* kKernelsAllowed =
 
 constexpr int item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-constexpr int kSm90SharedMemory = 227 * 1024;  // the sm90 kernels take all there is
-
 // ---------------------------------------------------------------- the choice
 
 namespace planning {
@@ -113,7 +111,7 @@ inline const char* why_not_sm90(const Request& r) {
   if (r.capability != 90) return "its instructions are those of capability 9.0 alone";
   if (!r.has_sm90) return "this build has no code for sm_90a";
   if (r.dtype == DType::kFloat32) return "WGMMA cannot transpose float32";
-  if (r.shared_memory < kSm90SharedMemory) return "the chip has too little shared memory";
+  if (r.shared_memory < sm90::kSharedLimit) return "the chip has too little shared memory";
   if (!r.tma_ok) return "TMA takes rows that start and step in multiples of 16 bytes";
   return nullptr;
 }
@@ -298,11 +296,11 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
   else
     plan_sm80_forward(r, small, &plan.forward);
   if (wish.sm80)
-    say("forward, backward: not sm90: FASTPROTO_CUDA_KERNELS asks for sm80.");
+    say("not sm90: FASTPROTO_CUDA_KERNELS asks for sm80.");
   else if (reason != nullptr)
-    say("forward, backward: not sm90: ", reason, ".");
+    say("not sm90: ", reason, ".");
   else
-    say("forward, backward: sm90: half types on capability 9.0, in steps of 16 bytes.");
+    say("sm90: half types on capability 9.0, in steps of 16 bytes.");
 
   if (!sm90) {
     if (!small && plan.forward.tile_m == 16)
@@ -325,10 +323,14 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
     say("stats: ", r.save ? "the backward reads them." : "the forward needs them beforehand.");
   }
 
-  if (sm90)
+  // Few blocks of sm90's backward would leave most of the chip idle: sm80's cuts channels too. The
+  // families leave and read the same statistics.
+  if (sm90 && (!small || wish.sm90)) {
     plan_sm90_backward(r, &plan);
-  else
+  } else {
+    if (sm90) say("backward: sm80: of sm90 there is no latency kernel.");
     plan_sm80_backward(r, small, &plan);
+  }
 
   for (const KernelPlan* one : {&plan.forward, &plan.backward_query, &plan.backward_protos}) {
     if (one->shared_bytes <= r.shared_memory || (one != &plan.forward && !r.save)) continue;

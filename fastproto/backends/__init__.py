@@ -14,13 +14,16 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastproto import _library
+from fastproto.backends.chips import chip_of
 from fastproto.errors import ArgumentError
+from fastproto.layout import is_channels_last
 
 LADDER = ("native", "triton", "reference")
-MAX_CUDA_DIM = 512
-"""Channels that the native CUDA kernels can hold on a multiprocessor (csrc/cuda/plan.h)."""
+CUDA_DIMS = (256, 512)
+"""Channels that the native CUDA kernels are compiled for (csrc/cuda/plan.h); fewer are padded."""
 MEASURED_ON_GPU: dict[str, str] = {}
 """Backend -> the file of benchmarks/results with its measurements on a GPU; python_tests/backends
 holds the two together. A kernel that has never run on a GPU is no default."""
@@ -38,66 +41,105 @@ def ladder(device: str) -> tuple[str, ...]:
     return (*measured, *(n for n in ("triton", "native", "reference") if n not in measured))
 
 
-def why_not(
-    name: str, device: str, dtype: torch.dtype | None = None, wide: bool = False
-) -> str | None:
-    """Why backend ``name`` cannot run on device type ``device``, in a sentence; None if it can.
+def padded_dim(dim: int) -> int:
+    """The least of CUDA_DIMS that holds ``dim`` channels; where none does, more than all of them.
 
-    With a ``dtype`` of the features, whether it can run that; ``wide``: more than MAX_CUDA_DIM
-    channels.
+    The choice of a backend depends on channels no further, which torch.compile can guard on.
+    """
+    for most in CUDA_DIMS:
+        if dim <= most:
+            return most
+    return CUDA_DIMS[-1] + 1
+
+
+def why_not(
+    name: str,
+    device: str | torch.device,
+    dtype: torch.dtype | None = None,
+    dim: int | None = None,
+) -> str | None:
+    """Why backend ``name`` cannot run on ``device``, in a sentence; None if it can.
+
+    With a ``dtype`` or a :func:`padded_dim` of the features, whether it can run those.
     """
     if name == "reference":
         return None
+    device = torch.device(device)
     if name == "triton":
         from fastproto.triton import support
 
         reason = support.why_not(device)
-        if reason is None and dtype == torch.float64 and device != "cpu":
+        if reason is None and dtype == torch.float64 and device.type != "cpu":
             return "it computes float64 only interpreted, for tests"
         return reason
-    if device == "cuda":
-        return _library.why_not_cuda() or _why_no_plan(dtype, wide)
-    if device == "cpu":
+    if device.type == "cuda":
+        return (
+            _library.why_not_cuda()
+            or _why_no_code(device)
+            or _why_no_plan(device, dtype or torch.bfloat16, dim or CUDA_DIMS[0])
+        )
+    if device.type == "cpu":
         return _library.why_not_cpu()
-    return f"it has no kernels for device type {device!r}"
+    return f"it has no kernels for device type {device.type!r}"
 
 
-def _why_no_plan(dtype: torch.dtype | None, wide: bool) -> str | None:
-    """Why the CUDA kernels of the library cannot run on this GPU, or such features."""
+def _built_for() -> list[str]:
+    """Architectures of the CUDA library, as FASTPROTO_CUDA_ARCHS has them."""
+    built_for: str = _library.build_info().get("cuda_architectures", "")
+    return built_for.split()
+
+
+def _why_no_code(device: torch.device) -> str | None:
+    """Why the CUDA library has no code that the GPU runs; None where it has."""
+    # Its lowest architecture is there as PTX too, for all that are newer.
+    lowest = min((int(name.rstrip("af")) for name in _built_for()), default=0)
+    capability = chip_of(device).capability
+    if capability >= lowest:
+        return None
+    return (
+        f"it was built for FASTPROTO_CUDA_ARCHS={';'.join(_built_for())}, the GPU has capability "
+        f"{capability // 10}.{capability % 10}; reinstall with FASTPROTO_CUDA_ARCHS={capability}"
+    )
+
+
+def _why_no_plan(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    """Why the CUDA kernels of the library cannot run on a GPU, or such features."""
+    if dim > CUDA_DIMS[-1]:
+        return f"its CUDA kernels hold {CUDA_DIMS[-1]} channels at most"
     try:
-        _plan(1, 1, 1, MAX_CUDA_DIM + wide, 1, 1, dtype or torch.bfloat16, True)
+        _plan(device, dim=dim, dtype=dtype, save=True)
     except ValueError as error:
         return str(error)
     return None
 
 
 def _plan(
-    episodes: int,
-    queries: int,
-    ways: int,
-    dim: int,
-    pixels: int,
-    total: int,
+    device: torch.device,
+    *,
     dtype: torch.dtype,
-    save: bool,
+    dim: int,
+    episodes: int = 1,
+    queries: int = 1,
+    ways: int = 1,
+    pixels: int = 1,
+    total: int = 1,
+    channels_last: bool = False,
+    save: bool = False,
     kernels: str = "",
 ) -> dict[str, Any]:
-    """The CUDA library's plan on the current GPU; on an H200 where there is none."""
+    """The CUDA library's plan on a GPU, for tensors that begin at multiples of 16 bytes.
+
+    Raises:
+        ValueError: There is none; says why.
+    """
     from fastproto import _C
 
-    chip = (90, 132, 227 * 1024)
-    if torch.cuda.is_available():
-        gpu: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
-        chip = (
-            10 * gpu.major + gpu.minor,
-            gpu.multi_processor_count,
-            gpu.shared_memory_per_block_optin,
-        )
-    built_for = _library.build_info().get("cuda_architectures", "")
+    chip = chip_of(device)
+    row = dim if channels_last or pixels == 1 else pixels
     return _C.cuda_plan(
-        capability=chip[0],
-        multiprocessors=chip[1],
-        shared_memory=chip[2],
+        capability=chip.capability,
+        multiprocessors=chip.multiprocessors,
+        shared_memory=chip.shared_memory,
         dtype=str(dtype).removeprefix("torch."),
         episodes=episodes,
         queries=queries,
@@ -106,9 +148,35 @@ def _plan(
         pixels=pixels,
         total=total,
         save=save,
-        has_sm90="90a" in built_for.split() or not built_for,
+        tma_ok=dim % 8 == 0 and row % 8 == 0,  # 16 bytes of a half type
+        has_sm90="90a" in _built_for() or not _built_for(),
         kernels=kernels,
     )
+
+
+def why_failed(feat: Tensor, protos: Tensor, offsets: Tensor, save: bool) -> str | None:
+    """Why the CUDA library has no plan for a call that failed; None where it has one.
+
+    Asked afterwards, since the library's own words are lost on the way in torch < 2.13.
+    """
+    episodes, queries, dim, height, width = feat.shape
+    try:
+        _plan(
+            feat.device,
+            dtype=feat.dtype,
+            dim=dim,
+            episodes=episodes,
+            queries=queries,
+            ways=(offsets.shape[0] - 1) // episodes,
+            pixels=height * width,
+            total=protos.shape[0],
+            channels_last=is_channels_last(feat),
+            save=save,
+            kernels=os.environ.get("FASTPROTO_CUDA_KERNELS", ""),
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def explain(
@@ -120,6 +188,7 @@ def explain(
     pixels: int = 256,
     total: int = 256,
     dtype: torch.dtype = torch.bfloat16,
+    channels_last: bool = False,
     save: bool = False,
 ) -> str:
     """Which CUDA kernels the native backend runs a problem with, and why; for people.
@@ -132,18 +201,31 @@ def explain(
         pixels: H * W.
         total: Rows of ``protos``.
         dtype: That of the features.
+        channels_last: Their layout; NCHW unless set.
         save: Whether a backward follows.
 
     Returns:
-        Sentences and one line for every launch; for an H200 where no GPU is there. Tensors that TMA
-        cannot read are not considered.
+        Sentences and one line for every launch, on the current GPU; on an H200 where there is none.
+        Tensors are taken to begin at multiples of 16 bytes, as new ones do.
 
     Raises:
         ArgumentError: There is no plan; says why.
     """
     kernels = os.environ.get("FASTPROTO_CUDA_KERNELS", "")
     try:
-        plan = _plan(episodes, queries, ways, dim, pixels, total, dtype, save, kernels)
+        plan = _plan(
+            torch.device("cuda"),
+            dtype=dtype,
+            dim=dim,
+            episodes=episodes,
+            queries=queries,
+            ways=ways,
+            pixels=pixels,
+            total=total,
+            channels_last=channels_last,
+            save=save,
+            kernels=kernels,
+        )
     except ValueError as error:
         raise ArgumentError("explain", found=str(error), allowed="a problem with a plan") from error
     lines = plan.pop("reasons")
@@ -160,29 +242,33 @@ def explain(
 
 @functools.cache
 def _choose(
-    device: str, dtype: torch.dtype | None, wide: bool, forced: str | None, source: str
+    device: torch.device,
+    dtype: torch.dtype | None,
+    dim: int | None,
+    forced: str | None,
+    source: str,
 ) -> str:
     if forced is not None:
         if forced not in LADDER:
             raise ArgumentError(source, found=repr(forced), allowed=", ".join(LADDER))
-        reason = why_not(forced, device, dtype, wide)
+        reason = why_not(forced, device, dtype, dim)
         if reason is not None:
-            able = (name for name in LADDER if why_not(name, device, dtype, wide) is None)
+            able = (name for name in LADDER if why_not(name, device, dtype, dim) is None)
             raise ArgumentError(
                 source,
-                found=f"{forced!r}, which cannot run on {device!r}: {reason}",
+                found=f"{forced!r}, which cannot run on '{device}': {reason}",
                 allowed=", ".join(able),
             )
         return forced
     reasons: list[str] = []
-    for name in ladder(device):
-        reason = why_not(name, device, dtype, wide)
+    for name in ladder(device.type):
+        reason = why_not(name, device, dtype, dim)
         if reason is None:
             if name == "reference" and reasons:
                 _library.say_once(
                     f"fastproto: on {device} plain PyTorch runs; {'; '.join(reasons)}."
                 )
-            remark = _remark(name, device)
+            remark = _remark(name, device.type)
             _library.logger.debug(
                 "proto_attention on %s: backend %s%s", device, name, remark and f" ({remark})"
             )
@@ -201,21 +287,20 @@ def _remark(name: str, device: str) -> str:
 
 
 def choose(
-    device: str,
+    device: str | torch.device,
     backend: str | None = None,
     dtype: torch.dtype | None = None,
-    wide: bool = False,
+    dim: int | None = None,
 ) -> str:
-    """Name of the backend to use on device type ``device``, for features of type ``dtype``.
-
-    ``wide``: of more than MAX_CUDA_DIM channels.
+    """Name of the backend to use on ``device`` for features of a ``dtype`` and :func:`padded_dim`.
 
     Raises:
         ArgumentError: ``backend`` (or FASTPROTO_BACKEND) is unknown or cannot run there; says why.
     """
+    device = torch.device(device)
     if backend is not None:
-        return _choose(device, dtype, wide, backend, "backend")
-    return _choose(device, dtype, wide, _FORCED, "FASTPROTO_BACKEND")
+        return _choose(device, dtype, dim, backend, "backend")
+    return _choose(device, dtype, dim, _FORCED, "FASTPROTO_BACKEND")
 
 
 # The choice depends on the installation alone, so torch.compile may take it as a constant. This is

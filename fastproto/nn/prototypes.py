@@ -207,12 +207,11 @@ def _packing_kernel(
     features: Tensor, share: Tensor, backend: str | None
 ) -> Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]] | None:
     """The chosen backend's kernel; None where plain PyTorch packs."""
-    device = features.device.type
-    chosen = backends.choose(device, backend, features.dtype)
+    chosen = backends.choose(features.device, backend, features.dtype)
     # The kernels have no gradient for masks, and nothing to do without cells.
     if share.requires_grad or features.numel() == 0 or share.numel() == 0:
         return None
-    if chosen == "native" and device == "cuda" and features.dtype != torch.float64:
+    if chosen == "native" and features.is_cuda and features.dtype != torch.float64:
         from fastproto import ops
 
         return ops.pack_prototypes

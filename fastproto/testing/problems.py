@@ -50,6 +50,18 @@ class Problem:
         return len(self.bags[0])
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What the plan of CUDA kernels asks, as keywords of ``backends.explain``."""
+        return {
+            "episodes": self.episodes,
+            "queries": self.queries,
+            "ways": self.ways,
+            "dim": self.dim,
+            "pixels": self.height * self.width,
+            "total": sum(map(sum, self.bags)) + self.spare,
+        }
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
         """Shape of the result with ``concat=True``."""
         return (self.episodes, self.queries, self.ways, 2 * self.dim, self.height, self.width)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastproto.backends.chips import Chip
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -83,23 +85,6 @@ class Shape:
     dtype: torch.dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """The device.
-
-    Attributes:
-        capability: Compute capability times ten, e.g. 90; 0 where it is not NVIDIA's; -1 is the
-            interpreter.
-        multiprocessors: How many programs run side by side, about.
-        shared_memory: Bytes a program may have.
-    """
-
-    capability: int
-    multiprocessors: int
-    shared_memory: int
-
-
-H200 = Chip(90, 132, 227 * 1024)
 INTERPRETER = Chip(-1, 1, 0)
 
 

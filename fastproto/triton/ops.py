@@ -14,29 +14,14 @@ import torch
 from torch import Tensor
 
 from fastproto import autograd, packing
+from fastproto.backends.chips import chip_of
 from fastproto.packing import PackPair
 from fastproto.triton import launch, pack_launch, support
-from fastproto.triton.configs import H200, INTERPRETER, Chip, Plan, Shape
+from fastproto.triton.configs import INTERPRETER, Plan, Shape
 from fastproto.triton.launch import Launch, Run
 from fastproto.triton.tuning import plan_for
 
 # No ``from __future__ import annotations`` here: torch.library reads the annotations below.
-
-
-@functools.cache
-def chip_of(device: torch.device) -> Chip:
-    """What the table asks of a device; an H200 where none is there (fake tensors)."""
-    if support.INTERPRETED:
-        return INTERPRETER
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return H200
-    properties: Any = torch.cuda.get_device_properties(device)
-    is_nvidia = torch.version.hip is None
-    return Chip(
-        10 * properties.major + properties.minor if is_nvidia else 0,
-        properties.multi_processor_count,
-        getattr(properties, "shared_memory_per_block_optin", 64 * 1024),
-    )
 
 
 def float32_precision() -> str:
@@ -57,7 +42,8 @@ def _plan(feat: Tensor, offsets: Tensor) -> Plan:
     episodes, queries, dim, height, width = map(int, feat.shape)
     ways = (int(offsets.shape[0]) - 1) // episodes
     shape = Shape(episodes, queries, ways, height * width, dim, feat.dtype)
-    return plan_for(shape, chip_of(feat.device), feat.device)
+    chip = INTERPRETER if support.INTERPRETED else chip_of(feat.device)
+    return plan_for(shape, chip, feat.device)
 
 
 def _forward(

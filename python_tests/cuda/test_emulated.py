@@ -37,23 +37,17 @@ def family(request: pytest.FixtureRequest, gpu: ModuleType) -> Iterator[str]:
 
 def runs(family: str, problem: Problem, dtype: torch.dtype) -> None:
     """Skip what a family does not take, as the plan says."""
-    pixels = problem.height * problem.width
-    rows = problem.dim if problem.layout == "channels_last" else pixels
-    total = sum(map(sum, problem.bags)) + problem.spare
+    sizes = problem.sizes
+    row = sizes["dim" if problem.layout == "channels_last" or sizes["pixels"] == 1 else "pixels"]
     try:
         _C.cuda_plan(
             capability=90,
             multiprocessors=132,
             shared_memory=227 * 1024,
             dtype=str(dtype)[6:],
-            episodes=problem.episodes,
-            queries=problem.queries,
-            ways=problem.ways,
-            dim=problem.dim,
-            pixels=pixels,
-            total=total,
-            tma_ok=problem.dim % 8 == 0 and rows % 8 == 0,
+            tma_ok=problem.dim % 8 == 0 and row % 8 == 0,
             kernels=family,
+            **sizes,
         )
     except ValueError as error:
         pytest.skip(str(error))

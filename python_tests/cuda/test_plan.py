@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from fastproto import _C, InputError, backends
-from fastproto.testing.problems import PROBLEMS, Problem
+from fastproto import _C, InputError, _library, backends
+from fastproto.backends import chips
+from fastproto.testing.problems import PROBLEMS
 
 KIB = 1024
 CHIPS = {
@@ -25,17 +27,6 @@ MANY = ONE | {"episodes": 512, "total": 512 * 256}
 
 def plan(chip: str = "H200", dtype: str = "bfloat16", **changes: Any) -> dict[str, Any]:
     return _C.cuda_plan(**(CHIPS[chip] | {"dtype": dtype} | ONE | changes))
-
-
-def sizes_of(problem: Problem) -> dict[str, int]:
-    return {
-        "episodes": problem.episodes,
-        "queries": problem.queries,
-        "ways": problem.ways,
-        "dim": problem.dim,
-        "pixels": problem.height * problem.width,
-        "total": sum(map(sum, problem.bags)) + problem.spare,
-    }
 
 
 def check(found: dict[str, Any], sizes: dict[str, int], chip: str, has_backward: bool) -> None:
@@ -77,7 +68,7 @@ def check(found: dict[str, Any], sizes: dict[str, int], chip: str, has_backward:
 def test_every_problem_has_a_plan_that_covers_it_and_fits(
     chip: str, dtype: str, save: bool, tma_ok: bool
 ) -> None:
-    for sizes in [*map(sizes_of, PROBLEMS), ONE, MANY]:
+    for sizes in [*(problem.sizes for problem in PROBLEMS), ONE, MANY]:
         if (chip, dtype, save) == ("RTX 4090", "float32", True) and sizes["dim"] > 256:
             with pytest.raises(ValueError, match="bytes of shared memory"):
                 plan(chip, dtype, save=save, tma_ok=tma_ok, **sizes)
@@ -110,7 +101,7 @@ def test_many_images_run_at_throughput() -> None:
 
 def test_hoppers_kernels_need_hopper_half_types_alignment_and_their_code() -> None:
     assert plan()["forward"]["kernel"] == "sm90 latency"
-    assert plan()["backward_protos"]["kernel"] == "sm90 throughput"
+    assert plan(**MANY)["backward_protos"]["kernel"] == "sm90 throughput"
     for change, reason in (
         ({"dtype": "float32"}, "WGMMA cannot transpose float32"),
         ({"tma_ok": False}, "multiples of 16 bytes"),
@@ -120,6 +111,17 @@ def test_hoppers_kernels_need_hopper_half_types_alignment_and_their_code() -> No
         found = plan(**change)
         assert all(found[name]["kernel"] == "sm80 latency" for name in KERNELS)
         assert any(reason in sentence for sentence in found["reasons"])
+
+
+def test_a_small_backward_on_hopper_is_sm80s_which_fills_the_chip() -> None:
+    found = plan(save=True)
+    assert found["forward"]["kernel"] == "sm90 latency"
+    for name in KERNELS[1:]:
+        assert found[name]["kernel"] == "sm80 latency"
+        assert found[name]["blocks"] >= 24
+    assert any("no latency kernel" in reason for reason in found["reasons"])
+    forced = plan(save=True, kernels="sm90")
+    assert all(forced[name]["kernel"] == "sm90 throughput" for name in KERNELS[1:])
 
 
 def test_the_number_of_prototypes_changes_no_forward() -> None:
@@ -176,5 +178,80 @@ def test_explain_prints_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         backends.explain(dim=768)
     monkeypatch.setenv("FASTPROTO_CUDA_KERNELS", "sm80-throughput")
     assert "forward: sm80 throughput, 64 pixels" in backends.explain()
-    assert "float64" in (backends._why_no_plan(torch.float64, False) or "")
-    assert "above 512" in (backends._why_no_plan(torch.bfloat16, True) or "")
+    monkeypatch.setenv("FASTPROTO_CUDA_KERNELS", "sm90")
+    assert "forward: sm90 latency" in backends.explain(dim=48, pixels=63, channels_last=True)
+    for odd in ({"pixels": 63}, {"dim": 100}):
+        with pytest.raises(InputError, match="multiples of 16 bytes"):
+            backends.explain(**odd)  # type: ignore[arg-type]
+
+
+class Properties:
+    """What torch says of a GPU."""
+
+    def __init__(self, capability: int, shared_memory: int) -> None:
+        self.major, self.minor = divmod(capability, 10)
+        self.multi_processor_count = 100
+        self.shared_memory_per_block_optin = shared_memory
+
+
+GPUS = {0: Properties(90, 227 * KIB), 1: Properties(89, 99 * KIB), 2: Properties(75, 64 * KIB)}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One with an H200, an RTX 4090 and a T4, as far as Python can tell."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: GPUS[device.index])
+    monkeypatch.setattr(_library, "why_not_cuda", lambda: None)
+    caches = (chips.chip_of, backends._choose)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("machine")
+def test_every_gpu_of_a_machine_is_asked_by_itself() -> None:
+    def why_not(gpu: int, dtype: torch.dtype, dim: int) -> str:
+        return backends.why_not("native", f"cuda:{gpu}", dtype, backends.padded_dim(dim)) or ""
+
+    assert why_not(0, torch.float32, 512) == ""
+    assert "bytes of shared memory" in why_not(1, torch.float32, 257)
+    assert why_not(1, torch.float32, 256) == ""
+    assert why_not(1, torch.bfloat16, 512) == ""
+    assert "float64" in why_not(0, torch.float64, 64)
+    assert "512 channels at most" in why_not(0, torch.bfloat16, 513)
+    assert backends.choose("cuda:0", "native", torch.float32, 512) == "native"
+    with pytest.raises(InputError, match=r"cannot run on 'cuda:2'.*capability 7\.5"):
+        backends.choose("cuda:2", "native", torch.float32, 512)
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_gpu_older_than_the_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "build_info", lambda: {"cuda_architectures": "90a 100"})
+    assert backends.why_not("native", "cuda:0") is None
+    reason = backends.why_not("native", "cuda:1") or ""
+    assert "FASTPROTO_CUDA_ARCHS=90a;100, the GPU has capability 8.9" in reason
+    assert reason.endswith("FASTPROTO_CUDA_ARCHS=89")
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [(12080, "the driver knows CUDA 12.8"), (13000, None), (13020, None), (None, None)],
+)
+def test_a_driver_older_than_the_runtime_is_refused(
+    monkeypatch: pytest.MonkeyPatch, driver: int | None, reason: str | None
+) -> None:
+    monkeypatch.setattr(_library, "build_info", lambda: {"cuda_compiler": "13.0.88"})
+    monkeypatch.setattr(_library, "_driver_knows", lambda: driver)
+    found = _library._why_not_driver()
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in (found or "")
+
+
+def test_a_failed_call_is_explained_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    feat, protos, offsets = PROBLEMS[0].make(torch.bfloat16)
+    assert backends.why_failed(feat, protos, offsets, True) is None
+    monkeypatch.setenv("FASTPROTO_CUDA_KERNELS", "sm70")
+    assert "found 'sm70'" in (backends.why_failed(feat, protos, offsets, True) or "")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproto import backends, proto_attention
+from fastproto import _library, backends, proto_attention
 
 FOLDER = Path(__file__).parent
 BACKENDS = ("native", "triton")
@@ -38,13 +38,27 @@ def device() -> str:
     return "cuda"
 
 
+def skip_without(backend: str, device: str) -> None:
+    """Skip where a backend cannot run. That its library is there and does not load is a failure."""
+    broken = _library.cuda_is_broken()
+    assert backend != "native" or broken is None, broken
+    reason = backends.why_not(backend, device)
+    if reason is not None:
+        pytest.skip(f"backend {backend} cannot run on {device}: {reason}")
+
+
+@pytest.fixture
+def needs_native(device: str) -> None:
+    """For tests of the native backend alone."""
+    skip_without("native", device)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, device: str) -> str:
     """Every backend of this package that can run on the GPU."""
-    reason = backends.why_not(request.param, device)
-    if reason is not None:
-        pytest.skip(f"backend {request.param} cannot run on {device}: {reason}")
-    return request.param
+    name: str = request.param
+    skip_without(name, device)
+    return name
 
 
 @pytest.fixture

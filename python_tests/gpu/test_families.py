@@ -21,11 +21,10 @@ MANY = Problem("many", tuple((n, 96 - n) for n in range(0, 97, 24)), queries=2)
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def family(
+    request: pytest.FixtureRequest, needs_native: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """Forced for the test."""
-    reason = backends.why_not("native", device)
-    if reason is not None:
-        pytest.skip(f"backend native cannot run on {device}: {reason}")
     monkeypatch.setenv("FASTPROTO_CUDA_KERNELS", request.param)
     return request.param
 
@@ -36,19 +35,14 @@ def native(*args: object, **kwargs: object) -> Tensor:
 
 
 @pytest.fixture
-def runs(device: str) -> Callable[[Problem, torch.dtype], None]:
+def runs() -> Callable[[Problem, torch.dtype], None]:
     """Skips what a family does not take, as the plan says."""
 
     def check(problem: Problem, dtype: torch.dtype) -> None:
-        sizes = {"dim": problem.dim, "pixels": problem.height * problem.width}
+        last = problem.layout == "channels_last"
         try:
-            backends.explain(**sizes, dtype=dtype, save=True)
-            native(*problem.make(dtype, device=device))
+            backends.explain(**problem.sizes, dtype=dtype, channels_last=last, save=True)
         except ArgumentError as error:
-            pytest.skip(str(error))
-        except RuntimeError as error:
-            if "FASTPROTO_CUDA_KERNELS" not in str(error):
-                raise
             pytest.skip(str(error))
 
     return check

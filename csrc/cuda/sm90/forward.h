@@ -8,6 +8,7 @@ namespace fastproto::cuda::sm90 {
 
 // What the kernels are compiled for, for the plan; their Traits assert the same. `dim` is that of
 // the template, D or more.
+constexpr int kSharedLimit = 227 * 1024;  // dynamic shared memory of a block: all there is
 constexpr int padded_dim(int64_t dim) { return dim <= 256 ? 256 : 512; }
 constexpr int forward_threads() { return 384; }
 constexpr int forward_stages(int dim) { return dim == 512 ? 2 : 4; }
@@ -23,8 +24,8 @@ constexpr int forward_latency_bytes(int dim) { return dim / 64 * 12864 + 192; }
 constexpr bool is_vector(int64_t elements) { return elements % 8 == 0; }
 inline bool is_vector(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// A dimension that a tensor map can walk, or of the same data all along.
-constexpr bool is_walkable(int64_t size, int64_t stride) {
+// A dimension that a tensor map can step along; a stride of 0 is the same data all along.
+constexpr bool is_tma_dim(int64_t size, int64_t stride) {
   return size <= 1 || (stride >= 0 && is_vector(stride) && stride < (int64_t(1) << 38));
 }
 
@@ -42,8 +43,8 @@ inline bool vectors_apply(const ForwardParams& p) {
   const int rows = channels_last ? s.pixels : s.dim;
   return s.dim >= 8 && s.dim <= 512 && is_vector(s.dim) && s.pixels >= 1 &&
          (channels_last || (p.out.pixel == 1 && is_vector(s.pixels))) && inner == 1 &&
-         is_walkable(rows, row) && (rows <= 1 || row > 0) && is_walkable(s.queries, p.feat.query) &&
-         is_walkable(s.episodes, p.feat.episode) && is_vector(p.feat.data) && is_vector(p.protos) &&
+         is_tma_dim(rows, row) && (rows <= 1 || row > 0) && is_tma_dim(s.queries, p.feat.query) &&
+         is_tma_dim(s.episodes, p.feat.episode) && is_vector(p.feat.data) && is_vector(p.protos) &&
          is_vector(p.out.data) && is_vector(p.agg.data) &&
          (p.agg.data == nullptr || (channels_last ? p.agg.channel : p.agg.pixel) == 1);
 }

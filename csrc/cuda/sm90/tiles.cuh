@@ -5,6 +5,7 @@
 #include "../common/hopper.cuh"
 #include "../common/launch.h"
 #include "../common/math.cuh"
+#include "forward.h"
 
 #ifndef FP_LAUNCH_BOUNDS
 #ifdef FASTPROTO_EMULATE
@@ -15,9 +16,6 @@
 #endif
 
 namespace fastproto::cuda::sm90 {
-
-// Dynamic shared memory of a block.
-constexpr int kSharedLimit = 227 * 1024;
 
 // A box: 64 rows of 64 two-byte numbers, 128-byte swizzle, at a multiple of 1024 bytes. What TMA
 // moves at a time and WGMMA reads.

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the choice of kernels asks of a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """The device.
+
+    Attributes:
+        capability: Compute capability times ten, e.g. 90; 0 where it is not NVIDIA's; -1 is
+            Triton's interpreter.
+        multiprocessors: How many programs run side by side, about.
+        shared_memory: Bytes a program may have.
+    """
+
+    capability: int
+    multiprocessors: int
+    shared_memory: int
+
+
+H200 = Chip(90, 132, 227 * 1024)
+
+
+@functools.cache
+def chip_of(device: torch.device) -> Chip:
+    """That of a CUDA device, of the current one where it has no index; an H200 where none is there.
+
+    The last is for fake tensors and for people who ask what would run.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return H200
+    properties: Any = torch.cuda.get_device_properties(device)
+    is_nvidia = torch.version.hip is None
+    return Chip(
+        10 * properties.major + properties.minor if is_nvidia else 0,
+        properties.multi_processor_count,
+        getattr(properties, "shared_memory_per_block_optin", 64 * 1024),
+    )
