@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
+import fastproto.ops  # noqa: F401  (defines torch.ops.fastproto)
 from fastproto import proto_attention
 from fastproto.testing.problems import PROBLEMS, Problem
 

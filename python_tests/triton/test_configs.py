@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastproto.backends.chips import H200, Chip
 from fastproto.triton.configs import (
-    H200,
     INTERPRETED,
     KERNELS,
     TABLE,
-    Chip,
     Config,
     Plan,
     Shape,
