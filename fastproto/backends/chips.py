@@ -29,7 +29,6 @@ class Chip:
 H200 = Chip(90, 132, 227 * 1024)
 
 
-@functools.cache
 def chip_of(device: torch.device) -> Chip:
     """That of a CUDA device, of the current one where it has no index; an H200 where none is there.
 
@@ -37,7 +36,12 @@ def chip_of(device: torch.device) -> Chip:
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return H200
-    properties: Any = torch.cuda.get_device_properties(device)
+    return _chip(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _chip(index: int) -> Chip:
+    properties: Any = torch.cuda.get_device_properties(index)
     is_nvidia = torch.version.hip is None
     return Chip(
         10 * properties.major + properties.minor if is_nvidia else 0,

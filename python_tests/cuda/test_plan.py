@@ -201,9 +201,10 @@ GPUS = {0: Properties(90, 227 * KIB), 1: Properties(89, 99 * KIB), 2: Properties
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One with an H200, an RTX 4090 and a T4, as far as Python can tell."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: GPUS[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: GPUS[index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(_library, "why_not_cuda", lambda: None)
-    caches = (chips.chip_of, backends._choose)
+    caches = (chips._chip, backends._choose)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -222,6 +223,8 @@ def test_every_gpu_of_a_machine_is_asked_by_itself() -> None:
     assert why_not(1, torch.bfloat16, 512) == ""
     assert "float64" in why_not(0, torch.float64, 64)
     assert "512 channels at most" in why_not(0, torch.bfloat16, 513)
+    assert why_not(0, torch.bfloat16, 512) == ""
+    assert chips.chip_of(torch.device("cuda")).capability == 89  # the current one
     assert backends.choose("cuda:0", "native", torch.float32, 512) == "native"
     with pytest.raises(InputError, match=r"cannot run on 'cuda:2'.*capability 7\.5"):
         backends.choose("cuda:2", "native", torch.float32, 512)
