@@ -345,7 +345,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
               frag, advance(a, step * kStepBytes<!kChannelsLast>),
               advance(b, step * kStepBytes<false>), position + step > 0);
       }
-      wgmma_commit();
+      if (begin < end) wgmma_commit();  // an empty group would be a product of its own
     };
     float own[16];
     const auto finish = [&](uint32_t from) {
