@@ -403,6 +403,21 @@ def test_overlapping_pixels_and_offsets_with_a_stride(gpu: ModuleType) -> None:
     assert torch.allclose(out, reference.proto_attention(feat, protos, strided), atol=1e-5)
 
 
+def test_overlapping_rows_of_vectors(gpu: ModuleType) -> None:
+    """They start at multiples of 16 bytes, but a tensor map does not take them."""
+    generator = torch.Generator().manual_seed(6)
+    windows = torch.randn(80, generator=generator).bfloat16().unfold(0, 16, 8)
+    feat, offsets = windows.T[None, None, :, None, :], offsets_of(3, 2)
+    protos = torch.randn(5, 16, generator=generator).bfloat16()
+    results = []
+    for f in (feat, feat.contiguous()):
+        leaf, p = f.detach().requires_grad_(), protos.clone().requires_grad_()
+        out = gpu.proto_attention(leaf, p, offsets)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (leaf, p))))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours.double(), expected.double(), rtol=2**-6, atol=2**-6)
+
+
 def test_a_frozen_support_and_temperatures_of_both_types(gpu: ModuleType) -> None:
     feat, protos, offsets = SHAPES[0].make(torch.float32)
     single = torch.tensor(0.07, requires_grad=True)

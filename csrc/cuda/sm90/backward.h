@@ -31,10 +31,10 @@ inline bool backward_vectors_apply(const BackwardParams& p) {
   const bool channels_last = is_channels_last(p);
   const auto inner = [&](const auto& maps) { return channels_last ? maps.channel : maps.pixel; };
   const auto row = [&](const auto& maps) { return channels_last ? maps.pixel : maps.channel; };
-  const int rows = channels_last ? s.pixels : s.dim;
+  const int rows = channels_last ? s.pixels : s.dim, length = channels_last ? s.dim : s.pixels;
   const auto walkable = [&](const Strided& maps) {
     return inner(maps) == 1 && is_vector(maps.data) && is_walkable(rows, row(maps)) &&
-           (rows == 1 || row(maps) > 0) && is_walkable(s.queries, maps.query) &&
+           (rows == 1 || row(maps) >= length) && is_walkable(s.queries, maps.query) &&
            is_walkable(s.episodes, maps.episode);
   };
   return s.dim >= 8 && s.dim <= 512 && is_vector(s.dim) && s.pixels >= 1 &&
