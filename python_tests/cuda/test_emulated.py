@@ -358,9 +358,7 @@ def test_layouts(gpu: ModuleType, feat: Tensor) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_expanded_half_features_and_gradients(
-    gpu: ModuleType, layout: torch.memory_format
-) -> None:
+def test_expanded_half_features_and_gradients(gpu: ModuleType, layout: torch.memory_format) -> None:
     generator = torch.Generator().manual_seed(5)
     image = torch.rand(1, 16, 4, 4, generator=generator).bfloat16()
     image = image.contiguous(memory_format=layout)[None]
