@@ -351,6 +351,27 @@ def test_layouts(gpu: ModuleType, feat: Tensor) -> None:
     assert results[0][0].stride() == real.stride()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_expanded_half_features_and_gradients(gpu: ModuleType, layout: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(5)
+    image = torch.rand(1, 16, 4, 4, generator=generator).bfloat16()
+    image = image.contiguous(memory_format=layout)[None]
+    map_grad = torch.rand(1, 32, 4, 4, generator=generator).bfloat16()
+    map_grad = map_grad.contiguous(memory_format=layout)[None, None]
+    protos = torch.rand(5, 16, generator=generator).bfloat16()
+    offsets = offsets_of(2, 1, 0, 2)
+    results = []
+    for dense in (False, True):
+        feat, grad = image.expand(2, 3, 16, 4, 4), map_grad.expand(2, 3, 2, 32, 4, 4)
+        if dense:
+            feat, grad = feat.contiguous(), grad.contiguous()
+        feat, p = feat.detach().requires_grad_(), protos.clone().requires_grad_()
+        out = gpu.proto_attention(feat, p, offsets)
+        results.append((out, *torch.autograd.grad(out, (feat, p), grad)))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours.double(), expected.double(), rtol=2**-7, atol=2**-7)
+
+
 def test_expanded_features_and_gradients(gpu: ModuleType) -> None:
     image = torch.rand(1, 1, 16, 4, 4)
     feat = image.expand(2, 3, 16, 4, 4).requires_grad_()
@@ -372,6 +393,21 @@ def test_overlapping_pixels_and_offsets_with_a_stride(gpu: ModuleType) -> None:
     strided = torch.tensor([0, 7, 3, 7], dtype=torch.int32)[::2]
     out = gpu.proto_attention(feat, protos, strided)
     assert torch.allclose(out, reference.proto_attention(feat, protos, strided), atol=1e-5)
+
+
+def test_overlapping_rows_of_vectors(gpu: ModuleType) -> None:
+    """They start at multiples of 16 bytes, but a tensor map does not take them."""
+    generator = torch.Generator().manual_seed(6)
+    windows = torch.randn(80, generator=generator).bfloat16().unfold(0, 16, 8)
+    feat, offsets = windows.T[None, None, :, None, :], offsets_of(3, 2)
+    protos = torch.randn(5, 16, generator=generator).bfloat16()
+    results = []
+    for f in (feat, feat.contiguous()):
+        leaf, p = f.detach().requires_grad_(), protos.clone().requires_grad_()
+        out = gpu.proto_attention(leaf, p, offsets)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (leaf, p))))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours.double(), expected.double(), rtol=2**-6, atol=2**-6)
 
 
 def test_a_frozen_support_and_temperatures_of_both_types(gpu: ModuleType) -> None:

@@ -97,7 +97,7 @@ inline const char* make_tensor_map(TensorMap* map, MapType type, int rank, const
                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = run();
-  if (result != CUDA_SUCCESS && result != CUDA_ERROR_INVALID_VALUE) {
+  if (result != CUDA_SUCCESS) {
     // The driver wants a current context. A thread that has only set its device may have none, as
     // torch's threads of the backward: this makes the device's own current.
     int device = 0;

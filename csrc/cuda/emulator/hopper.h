@@ -231,6 +231,10 @@ inline const char* make_tensor_map(TensorMap* map, int rank, const void* data,
     if (m.sizes[d] == 0 || m.sizes[d] > uint64_t(1) << 32) return "tensor map: sizes are 1 to 2^32";
     if (d > 0 && (m.strides[d] % 16 != 0 || m.strides[d] >= uint64_t(1) << 40))
       return "tensor map: strides are multiples of 16 bytes, below 2^40";
+    if (d > 0 && m.strides[d] == 0 && m.sizes[d] > 1)  // the manual does not say what that is
+      return "tensor map: the stride of a dimension of several elements is 0";
+    if (d == 1 && m.sizes[1] > 1 && m.strides[1] < m.sizes[0] * 2)
+      return "tensor map: rows overlap";
     if (m.box[d] == 0 || m.box[d] > 256) return "tensor map: a box has 1 to 256 elements a side";
   }
   // Narrower boxes exist, but what they leave between their rows is nowhere written.

@@ -31,18 +31,15 @@ inline bool backward_vectors_apply(const BackwardParams& p) {
   const bool channels_last = is_channels_last(p);
   const auto inner = [&](const auto& maps) { return channels_last ? maps.channel : maps.pixel; };
   const auto row = [&](const auto& maps) { return channels_last ? maps.pixel : maps.channel; };
-  const int rows = channels_last ? s.pixels : s.dim;
-  // Strides of 0, of expanded maps, are left to sm80: no GPU has shown that TMA takes them here.
-  const auto is_dim = [](int64_t size, int64_t stride) {
-    return is_tma_dim(size, stride) && (size <= 1 || stride > 0);
-  };
+  const int rows = channels_last ? s.pixels : s.dim, length = channels_last ? s.dim : s.pixels;
   const auto walkable = [&](const Strided& maps) {
-    return inner(maps) == 1 && is_vector(maps.data) && is_dim(rows, row(maps)) &&
-           is_dim(s.queries, maps.query) && is_dim(s.episodes, maps.episode);
+    return inner(maps) == 1 && is_vector(maps.data) && is_tma_dim(rows, row(maps)) &&
+           (rows == 1 || row(maps) >= length) && is_tma_dim(s.queries, maps.query) &&
+           is_tma_dim(s.episodes, maps.episode);
   };
   return s.dim >= 8 && s.dim <= 512 && is_vector(s.dim) && s.pixels >= 1 &&
          (channels_last || is_vector(s.pixels)) && walkable(p.feat) && walkable(p.grad_out) &&
-         is_dim(s.ways, p.grad_out.way) && is_vector(p.protos) &&
+         is_tma_dim(s.ways, p.grad_out.way) && is_vector(p.protos) &&
          (p.statistics.protos != nullptr || s.total == 0);
 }
 

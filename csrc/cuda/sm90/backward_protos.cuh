@@ -23,6 +23,7 @@ struct BackwardProtosMaps {
   TensorMap feat;      // [E][Q]
   TensorMap enhanced;  // dY2 [E][Q][K]
   TensorMap protos;
+  MapSteps feat_steps, grad_steps;
 };
 
 template <class T_, int Dim, bool ChannelsLast>
@@ -149,8 +150,10 @@ FP_DEVICE void load_pixels(const Problem& s, const BackwardProtosMaps& maps,
         uint8_t* to = shared.ring + slot * Traits::kPairBytes;
         barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
         barrier_arrive_expect(full, Traits::kPairBytes);
-        tma_load(to, &maps.feat, full, x, y, query, at.episode);
-        tma_load(to + kBoxBytes, &maps.enhanced, full, x, y, at.way, query, at.episode);
+        tma_load(to, &maps.feat, full, x, y, query * maps.feat_steps.query,
+                 at.episode * maps.feat_steps.episode);
+        tma_load(to + kBoxBytes, &maps.enhanced, full, x, y, at.way * maps.grad_steps.way,
+                 query * maps.grad_steps.query, at.episode * maps.grad_steps.episode);
       }
     }
 }
@@ -473,11 +476,12 @@ const char* launch_backward_protos_as(const BackwardParams& p, void* stream) {
   const Problem& s = p.problem;
   if (s.total == 0) return nullptr;
   const Strided &feat = p.feat, &grad = p.grad_out;
-  const StackDim features[2] = {{s.queries, feat.query}, {s.episodes, feat.episode}};
-  const StackDim grads[3] = {
-      {s.ways, grad.way}, {s.queries, grad.query}, {s.episodes, grad.episode}};
+  const StackDim features[2] = {stack_dim(s.queries, feat.query),
+                                stack_dim(s.episodes, feat.episode)};
+  const StackDim grads[3] = {stack_dim(s.ways, grad.way), stack_dim(s.queries, grad.query),
+                             stack_dim(s.episodes, grad.episode)};
   const T* enhanced = static_cast<const T*>(grad.data) + (s.concat ? s.dim * grad.channel : 0);
-  BackwardProtosMaps maps;
+  BackwardProtosMaps maps = {{}, {}, {}, MapSteps(feat), MapSteps(grad)};
   const char* error = make_stack_map(&maps.feat, map_type<T>(), feat.data, s.dim, s.pixels,
                                      feat.channel, feat.pixel, Traits::kChannelsLast, features);
   if (error == nullptr)

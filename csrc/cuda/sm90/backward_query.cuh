@@ -29,6 +29,7 @@ struct BackwardQueryMaps {
   TensorMap agg;        // [E*Q*K]
   TensorMap grad_feat;  // [E*Q]
   TensorMap protos;
+  MapSteps feat_steps, grad_steps;
 };
 
 template <class T_, int Dim, bool ChannelsLast>
@@ -140,7 +141,8 @@ FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
       });
       if (s.concat)
         next([&](uint8_t* to, Barrier* full) {
-          tma_load(to, &maps.copy, full, x, y, way, at.query, at.episode);
+          tma_load(to, &maps.copy, full, x, y, way * maps.grad_steps.way,
+                   at.query * maps.grad_steps.query, at.episode * maps.grad_steps.episode);
         });
     }
     const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
@@ -170,9 +172,10 @@ FP_DEVICE void load_grads(const BackwardParams& p, const BackwardQueryMaps& maps
       Barrier* full = shared.grad_full + box;
       barrier_arrive_expect(full, way == 0 ? 2 * kBoxBytes : kBoxBytes);
       if (way == 0)
-        tma_load(shared.feat + box * kBoxBytes, &maps.feat, full, x, y, at.query, at.episode);
-      tma_load(shared.grad + box * kBoxBytes, &maps.enhanced, full, x, y, way, at.query,
-               at.episode);
+        tma_load(shared.feat + box * kBoxBytes, &maps.feat, full, x, y,
+                 at.query * maps.feat_steps.query, at.episode * maps.feat_steps.episode);
+      tma_load(shared.grad + box * kBoxBytes, &maps.enhanced, full, x, y, way * maps.grad_steps.way,
+               at.query * maps.grad_steps.query, at.episode * maps.grad_steps.episode);
     }
   }
 }
@@ -342,7 +345,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
               frag, advance(a, step * kStepBytes<!kChannelsLast>),
               advance(b, step * kStepBytes<false>), position + step > 0);
       }
-      wgmma_commit();
+      if (begin < end) wgmma_commit();  // an empty group would be a product of its own
     };
     float own[16];
     const auto finish = [&](uint32_t from) {
@@ -572,15 +575,16 @@ const char* launch_backward_query_as(const BackwardParams& p, void* stream) {
   const int64_t blocks = backward_query_programs(s);
   if (blocks == 0) return nullptr;
   const Strided &feat = p.feat, &grad = p.grad_out;
-  const StackDim features[2] = {{s.queries, feat.query}, {s.episodes, feat.episode}};
-  const StackDim grads[3] = {
-      {s.ways, grad.way}, {s.queries, grad.query}, {s.episodes, grad.episode}};
+  const StackDim features[2] = {stack_dim(s.queries, feat.query),
+                                stack_dim(s.episodes, feat.episode)};
+  const StackDim grads[3] = {stack_dim(s.ways, grad.way), stack_dim(s.queries, grad.query),
+                             stack_dim(s.episodes, grad.episode)};
   const int64_t images = int64_t(s.episodes) * s.queries;
   const StackDim aggs[1] = {{images * s.ways, p.agg.image}};
   const StackDim grad_features[1] = {{images, p.grad_feat.image}};
   const T* copy = static_cast<const T*>(grad.data);
   const T* enhanced = s.concat ? copy + s.dim * grad.channel : copy;
-  BackwardQueryMaps maps;
+  BackwardQueryMaps maps = {{}, {}, {}, {}, {}, {}, MapSteps(feat), MapSteps(grad)};
   const char* error = nullptr;
   const auto stack = [&](TensorMap* map, const void* data, const auto& strides, const auto& dims) {
     if (error == nullptr)

@@ -19,6 +19,15 @@ static_assert(backward_threads() == kConsumers + 128);
 // Of every thread at first: 65536 / 384, in eights.
 constexpr int kLaunchRegisters = 168;
 
+// 0 where all maps along a dimension are the same one, which a tensor map has once: what a stride
+// of 0 means to TMA is nowhere written.
+struct MapSteps {
+  int32_t way, query, episode;
+  explicit MapSteps(const Strided& maps)
+      : way(maps.way != 0), query(maps.query != 0), episode(maps.episode != 0) {}
+};
+inline StackDim stack_dim(int size, int64_t stride) { return {stride != 0 ? size : 1, stride}; }
+
 // Named barriers; 0 is the block's.
 constexpr int kPairBarrier = 1;       // + warp of the group: 64 threads
 constexpr int kConsumersBarrier = 5;  // 256 threads

@@ -34,18 +34,19 @@ inline bool is_channels_last(const ForwardParams& p) {
 }
 
 // What both kernels need of two-byte types: rows of features, prototypes and outputs that start at
-// multiples of 16 bytes, D <= 512.
+// multiples of 16 bytes and, as the manual of tensor maps has it, do not overlap; D <= 512.
 inline bool vectors_apply(const ForwardParams& p) {
   const Problem& s = p.problem;
   const bool channels_last = is_channels_last(p);
   const int64_t inner = channels_last ? p.feat.channel : p.feat.pixel;
   const int64_t row = channels_last ? p.feat.pixel : p.feat.channel;
-  const int rows = channels_last ? s.pixels : s.dim;
+  const int rows = channels_last ? s.pixels : s.dim, length = channels_last ? s.dim : s.pixels;
   return s.dim >= 8 && s.dim <= 512 && is_vector(s.dim) && s.pixels >= 1 &&
          (channels_last || (p.out.pixel == 1 && is_vector(s.pixels))) && inner == 1 &&
-         is_tma_dim(rows, row) && (rows <= 1 || row > 0) && is_tma_dim(s.queries, p.feat.query) &&
-         is_tma_dim(s.episodes, p.feat.episode) && is_vector(p.feat.data) && is_vector(p.protos) &&
-         is_vector(p.out.data) && is_vector(p.agg.data) &&
+         is_tma_dim(rows, row) && (rows <= 1 || row >= length) &&
+         is_tma_dim(s.queries, p.feat.query) && is_tma_dim(s.episodes, p.feat.episode) &&
+         is_vector(p.feat.data) && is_vector(p.protos) && is_vector(p.out.data) &&
+         is_vector(p.agg.data) &&
          (p.agg.data == nullptr || (channels_last ? p.agg.channel : p.agg.pixel) == 1);
 }
 
