@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -13,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from fastproto import _library
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
@@ -142,3 +145,41 @@ def test_without_a_sanitizer(
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--logs", str(tmp_path)])
     step = gpu_check.Check(gpu_check.arguments()).memcheck()
     assert (step.result, step.detail) == ("skipped", "there is no compute-sanitizer")
+
+
+BROKEN = """
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from fastproto import _library
+torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: 0
+gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+torch.cuda.get_device_properties = lambda index: gpu
+_library._path = lambda name: Path(__file__)
+_library.why_not_cuda = lambda: "the driver is too old"
+"""
+
+
+def test_a_library_that_is_there_and_does_not_load_fails_the_installation(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
+    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True))
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    path = check.environment.get("PYTHONPATH", "")
+    check.environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), path])
+    wrong, text = check._what_is_installed()
+    assert wrong
+    assert "native: the driver is too old" in text
+
+
+@pytest.mark.skipif(
+    not _library.build_info().get("cuda_compiler"), reason="the package has no CUDA library"
+)
+def test_what_cannot_run_here_is_nothing_wrong(gpu_check: ModuleType, tmp_path: Path) -> None:
+    wrong, text = gpu_check.Check(
+        argparse.Namespace(logs=tmp_path, installed=True)
+    )._what_is_installed()
+    assert not wrong
+    assert "; native: " in text
+    assert "; triton: " in text
