@@ -243,8 +243,9 @@ inline std::string why_not(const Request& r) {
   if (2 * r.dim * r.pixels > kMaxInt)
     return sentence("feat: found ", r.dim, " x ", r.pixels, " values per image; allowed: at most ",
                     kMaxInt / 2);
-  if (r.total * r.dim > kMaxInt)
-    return sentence("protos: found ", r.total, " x ", r.dim, " values; allowed: at most ", kMaxInt);
+  if (r.total * r.dim > kMaxInt || 2 * r.total > kMaxInt)  // two statistics each
+    return sentence("protos: found ", r.total, " x ", r.dim, " values; allowed: at most ", kMaxInt,
+                    ", of at most ", kMaxInt / 2, " prototypes");
   // A block for 16 pixels or prototypes and a slice of 64 channels, at the most.
   if (maps * ceil_div(r.pixels, 16) > kMaxInt / 8 || owned_tiles(r, 16) > kMaxInt / 8)
     return sentence("feat, protos: found ", maps, " maps of ", r.pixels, " pixels, ", r.total,

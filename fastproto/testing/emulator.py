@@ -7,8 +7,10 @@ what matters: who reads what, when, rounded how. Needs a source checkout and a C
 
 The environment is read at each call: FASTPROTO_CUDA_KERNELS forces a family of kernels,
 FASTPROTO_EMULATE_CAPABILITY says which chip it is (90, an H200, unless set), FASTPROTO_EMULATE_SEED
-lets threads run in a random order. :func:`pretending` sets them for a while. Built under
-FASTPROTO_SANITIZE=1, every access of a kernel to a tensor is checked by AddressSanitizer.
+lets threads run in a random order, FASTPROTO_EMULATE_PROXIES=1 makes it an error that TMA or WGMMA
+uses shared memory whose writer has run no fence (slow). :func:`pretending` sets them for a while.
+Built under FASTPROTO_SANITIZE=1, every access of a kernel to a tensor is checked by
+AddressSanitizer.
 """
 
 from __future__ import annotations
@@ -171,13 +173,18 @@ def proto_attention(
 
 @contextlib.contextmanager
 def pretending(
-    *, kernels: str | None = None, capability: int | None = None, seed: int | None = None
+    *,
+    kernels: str | None = None,
+    capability: int | None = None,
+    seed: int | None = None,
+    proxies: bool | None = None,
 ) -> Iterator[None]:
     """Set what the emulated library reads from the environment, and put it back."""
     wanted = {
         "FASTPROTO_CUDA_KERNELS": kernels,
         "FASTPROTO_EMULATE_CAPABILITY": capability,
         "FASTPROTO_EMULATE_SEED": seed,
+        "FASTPROTO_EMULATE_PROXIES": None if proxies is None else int(proxies),
     }
     before = {name: os.environ.get(name) for name in wanted}
     try:

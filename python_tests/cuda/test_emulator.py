@@ -282,6 +282,33 @@ def test_misuse(library: ctypes.CDLL, kind: str, text: str) -> None:
     assert text in error
 
 
+@pytest.fixture
+def proxies(library: ctypes.CDLL) -> Iterator[None]:
+    """What TMA and WGMMA use must have been fenced by who wrote it."""
+    library.set_proxies(1)
+    yield
+    library.set_proxies(-1)
+
+
+@pytest.mark.usefixtures("proxies")
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (
+            "fence missing",
+            "thread 0 wrote to the 16 bytes of shared memory at 0 and has run",
+        ),
+        ("fence of another", "thread 0 wrote"),
+        ("fence", ""),
+    ],
+)
+def test_only_its_writers_fence_lets_wgmma_see_memory(
+    emulator: ctypes.CDLL, kind: str, text: str
+) -> None:
+    error = call(emulator, "misuse", kind.encode(), np.zeros(64, np.float64))
+    assert text in error if text else error == ""
+
+
 @pytest.mark.parametrize(
     ("shape", "text"),
     [
@@ -390,6 +417,7 @@ def test_tensor_maps_refused(
     assert text in error
 
 
+@pytest.mark.usefixtures("proxies")
 @pytest.mark.parametrize(("sizes", "box", "at"), [CASES[3], ((2, 20, 64), (1, 16, 64), (1, 8, 0))])
 def test_boxes_stored(
     emulator: ctypes.CDLL, sizes: tuple[int, ...], box: tuple[int, ...], at: tuple[int, ...]
@@ -414,6 +442,7 @@ def test_boxes_stored(
     assert call(emulator, "store_box", *arguments, 1) == ""
     assert not x.any()  # overwritten with zeros before the wait
     assert "tma_store under way" in call(emulator, "store_box", *arguments, 2)
+    assert "tma_store: thread" in call(emulator, "store_box", *arguments, 3)
 
 
 def test_ring_of_stages(emulator: ctypes.CDLL) -> None:

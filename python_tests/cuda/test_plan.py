@@ -157,6 +157,7 @@ def test_the_environment_forces_a_family(wanted: str, kernel: str) -> None:
         ({"dtype": "float64"}, "found float64; allowed on CUDA: float32, bfloat16, float16"),
         ({"pixels": 2**23}, "found 512 x 8388608 values per image"),
         ({"total": 2**23}, "found 8388608 x 512 values; allowed: at most 2147483647"),
+        ({"total": 2**30, "dim": 1}, "of at most 1073741823 prototypes"),
         ({"episodes": 2**30}, "allowed: at most 268435455 tiles of 16"),
         ({"kernels": "sm70"}, "found 'sm70'; allowed: sm80, sm80-latency"),
         ({"kernels": "sm90-fast"}, "found 'sm90-fast'; allowed"),

@@ -180,9 +180,13 @@ inline void barrier_init(Barrier* barrier, int count) {
   for (uint32_t other : block.barriers)
     if (other == offset) emulator::fail("barrier_init: a second one of the barrier at %u", offset);
   block.barriers.push_back(offset);
+  block.unfenced_inits.push_back(emulator::current->thread);
   emulator::BarrierState{0, count, count, 0}.store(block, offset);
 }
-inline void barrier_init_fence() {}
+inline void barrier_init_fence() {
+  auto& inits = emulator::self().block->unfenced_inits;
+  inits.erase(std::remove(inits.begin(), inits.end(), emulator::current->thread), inits.end());
+}
 inline void barrier_arrive(Barrier* barrier) { emulator::arrive("barrier_arrive", barrier, 0); }
 inline void barrier_arrive_expect(Barrier* barrier, int bytes) {
   if (bytes < 0 || bytes > emulator::BarrierState::kMaxCount)
@@ -301,6 +305,7 @@ inline void complete_load(const BoxCopy& copy) {
     else
       memset(shared, 0, 2);
   });
+  if (copy.block->proxies.started()) copy.block->proxies.written(copy.shared, box_bytes(copy.map));
   // "complete-tx": all bytes of the box count, those outside of the tensor too.
   BarrierState state = BarrierState::load(*copy.block, copy.barrier);
   add_bytes("tma_load", state, copy.barrier, -box_bytes(copy.map));
@@ -312,10 +317,17 @@ inline void load_box(void* to, const TensorMap* map, Barrier* barrier, const int
   BoxCopy copy = box_copy("tma_load", map, to, at, rank);
   copy.barrier = barrier_offset("tma_load", barrier);
   Machine& machine = *current->machine;
+  Block& block = *current->block;
+  if (!block.unfenced_inits.empty())
+    fail("tma_load: thread %d has run barrier_init and no barrier_init_fence",
+         block.unfenced_inits[0]);
+  note_writes(*current);
+  check_fenced("tma_load", copy.shared, box_bytes(copy.map));
   // Some take much longer than the others: those behind them come first.
   const uint32_t most = machine.random() && machine.draw(8) == 0 ? 1 << 17 : 256;
   copy.due = machine.step + (machine.random() ? machine.draw(most) : 64);
   memset(to, kPoison, size_t(box_bytes(copy.map)));
+  if (block.proxies.started()) block.proxies.written(copy.shared, box_bytes(copy.map));
   machine.loads.push_back(copy);
 }
 inline void store_box(const BoxCopy& copy) {
@@ -327,7 +339,10 @@ inline void store_box(const BoxCopy& copy) {
 }  // namespace emulator
 
 inline void prefetch_map(const TensorMap*) {}
-inline void fence_async() {}
+inline void fence_async() {
+  emulator::Lane& lane = emulator::self();
+  if (lane.block->proxies.started()) lane.block->proxies.fence(lane.thread);
+}
 
 inline void tma_load(void* to, const TensorMap* map, Barrier* barrier, int x, int y) {
   emulator::load_box(to, map, barrier, {x, y, 0, 0, 0}, 2);
@@ -345,7 +360,10 @@ inline void tma_load(void* to, const TensorMap* map, Barrier* barrier, int x, in
 // Shared memory is read when a wait completes the group: what overwrites it before is seen.
 inline void tma_store(const TensorMap* map, const void* from, int x, int y, int z) {
   emulator::interrupt();
-  emulator::self().stores.add(emulator::box_copy("tma_store", map, from, {x, y, z, 0, 0}, 3));
+  const emulator::BoxCopy copy = emulator::box_copy("tma_store", map, from, {x, y, z, 0, 0}, 3);
+  emulator::note_writes(*emulator::current);
+  emulator::check_fenced("tma_store", copy.shared, emulator::box_bytes(copy.map));
+  emulator::self().stores.add(copy);
 }
 inline void tma_store_commit() { emulator::self().stores.commit(); }
 template <int Pending>
@@ -406,24 +424,34 @@ inline Operand decode(const char* name, uint64_t descriptor, bool mn_major, int 
 inline double number(uint16_t bits, bool is_half) {
   return double(is_half ? to_float(half{bits}) : to_float(bf16{bits}));
 }
-// The numbers of rows first to first + count - 1 (along M or N): to(row - first, k, number). Pieces
-// of 16 bytes stay together, whatever the swizzle.
+// Pieces of 16 bytes, which stay together whatever the swizzle, of rows first to first + count - 1
+// (along M or N): to(row - first, k, offset).
+template <class To>
+void for_pieces(const Operand& operand, int first, int count, const To& to) {
+  for (int k = 0; k < 16; k += operand.mn_major ? 1 : 8)
+    for (int row = 0; row < count; row += operand.mn_major ? 8 : 1)
+      to(row, k, swizzle(operand.address(first + row, k)));
+}
+// Their numbers: to(row - first, k, number).
 template <class To>
 void read_operand(const Operand& operand, int first, int count, bool is_half, const To& to) {
   const uint8_t* shared = current->block->shared;
-  uint16_t piece[8];
-  for (int k = 0; k < 16; k += operand.mn_major ? 1 : 8) {
-    for (int row = 0; row < count; row += operand.mn_major ? 8 : 1) {
-      memcpy(piece, shared + swizzle(operand.address(first + row, k)), 16);
-      for (int i = 0; i < 8; ++i) {
-        const double x = number(piece[i], is_half);
-        if (operand.mn_major)
-          to(row + i, k, x);
-        else
-          to(row, k + i, x);
-      }
+  for_pieces(operand, first, count, [&](int row, int k, uint32_t offset) {
+    uint16_t piece[8];
+    memcpy(piece, shared + offset, 16);
+    for (int i = 0; i < 8; ++i) {
+      const double x = number(piece[i], is_half);
+      if (operand.mn_major)
+        to(row + i, k, x);
+      else
+        to(row, k + i, x);
     }
-  }
+  });
+}
+inline void check_operand(const char* what, const Operand& operand, int first, int count) {
+  if (!current->block->proxies.started()) return;
+  for_pieces(operand, first, count,
+             [what](int, int, uint32_t offset) { check_fenced(what, offset, 16); });
 }
 
 // The rows of a product that this warp holds: 16 w to 16 w + 15.
@@ -538,8 +566,12 @@ inline void run_product(const char* what, Product p, float* c, const uint32_t* a
   p.a = a;
   p.b = b;
   p.add = add != 0;
-  if (!p.a_in_registers) decode("a", a, p.transpose_a, 64);
-  decode("b", b, p.transpose_b, p.columns);
+  note_writes(*current);
+  if (!p.a_in_registers) {
+    const Operand operand = decode("a", a, p.transpose_a, 64);
+    check_operand(what, operand, warp.index % 4 * 16, 16);
+  }
+  check_operand(what, decode("b", b, p.transpose_b, p.columns), 0, p.columns);
   // All four warps of the warpgroup run the same products in the same order.
   auto& products = warp.block->products[warp.index / 4];
   const std::string signature =

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "proxies.h"
 
 namespace fastproto::cuda::emulator {
 
@@ -170,6 +171,8 @@ struct Block {
   Meeting meetings[kNamedBarriers];
   std::vector<uint32_t> barriers;  // offsets of all initialised
   std::vector<Lane*> barrier_waiters;
+  Proxies proxies;                  // started where they are checked
+  std::vector<int> unfenced_inits;  // threads that have run barrier_init and no fence since
   // What the warps of each warpgroup multiplied, in order; all four must do the same.
   std::vector<std::string> products[kMaxWarps / 4];
 };
@@ -181,6 +184,13 @@ inline std::atomic<int64_t>& seed_setting() {
 // The order of the runs that follow: 0 the fixed one, above it a random one, below it what the
 // environment says.
 inline void set_seed(int64_t seed) { seed_setting().store(seed); }
+
+inline std::atomic<int>& proxies_setting() {
+  static std::atomic<int> setting{-1};
+  return setting;
+}
+// Whether the runs that follow check proxies: 1 or 0; below it what the environment says.
+inline void set_proxies(int setting) { proxies_setting().store(setting); }
 
 // The thread that runs. Null outside of a grid.
 inline thread_local Lane* current = nullptr;
@@ -195,6 +205,7 @@ struct Machine {
   Meeting cluster_meeting;
   uint64_t step = 0;
   uint64_t random_state = 0;  // 0: the fixed order
+  bool checks_proxies = false;
   std::vector<BoxCopy> loads;
   std::string error;
   void (*body)(void*) = nullptr;
@@ -311,9 +322,23 @@ inline Lane* next_lane(Machine& machine, Warp* here) {
   }
 }
 
+inline void note_writes(const Lane& lane) {
+  if (lane.block->proxies.started()) lane.block->proxies.note(lane.thread);
+}
+// TMA or WGMMA is about to use these bytes of the block's shared memory.
+inline void check_fenced(const char* what, uint32_t offset, int bytes) {
+  const Block& block = *current->block;
+  if (!block.proxies.started()) return;
+  const int writer = block.proxies.unfenced(offset, bytes);
+  if (writer != Proxies::kNobody)
+    fail("%s: thread %d wrote to the %d bytes of shared memory at %u and has run no fence_async",
+         what, writer, bytes, offset);
+}
+
 // Lets others run, until somebody makes this lane runnable.
 inline void run_others(Lane& lane) {
   Machine& machine = *lane.machine;
+  note_writes(lane);
   Lane* next = next_lane(machine, lane.warp);
   if (next == &lane) return;
   current = next;
@@ -484,6 +509,7 @@ inline void lane_main() {
   } catch (...) {
     fail("exception");
   }
+  note_writes(*lane);
   end_lane(*lane);
   Lane* next = next_lane(machine, lane->warp);
   current = next;
@@ -530,6 +556,9 @@ inline void start_block(Machine& machine, int rank, int index, int shared_bytes)
   block.barrier_waiters.clear();
   for (auto& list : block.products) list.clear();
   memset(block.shared - kMarginBytes, kPoison, size_t(shared_bytes + 2 * kMarginBytes));
+  block.unfenced_inits.clear();
+  block.proxies.stop();
+  if (machine.checks_proxies) block.proxies.start(block.shared, shared_bytes);
   for (int w = 0; w < warps; ++w) {
     Warp& warp = block.warps[w];
     warp.block = &block;
@@ -622,6 +651,12 @@ inline const char* run_grid(int blocks, int threads, int cluster, int shared_byt
     seed = setting != nullptr ? atoll(setting) : 0;
   }
   machine.random_state = uint64_t(seed) * 0x9e3779b97f4a7c15ull;
+  int proxies = proxies_setting().load();
+  if (proxies < 0) {
+    const char* setting = getenv("FASTPROTO_EMULATE_PROXIES");
+    proxies = setting != nullptr ? atoi(setting) : 0;
+  }
+  machine.checks_proxies = proxies != 0;
   machine.body = body;
   machine.body_data = data;
   for (int block = 0; error.empty() && block < blocks; block += cluster)

@@ -260,6 +260,12 @@ void store_matrix(void* row, const uint32_t (&r)[4]) {
   if (!emulator::collect(Transpose ? "store_matrix<true>" : "store_matrix<false>", &mine)) return;
   emulator::move_matrices<Transpose, Arguments>(
       [](uint16_t* memory, const uint32_t* reg, int shift) { *memory = uint16_t(*reg >> shift); });
+  emulator::Block& block = *emulator::current->block;
+  for (int i = 0; block.proxies.started() && i < emulator::kWarpThreads; ++i) {
+    const void* to = emulator::argument<Arguments>(i).row;
+    const std::ptrdiff_t offset = static_cast<const uint8_t*>(to) - block.shared;
+    block.proxies.written(uint32_t(offset), 16, emulator::current->warp->lanes[i].thread);
+  }
   emulator::release();
 }
 

@@ -176,7 +176,7 @@ FP_KERNEL misuse_kernel(FP_GRID_CONSTANT MisuseParams p) {
   const int lane = lane_index();
   const auto is = [&p](const char* kind) { return strcmp(p.kind, kind) == 0; };
   uint32_t r[4] = {};
-  float c[64] = {};
+  float c[64] = {}, few[32] = {};
   if (is("operations")) {
     if (lane == 3)
       ballot(true);
@@ -248,6 +248,15 @@ FP_KERNEL misuse_kernel(FP_GRID_CONSTANT MisuseParams p) {
                                         warp_index() == 2);
     wgmma_commit();
     wgmma_wait<0>();
+  } else if (is("fence missing") || is("fence of another") || is("fence")) {
+    memory[thread_index() * 64] = 1;
+    if (is("fence")) fence_async();
+    sync_block();
+    if (is("fence of another") && thread_index() == 5) fence_async();
+    wgmma_begin();
+    Wgmma<bf16, 64, false, false>::run(few, r, matrix_descriptor(memory, 0, 1024), 0);
+    wgmma_commit();
+    wgmma_wait<0>();
   } else if (is("exception")) {
     throw std::runtime_error("thrown");
   }
@@ -290,13 +299,13 @@ struct TmaStoreParams {
   const uint8_t* from;  // the box as it lies in shared memory
   int bytes;
   int at[3];
-  int early;  // 1: overwrites it before the wait; 2: does not wait
+  int early;  // 1: overwrites it before the wait; 2: does not wait; 3: no fence
 };
 
 FP_KERNEL tma_store_kernel(FP_GRID_CONSTANT TmaStoreParams p) {
   uint8_t* memory = shared_memory();
   for (int i = thread_index(); i < p.bytes; i += 32) memory[i] = p.from[i];
-  fence_async();
+  if (p.early != 3) fence_async();
   sync_warp();
   if (thread_index() == 0) {
     tma_store(&p.map, memory, p.at[0], p.at[1], p.at[2]);
@@ -487,6 +496,7 @@ using namespace fastproto::cuda;
 extern "C" {
 
 void set_seed(int64_t seed) { emulator::set_seed(seed); }
+void set_proxies(int setting) { emulator::set_proxies(setting); }
 
 const char* mma(int type, const void* a, const void* b, float* c, int warps, int repeat) {
   const MmaParams p{a, b, c, repeat};
