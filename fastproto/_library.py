@@ -45,14 +45,15 @@ def why_not_cuda() -> str | None:
 
 
 def cuda_is_broken() -> str | None:
-    """Why the CUDA library does not work although one is installed and a GPU is there, or None."""
-    if not _path("fastproto_cuda").is_file() or not torch.cuda.is_available():
+    """Why the CUDA library that was compiled does not work although a GPU is there, or None."""
+    compiled = build_info().get("cuda_compiler", "")
+    if not compiled or not torch.cuda.is_available() or os.environ.get("FASTPROTO_NATIVE") == "0":
         return None
     return why_not_cuda()
 
 
 def _why_not_driver() -> str | None:
-    """Why the driver cannot run what nvcc compiled; a driver runs all of its own major version."""
+    """Why the driver cannot run what nvcc compiled: a major version's runs on all its drivers."""
     built_with = build_info().get("cuda_compiler", "")
     known = _driver_knows()
     if known is None or not built_with or known // 1000 >= int(built_with.split(".")[0]):
@@ -91,8 +92,10 @@ def _load(name: str) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         built = build_info().get("built_with_torch", "unknown")
+        # torch names the file, the loader's own words are behind it.
+        why = str(error.__cause__ or error).replace(str(path), path.name)
         return (
-            f"{path.name} does not load ({error}); it was built with torch {built} for torch >= "
+            f"{path.name} does not load ({why}); it was built with torch {built} for torch >= "
             f"{build_info().get('stable_abi', '2.10')}, this is torch {torch.__version__}"
         )
     return None

@@ -85,14 +85,12 @@ def proto_attention(
             if feat.device.type == "cpu":
                 _check_values(offsets, protos, temperature)
             else:
-                save = torch.is_grad_enabled() and (feat.requires_grad or protos.requires_grad)
-                reason = backends.why_failed(feat, protos, offsets, save)
+                reason = backends.why_failed(feat, protos, offsets)
                 if reason is not None:
                     raise ArgumentError(
-                        "backend native",
-                        found=reason,
-                        allowed="a problem with a plan (fastproto.backends.explain)",
-                        fix='Use backend="triton" or "reference" for it.',
+                        "backend",
+                        found=f"'native', which has no plan for this: {reason}",
+                        allowed="triton, reference",
                     ) from error
             raise
     if chosen == "triton":

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that wants a GPU, in one go: build, tests, kernels' resources, sanitizers, benchmark.
 
-Runs with any Python that has torch with CUDA, triton and pytest; installs nothing else and needs no
-network. The package is built and installed into a folder of its own, so that the environment stays
-as it is. A step that fails does not stop those after it; the exit code is 1 if any failed.
+Runs with any Python that has torch with CUDA, triton, pytest and what the build needs (setuptools,
+pybind11, cmake, ninja; nvcc for the native kernels); installs nothing else and needs no network.
+The package is built and installed into a folder of its own, so that the environment stays as it
+is. A step that fails does not stop those after it; the exit code is 1 if any failed.
 
     make gpu-check                              # results to benchmarks/results
     python scripts/gpu_check.py --out OUT --budget 6
@@ -34,18 +35,18 @@ RESOURCES = ROOT / "scripts" / "triton_resources.py"
 CUDA_RESOURCES = ROOT / "scripts" / "cuda_resources.py"
 SANITIZED = ROOT / "scripts" / "sanitize_gpu.py"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
-# Prints whether something is wrong with the native backend, then what can run.
+# What can run, and whether something is wrong with the native backend; the last line is for us.
 INSTALLED = """
-import shutil
+import json
 import fastproto
 from fastproto import _library, backends
 
-compiled = bool(_library.build_info().get("cuda_compiler"))
-broken = _library.cuda_is_broken() is not None
-print(broken or (shutil.which("nvcc") is not None and not compiled))
 reasons = {name: backends.why_not(name, "cuda") for name in ("native", "triton")}
-print(fastproto.__file__, *(f"{n}: {why or 'runs'}" for n, why in reasons.items()), sep="; ")
+text = "; ".join([fastproto.__file__, *(f"{n}: {why or 'runs'}" for n, why in reasons.items())])
+compiler = _library.build_info().get("cuda_compiler")
+print(json.dumps({"text": text, "compiler": compiler, "broken": _library.cuda_is_broken()}))
 """
+BUILD_TOOLS = ("setuptools", "pybind11", "cmake", "ninja")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,9 @@ class Check:
         self.environment = {
             key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
         }
+        nvcc = find_nvcc()
+        if nvcc is not None:
+            self.environment.setdefault("CUDACXX", str(nvcc))
         if not options.installed:
             self._look_first_in(self.logs / "package")
 
@@ -152,7 +156,10 @@ class Check:
         pip += ["--disable-pip-version-check", "--no-index", "--verbose", "--target", str(folder)]
         step = self._step("install", [*pip, str(ROOT)])
         if step.result == "failed":
-            return step
+            missing = [name for name in BUILD_TOOLS if not has_tool(name)]
+            tools = f"the build needs {', '.join(missing)}" if missing else ""
+            detail = "; ".join(filter(None, [step.detail, tools]))
+            return dataclasses.replace(step, detail=detail)
         problem, found = self._what_is_installed()
         return dataclasses.replace(step, result="failed" if problem else "passed", detail=found)
 
@@ -167,9 +174,11 @@ class Check:
             check=False,
         )
         if found.returncode != 0:
-            return True, f"does not import: {found.stderr.strip().splitlines()[-1]}"
-        problem, text = found.stdout.splitlines()[-2:]
-        return problem == "True", text
+            said = found.stderr.strip().splitlines() or [f"exit code {found.returncode}"]
+            return True, f"does not import: {said[-1]}"
+        facts = json.loads(found.stdout.splitlines()[-1])
+        wants_native = self.environment.get("FASTPROTO_CUDA") != "0" and find_nvcc() is not None
+        return bool(facts["broken"]) or (wants_native and not facts["compiler"]), facts["text"]
 
     def tests(self) -> Step:
         """The tests marked gpu."""
@@ -274,15 +283,28 @@ class Check:
 STEPS = ("install", "tests", "resources", "cuda_resources", *SANITIZER_TOOLS, "benchmark")
 
 
+def has_tool(name: str) -> bool:
+    """Whether the build finds a package of this Python, or a program."""
+    return importlib.util.find_spec(name) is not None or shutil.which(name) is not None
+
+
+def find_nvcc() -> Path | None:
+    """nvcc: what CUDACXX names, or on PATH, or where toolkits are installed."""
+    return _find(os.environ.get("CUDACXX") or "nvcc", [])
+
+
 def find_sanitizer() -> Path | None:
-    """compute-sanitizer: on PATH, or beside nvcc, or where the toolkit is installed."""
-    found = shutil.which("compute-sanitizer")
+    """compute-sanitizer: on PATH, or beside nvcc, or where toolkits are installed."""
+    nvcc = find_nvcc()
+    return _find("compute-sanitizer", [] if nvcc is None else [nvcc.resolve().parent])
+
+
+def _find(program: str, folders: Sequence[Path]) -> Path | None:
+    found = shutil.which(program)
     if found is not None:
         return Path(found)
-    nvcc = shutil.which("nvcc")
-    folders = [] if nvcc is None else [Path(nvcc).resolve().parent]
-    folders += [path / "bin" for path in sorted(Path("/usr/local").glob("cuda*"), reverse=True)]
-    candidates = [folder / "compute-sanitizer" for folder in folders]
+    toolkits = sorted(Path("/usr/local").glob("cuda*"), reverse=True)
+    candidates = [folder / program for folder in (*folders, *(path / "bin" for path in toolkits))]
     return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
 

@@ -170,7 +170,7 @@ class Suite:
         uncompiled = implementations.peers(sets[0].bounds)
         compiled = self._compiled(setting, uncompiled)
         for what in WHATS:
-            ops = dict(self.ours)
+            ops = {name: op for name, op in self.ours.items() if self._takes(name, setting)}
             if self.families:
                 ops |= implementations.families(self.timer.device, setting.problem, setting.dtype)
             ops |= {n: implementations.peer(op) for n, op in uncompiled.items()}
@@ -188,6 +188,11 @@ class Suite:
         self._choose_form(setting)
         seconds = time.monotonic() - began
         print(f"    {setting.name}: {len(sets)} sets of inputs, {seconds:.0f} s", flush=True)
+
+    def _takes(self, name: str, setting: Setting) -> bool:
+        """Whether a backend has kernels for such features on this chip."""
+        device, dim = self.timer.device, backends.padded_dim(setting.problem.dim)
+        return device != "cuda" or backends.why_not(name, device, setting.dtype, dim) is None
 
     def _compiled(
         self, setting: Setting, uncompiled: Mapping[str, baselines.Op]

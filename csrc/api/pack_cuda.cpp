@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#include <cstdio>
 #include <limits>
 #include <tuple>
 
@@ -61,6 +62,8 @@ void run_on_device_of(const Tensor& like, const Launch& launch) {
   (void)like;
 #endif
   const char* error = launch(stream);
+  // torch < 2.13 drops the text of what is thrown.
+  if (error != nullptr) std::fprintf(stderr, "fastproto: packing kernel: %s\n", error);
   FP_PACK_CHECK(error == nullptr, error);
 }
 

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <optional>
@@ -242,7 +243,9 @@ struct StatisticsLayout {
   }
 };
 
+// The text is printed as well: torch < 2.13 drops that of what is thrown.
 void check_launch(const char* error, const char* kernel) {
+  if (error != nullptr) std::fprintf(stderr, "fastproto: %s kernel: %s\n", kernel, error);
   FP_CHECK(error == nullptr, kernel, " kernel: ", error, ".");
 }
 

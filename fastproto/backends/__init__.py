@@ -64,7 +64,7 @@ def why_not(
     """
     if name == "reference":
         return None
-    device = torch.device(device)
+    device = _indexed(device)
     if name == "triton":
         from fastproto.triton import support
 
@@ -75,12 +75,20 @@ def why_not(
     if device.type == "cuda":
         return (
             _library.why_not_cuda()
-            or _why_no_code(device)
             or _why_no_plan(device, dtype or torch.bfloat16, dim or CUDA_DIMS[0])
+            or _why_no_code(device)
         )
     if device.type == "cpu":
         return _library.why_not_cpu()
     return f"it has no kernels for device type {device.type!r}"
+
+
+def _indexed(device: str | torch.device) -> torch.device:
+    """With the number of the current GPU where it has none: each is asked by itself."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _built_for() -> list[str]:
@@ -96,9 +104,11 @@ def _why_no_code(device: torch.device) -> str | None:
     capability = chip_of(device).capability
     if capability >= lowest:
         return None
+    wanted = [*_built_for(), "90a" if capability == 90 else str(capability)]
     return (
         f"it was built for FASTPROTO_CUDA_ARCHS={';'.join(_built_for())}, the GPU has capability "
-        f"{capability // 10}.{capability % 10}; reinstall with FASTPROTO_CUDA_ARCHS={capability}"
+        f"{capability // 10}.{capability % 10}; reinstall with "
+        f"FASTPROTO_CUDA_ARCHS='{';'.join(wanted)}'"
     )
 
 
@@ -106,10 +116,13 @@ def _why_no_plan(device: torch.device, dtype: torch.dtype, dim: int) -> str | No
     """Why the CUDA kernels of the library cannot run on a GPU, or such features."""
     if dim > CUDA_DIMS[-1]:
         return f"its CUDA kernels hold {CUDA_DIMS[-1]} channels at most"
+    if dtype == torch.float64:
+        return "its CUDA kernels take float32, bfloat16 and float16, not float64"
     try:
         _plan(device, dim=dim, dtype=dtype, save=True)
     except ValueError as error:
-        return str(error)
+        text = str(error)
+        return text.replace(f"feat: D = {dim} takes", f"its kernel for {dim} channels takes")
     return None
 
 
@@ -154,7 +167,7 @@ def _plan(
     )
 
 
-def why_failed(feat: Tensor, protos: Tensor, offsets: Tensor, save: bool) -> str | None:
+def why_failed(feat: Tensor, protos: Tensor, offsets: Tensor) -> str | None:
     """Why the CUDA library has no plan for a call that failed; None where it has one.
 
     Asked afterwards, since the library's own words are lost on the way in torch < 2.13.
@@ -171,7 +184,6 @@ def why_failed(feat: Tensor, protos: Tensor, offsets: Tensor, save: bool) -> str
             pixels=height * width,
             total=protos.shape[0],
             channels_last=is_channels_last(feat),
-            save=save,
             kernels=os.environ.get("FASTPROTO_CUDA_KERNELS", ""),
         )
     except ValueError as error:
@@ -282,8 +294,8 @@ def _remark(name: str, device: str) -> str:
     if device != "cuda" or name == "reference" or name in MEASURED_ON_GPU:
         return ""
     before = ladder(device)[: ladder(device).index(name)]
-    place = f"comes after {' and '.join(before)}" if before else "is tried first"
-    return f"not measured on a GPU yet; {place} unless it is named"
+    place = f"comes after {' and '.join(before)} unless it" if before else "first unless another"
+    return f"not measured on a GPU yet; {place} is named"
 
 
 def choose(
@@ -297,13 +309,14 @@ def choose(
     Raises:
         ArgumentError: ``backend`` (or FASTPROTO_BACKEND) is unknown or cannot run there; says why.
     """
-    device = torch.device(device)
+    device = _indexed(device)
     if backend is not None:
         return _choose(device, dtype, dim, backend, "backend")
     return _choose(device, dtype, dim, _FORCED, "FASTPROTO_BACKEND")
 
 
-# The choice depends on the installation alone, so torch.compile may take it as a constant. This is
+# The choice depends on the installation and on what torch.compile guards anyway (device, dtype, a
+# range of channels), so it may take it as a constant. This is
 # what @torch.compiler.assume_constant_result does, without importing torch._dynamo (70 MB).
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -311,11 +324,13 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def describe() -> list[tuple[str, bool, str]]:
     """(name and device, available, why not or remark) of every backend, for ``fastproto info``."""
     rows = []
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = ["cpu", *(f"cuda:{i}" for i in range(gpus))] if gpus > 1 else ["cpu", "cuda"]
     for name in LADDER:
-        for device in ("cpu", "cuda"):
+        for device in devices:
             reason = why_not(name, device)
-            if name == "reference" and device == "cuda" and not torch.cuda.is_available():
+            if name == "reference" and device != "cpu" and not torch.cuda.is_available():
                 reason = "torch finds no CUDA device"
-            remark = _remark(name, device) if reason is None else reason
+            remark = _remark(name, device.split(":")[0]) if reason is None else reason
             rows.append((f"{name} ({device})", reason is None, remark))
     return rows

@@ -165,10 +165,11 @@ def extract_prototypes(
         threshold: tau, in [0, 1).
         append_global: Append the mask-weighted average to every bag that is not empty.
         backend: As in ``proto_attention``. On a GPU ``"native"`` and ``"triton"`` pack with a
-            kernel, but for float64 and masks that require a gradient; all else is plain PyTorch.
+            kernel, but for masks that require a gradient; all else is plain PyTorch.
 
     Raises:
-        ArgumentError: Shapes or devices that do not fit, or a threshold outside [0, 1).
+        ArgumentError: Shapes or devices that do not fit, a threshold outside [0, 1), or a
+            ``backend`` that cannot run there.
     """
     if features.ndim != 5 or not features.is_floating_point():
         raise ArgumentError(
@@ -211,7 +212,7 @@ def _packing_kernel(
     # The kernels have no gradient for masks, and nothing to do without cells.
     if share.requires_grad or features.numel() == 0 or share.numel() == 0:
         return None
-    if chosen == "native" and features.is_cuda and features.dtype != torch.float64:
+    if chosen == "native" and features.is_cuda:
         from fastproto import ops
 
         return ops.pack_prototypes

@@ -52,7 +52,7 @@ def test_what_can_run_but_was_never_measured_says_so(monkeypatch: pytest.MonkeyP
     said = {name: remark for name, available, remark in backends.describe() if available}
     expected = "not measured on a GPU yet; comes after triton unless it is named"
     assert said["native (cuda)"] == expected
-    assert said["triton (cuda)"].endswith("is tried first unless it is named")
+    assert said["triton (cuda)"].endswith("first unless another is named")
     assert said["native (cpu)"] == ""
     text = info.to_text(info.describe())
     assert f"available: {expected}" in text

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from fastproto import _library
-
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 
@@ -147,8 +145,7 @@ def test_without_a_sanitizer(
     assert (step.result, step.detail) == ("skipped", "there is no compute-sanitizer")
 
 
-BROKEN = """
-from pathlib import Path
+PRETENDED = """
 from types import SimpleNamespace
 import torch
 from fastproto import _library
@@ -156,30 +153,43 @@ torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
 torch.cuda.get_device_properties = lambda index: gpu
-_library._path = lambda name: Path(__file__)
-_library.why_not_cuda = lambda: "the driver is too old"
+_library.build_info = lambda: {build_info}
+_library.why_not_cuda = lambda: {reason!r}
 """
 
 
-def test_a_library_that_is_there_and_does_not_load_fails_the_installation(
-    gpu_check: ModuleType, tmp_path: Path
-) -> None:
-    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True))
-    (tmp_path / "sitecustomize.py").write_text(BROKEN)
-    path = check.environment.get("PYTHONPATH", "")
-    check.environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), path])
-    wrong, text = check._what_is_installed()
-    assert wrong
-    assert "native: the driver is too old" in text
-
-
-@pytest.mark.skipif(
-    not _library.build_info().get("cuda_compiler"), reason="the package has no CUDA library"
+@pytest.mark.parametrize(
+    ("build_info", "reason", "finds_nvcc", "expected"),
+    [
+        ({"cuda_compiler": "13.0"}, "the driver is too old", True, True),
+        ({"cuda_compiler": ""}, "it is not there", True, True),
+        ({"cuda_compiler": ""}, "it is not there", False, False),
+        ({"cuda_compiler": "13.0", "cuda_architectures": "80 90a"}, None, True, False),
+    ],
 )
-def test_what_cannot_run_here_is_nothing_wrong(gpu_check: ModuleType, tmp_path: Path) -> None:
-    wrong, text = gpu_check.Check(
-        argparse.Namespace(logs=tmp_path, installed=True)
-    )._what_is_installed()
-    assert not wrong
-    assert "; native: " in text
-    assert "; triton: " in text
+def test_a_native_backend_that_was_built_and_does_not_run_fails_the_installation(
+    gpu_check: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build_info: dict[str, str],
+    reason: str | None,
+    finds_nvcc: bool,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(gpu_check, "find_nvcc", lambda: tmp_path if finds_nvcc else None)
+    monkeypatch.delenv("FASTPROTO_CUDA", raising=False)
+    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True))
+    program = PRETENDED.format(build_info=build_info, reason=reason)
+    (tmp_path / "sitecustomize.py").write_text(program)
+    path = check.environment.get("PYTHONPATH", "")
+    check.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), path]))
+    wrong, text = check._what_is_installed()
+    assert wrong == expected, text
+    assert f"native: {reason or 'runs'}; triton: " in text
+
+
+def test_a_package_that_dies_fails_the_installation(gpu_check: ModuleType, tmp_path: Path) -> None:
+    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True))
+    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)")
+    check.environment["PYTHONPATH"] = str(tmp_path)
+    assert check._what_is_installed() == (True, "does not import: exit code 3")

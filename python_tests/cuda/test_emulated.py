@@ -169,6 +169,24 @@ def test_the_order_of_threads_changes_no_bit(
         assert torch.equal(getattr(plain, field.name), getattr(other, field.name))
 
 
+FENCED = [
+    Problem("nchw", ((70, 3),), dim=512, height=4, width=18),
+    Problem("last", ((5, 130),), queries=2, dim=72, height=4, width=18, layout="channels_last"),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("problem", FENCED, ids=lambda p: p.name)
+def test_what_tma_and_wgmma_use_was_fenced_by_who_wrote_it(
+    gpu: ModuleType, problem: Problem, seed: int
+) -> None:
+    """A chip would see old values now and then."""
+    if not gpu.has_sm90():
+        pytest.skip("no kernels for Hopper")
+    with gpu.pretending(kernels="sm90-throughput", proxies=True, seed=seed):
+        run(gpu.proto_attention, problem, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_element_of_every_result_is_written(
     gpu: ModuleType, family: str, dtype: torch.dtype
@@ -334,10 +352,27 @@ def make_layouts() -> Iterator[tuple[str, Tensor]]:
 LAYOUTS = dict(make_layouts())
 
 
+@pytest.mark.parametrize("kernels", ["", "sm90-latency", "sm90-throughput"])
 @pytest.mark.parametrize("feat", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(gpu: ModuleType, feat: Tensor) -> None:
+def test_layouts(gpu: ModuleType, feat: Tensor, kernels: str) -> None:
+    with gpu.pretending(kernels=kernels):
+        try:
+            gpu.proto_attention(feat, *few_protos())
+        except RuntimeError as error:
+            if "TMA takes rows" not in str(error):
+                raise
+            pytest.skip(f"{kernels} does not take these strides")
+        check_layout(gpu, feat)
+
+
+def few_protos() -> tuple[Tensor, Tensor]:
     protos = torch.rand(6, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
-    offsets = offsets_of(2, 1, 0, 3)
+    return protos, offsets_of(2, 1, 0, 3)
+
+
+def check_layout(gpu: ModuleType, feat: Tensor) -> None:
+    """As dense features, and in the layout of the other backends."""
+    protos, offsets = few_protos()
     results = []
     for f in (feat, feat.contiguous()):
         leaf, p = f.detach().requires_grad_(), protos.clone().requires_grad_()
@@ -352,6 +387,7 @@ def test_layouts(gpu: ModuleType, feat: Tensor) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.usefixtures("family")
 def test_expanded_half_features_and_gradients(gpu: ModuleType, layout: torch.memory_format) -> None:
     generator = torch.Generator().manual_seed(5)
     image = torch.rand(1, 16, 4, 4, generator=generator).bfloat16()

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from fastproto import _C, InputError, _library, backends
+from fastproto import _C, InputError, _library, backends, ops, proto_attention
 from fastproto.backends import chips
 from fastproto.testing.problems import PROBLEMS
+from fastproto.triton import support
 
 KIB = 1024
 CHIPS = {
@@ -205,7 +208,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: GPUS[index])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(_library, "why_not_cuda", lambda: None)
-    caches = (chips._chip, backends._choose)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(GPUS))
+    caches = (chips._chip, backends._choose, support.why_not)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -222,13 +226,16 @@ def test_every_gpu_of_a_machine_is_asked_by_itself() -> None:
     assert "bytes of shared memory" in why_not(1, torch.float32, 257)
     assert why_not(1, torch.float32, 256) == ""
     assert why_not(1, torch.bfloat16, 512) == ""
-    assert "float64" in why_not(0, torch.float64, 64)
+    assert "not float64" in why_not(0, torch.float64, 64)
     assert "512 channels at most" in why_not(0, torch.bfloat16, 513)
     assert why_not(0, torch.bfloat16, 512) == ""
     assert chips.chip_of(torch.device("cuda")).capability == 89  # the current one
     assert backends.choose("cuda:0", "native", torch.float32, 512) == "native"
-    with pytest.raises(InputError, match=r"cannot run on 'cuda:2'.*capability 7\.5"):
+    old = r"cannot run on 'cuda:2'.*found capability 7\.5; allowed: 8\.0 and newer; allowed: ref"
+    with pytest.raises(InputError, match=old):
         backends.choose("cuda:2", "native", torch.float32, 512)
+    rows = {name: available for name, available, _ in backends.describe()}
+    assert {gpu: rows[f"native (cuda:{gpu})"] for gpu in GPUS} == {0: True, 1: True, 2: False}
 
 
 @pytest.mark.usefixtures("machine")
@@ -237,7 +244,9 @@ def test_a_gpu_older_than_the_code_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert backends.why_not("native", "cuda:0") is None
     reason = backends.why_not("native", "cuda:1") or ""
     assert "FASTPROTO_CUDA_ARCHS=90a;100, the GPU has capability 8.9" in reason
-    assert reason.endswith("FASTPROTO_CUDA_ARCHS=89")
+    assert reason.endswith("FASTPROTO_CUDA_ARCHS='90a;100;89'")
+    monkeypatch.setattr(_library, "build_info", lambda: {"cuda_architectures": "100"})
+    assert "FASTPROTO_CUDA_ARCHS='100;90a'" in (backends.why_not("native", "cuda:0") or "")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +265,36 @@ def test_a_driver_older_than_the_runtime_is_refused(
 
 def test_a_failed_call_is_explained_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     feat, protos, offsets = PROBLEMS[0].make(torch.bfloat16)
-    assert backends.why_failed(feat, protos, offsets, True) is None
+    assert backends.why_failed(feat, protos, offsets) is None
     monkeypatch.setenv("FASTPROTO_CUDA_KERNELS", "sm70")
-    assert "found 'sm70'" in (backends.why_failed(feat, protos, offsets, True) or "")
+    assert "found 'sm70'" in (backends.why_failed(feat, protos, offsets) or "")
+
+
+def test_the_library_that_refuses_is_asked_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch < 2.13 has it: an error without a text."""
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(ops, "proto_attention", refuse)
+    monkeypatch.setattr(backends, "choose", lambda *arguments: "native")
+    with FakeTensorMode():
+        feat = torch.empty(1, 1, 64, 4, 4, device="cuda", dtype=torch.bfloat16)
+        protos = torch.empty(3, 64, device="cuda", dtype=torch.bfloat16)
+        offsets = torch.empty(2, device="cuda", dtype=torch.int32)
+        with pytest.raises(RuntimeError, match=r"^$"):
+            proto_attention(feat, protos, offsets)
+        monkeypatch.setenv("FASTPROTO_CUDA_KERNELS", "sm70")
+        with pytest.raises(InputError, match=r"backend: found 'native', which has no plan.*'sm70'"):
+            proto_attention(feat, protos, offsets)
+
+
+def test_a_library_that_does_not_load_says_what_the_loader_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    junk = tmp_path / "libfastproto_cuda.so"
+    junk.write_text("no library")
+    monkeypatch.setattr(_library, "_path", lambda name: junk)
+    reason = _library._load("fastproto_cuda") or ""
+    assert "too short" in reason or "invalid ELF" in reason
+    assert str(tmp_path) not in reason

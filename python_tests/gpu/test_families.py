@@ -14,7 +14,6 @@ from fastproto.errors import ArgumentError
 from fastproto.testing.compare import assert_as_good_as_eager
 from fastproto.testing.problems import PROBLEMS, Problem
 
-Op = Callable[..., Tensor]
 FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MANY = Problem("many", tuple((n, 96 - n) for n in range(0, 97, 24)), queries=2)
@@ -58,6 +57,38 @@ def test_as_good_as_eager(
         pytest.skip("eager centres a constant vector to noise; see test_edges.py")
     runs(problem, dtype)
     assert_as_good_as_eager(native, problem, dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.usefixtures("family")
+def test_expanded_features_and_gradients(
+    runs: Callable[[Problem, torch.dtype], None],
+    layout: torch.memory_format,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Strides of 0, of which a tensor map is made with care."""
+    problem = Problem("expanded", ((40, 2, 7), (1, 0, 70)), queries=3, dim=64, height=4, width=16)
+    runs(problem, dtype)
+    _, protos, offsets = problem.make(dtype, device=device)
+    generator = torch.Generator().manual_seed(5)
+
+    def one(channels: int) -> Tensor:
+        image = torch.rand(1, channels, 4, 16, generator=generator).to(device, dtype)
+        return image.contiguous(memory_format=layout)[None]
+
+    image, gradient = one(64), one(128)[None]
+    results = []
+    for dense in (False, True):
+        feat, grad = image.expand(2, 3, 64, 4, 16), gradient.expand(2, 3, 3, 128, 4, 16)
+        if dense:
+            feat, grad = feat.contiguous(), grad.contiguous()
+        leaves = (feat.detach().requires_grad_(), protos.detach().requires_grad_())
+        out = native(*leaves, offsets)
+        results.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float(), expected.float(), rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

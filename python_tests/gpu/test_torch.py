@@ -10,11 +10,19 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
+from fastproto import _library
 from fastproto.testing.problems import PROBLEMS, Problem
 
 Op = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Problem("small", ((70, 5),), queries=2, dim=64, height=8, width=8)
+
+
+def test_the_driver_knows_the_cuda_of_torch() -> None:
+    known = _library._driver_knows()
+    assert torch.version.cuda is not None
+    assert known is not None
+    assert known // 1000 >= int(torch.version.cuda.split(".")[0])
 
 
 def leaves(problem: Problem, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
