@@ -10,6 +10,9 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <optional>
+
+#include "../params.h"
 
 #define FP_CHECK(condition, ...) STD_TORCH_CHECK(condition, "proto_attention: ", __VA_ARGS__)
 
@@ -23,6 +26,23 @@ inline void check_rank(const torch::stable::Tensor& t, const char* name, int64_t
 
 inline bool is_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// Nothing where no kernel takes the type.
+inline std::optional<DType> dtype_of(const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return std::nullopt;
+  }
 }
 
 inline bool has_sizes(const torch::stable::Tensor& t, std::initializer_list<int64_t> sizes) {

@@ -1,22 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packing of prototypes on CUDA: check, allocate, fill the parameter struct, launch. With
 // FASTPROTO_EMULATE the same on CPU tensors, for tests.
-#ifndef FASTPROTO_EMULATE
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#endif
-
-#include <cstdio>
 #include <limits>
 #include <tuple>
 
 #include "../cuda/pack.h"
 #include "checks.h"
+#include "device.h"
 #include "layout.h"
 #include "schemas.h"
 
-#define FP_PACK_CHECK(condition, ...) \
-  STD_TORCH_CHECK(condition, "extract_prototypes: ", __VA_ARGS__)
+#define FP_PACK_CHECK(condition, ...) STD_TORCH_CHECK(condition, kOp, ": ", __VA_ARGS__)
 
 namespace fastproto {
 namespace {
@@ -24,17 +18,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr const char* kOp = "extract_prototypes";
+
 DType pack_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      FP_PACK_CHECK(false, "features: found another dtype; allowed: float32, bfloat16, float16.");
-  }
+  const std::optional<DType> dtype = dtype_of(t);
+  FP_PACK_CHECK(dtype.has_value() && *dtype != DType::kFloat64,
+                "features: found another dtype; allowed: float32, bfloat16, float16.");
+  return *dtype;
 }
 
 // Sizes of the problem, from the features' and the shares [E, K, C]; 32 bits hold all that follows.
@@ -49,22 +39,6 @@ cuda::PackShape pack_shape(int64_t episodes, int64_t ways, int64_t shots, int64_
   FP_PACK_CHECK(dim <= kMost && cuda::pack_blocks(bags, shots, pixels, dim) <= kMost,
                 "features: found ", dim, " channels of so many cells; allowed: fewer.");
   return {int32_t(bags), int32_t(ways), int32_t(shots), int32_t(pixels), int32_t(dim)};
-}
-
-// Runs `launch(stream)` on the device of `like`.
-template <class Launch>
-void run_on_device_of(const Tensor& like, const Launch& launch) {
-  void* stream = nullptr;
-#ifndef FASTPROTO_EMULATE
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-#else
-  (void)like;
-#endif
-  const char* error = launch(stream);
-  // torch < 2.13 drops the text of what is thrown.
-  if (error != nullptr) std::fprintf(stderr, "fastproto: packing kernel: %s\n", error);
-  FP_PACK_CHECK(error == nullptr, error);
 }
 
 // See schemas.h.
@@ -108,7 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_prototypes(Tensor features, Tens
   p.mass = static_cast<float*>(mass.data_ptr());
   p.protos = protos.data_ptr();
   p.offsets = static_cast<int32_t*>(offsets.data_ptr());
-  run_on_device_of(features, [&](void* stream) { return cuda::launch_pack(p, dtype, stream); });
+  const cuda::OnDevice device(features);
+  cuda::check_launch(cuda::launch_pack(p, dtype, device.stream()), kOp, "pack");
   return {protos, offsets, position, mass};
 }
 
@@ -153,8 +128,8 @@ Tensor pack_prototypes_bwd(Tensor grad_protos, Tensor share, Tensor position, Te
   p.offsets = static_cast<const int32_t*>(bounds.data_ptr());
   p.grad_features = grad_features.data_ptr();
   p.channels_last = channels_last ? 1 : 0;
-  run_on_device_of(grad_protos,
-                   [&](void* stream) { return cuda::launch_pack_backward(p, dtype, stream); });
+  const cuda::OnDevice device(grad_protos);
+  cuda::check_launch(cuda::launch_pack_backward(p, dtype, device.stream()), kOp, "pack_backward");
   return grad_features;
 }
 

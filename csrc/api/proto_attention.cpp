@@ -16,21 +16,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-DType dtype_of(const Tensor& feat) {
-  switch (feat.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      FP_CHECK(false, "feat: found another dtype; allowed: float32, bfloat16, float16, float64.");
-  }
-}
-
 // A dense [..., C, H, W] tensor as a stack of maps.
 Maps maps_of(const Tensor& t, bool channels_last) {
   const int64_t n = t.dim(), channels = t.size(n - 3), pixels = t.size(n - 2) * t.size(n - 1);
@@ -72,7 +57,10 @@ Checked check(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
   check_inputs(feat, protos, offsets, eps);
   const int64_t episodes = feat.size(0), bags = offsets.size(0) - 1;
   Checked c;
-  c.dtype = dtype_of(feat);
+  const std::optional<DType> dtype = dtype_of(feat);
+  FP_CHECK(dtype.has_value(),
+           "feat: found another dtype; allowed: float32, bfloat16, float16, float64.");
+  c.dtype = *dtype;
   c.channels_last = is_channels_last(feat);
   c.feat = is_walkable(feat, c.channels_last) ? feat : dense(feat, c.channels_last);
   c.protos = dense(protos, false);

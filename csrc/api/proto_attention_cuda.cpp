@@ -6,11 +6,8 @@
 // kernels (fastproto/testing/emulator.py).
 #ifndef FASTPROTO_EMULATE
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #endif
 
-#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <optional>
@@ -19,6 +16,7 @@
 #include "../cuda/kernels.h"
 #include "../cuda/sm90/backward.h"
 #include "checks.h"
+#include "device.h"
 #include "layout.h"
 #include "schemas.h"
 
@@ -27,6 +25,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+constexpr const char* kOp = "proto_attention";
 
 // ---------------------------------------------------------------- the device
 
@@ -42,11 +42,6 @@ Chip chip_of(const Tensor&) {
   const int capability = asked != nullptr ? std::atoi(asked) : 90;
   return capability == 90 ? Chip{90, 132, 227 * 1024} : Chip{capability, 108, 163 * 1024};
 }
-
-struct OnDevice {
-  explicit OnDevice(const Tensor&) {}
-  void* stream() const { return nullptr; }
-};
 
 #else
 
@@ -71,22 +66,6 @@ Chip chip_of(const Tensor& tensor) {
   return chips[device];
 }
 
-// The tensor's device is the current one meanwhile.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& tensor)
-      : device_(tensor.get_device_index()), guard_(tensor.get_device_index()) {}
-  void* stream() const {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
-    return stream;
-  }
-
- private:
-  int device_;
-  torch::stable::accelerator::DeviceGuard guard_;
-};
-
 #endif
 
 #ifdef FASTPROTO_SM90
@@ -96,19 +75,6 @@ constexpr bool kHasSm90 = false;
 #endif
 
 // ---------------------------------------------------------------- arguments
-
-DType dtype_of(const Tensor& feat) {
-  switch (feat.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      FP_CHECK(false, "feat: found another dtype; allowed on CUDA: float32, bfloat16, float16.");
-  }
-}
 
 // Maps [..., C, H, W] in memory that the kernels can walk: themselves where they are, else a copy.
 // An image must lie within 32-bit offsets.
@@ -193,7 +159,10 @@ Call prepare(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
     FP_CHECK(temperature > 0, "temperature: found ", temperature, "; allowed: a number above 0.");
   Call c;
   c.chip = chip_of(feat);
-  c.dtype = dtype_of(feat);
+  const std::optional<DType> dtype = dtype_of(feat);
+  FP_CHECK(dtype.has_value() && *dtype != DType::kFloat64,
+           "feat: found another dtype; allowed on CUDA: float32, bfloat16, float16.");
+  c.dtype = *dtype;
   const int64_t episodes = feat.size(0), queries = feat.size(1), dim = feat.size(2);
   const int64_t ways = (offsets.size(0) - 1) / episodes, pixels = feat.size(3) * feat.size(4);
   const int64_t total = protos.size(0);
@@ -242,12 +211,6 @@ struct StatisticsLayout {
     return {data + lse + query, data + lse, data};
   }
 };
-
-// The text is printed as well: torch < 2.13 drops that of what is thrown.
-void check_launch(const char* error, const char* kernel) {
-  if (error != nullptr) std::fprintf(stderr, "fastproto: %s kernel: %s\n", kernel, error);
-  FP_CHECK(error == nullptr, kernel, " kernel: ", error, ".");
-}
 
 #ifdef FASTPROTO_SM90
 bool is_sm90(Kernel kernel) {
@@ -298,9 +261,9 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor proto
     p.statistics.protos = static_cast<float*>(room->data_ptr());
   }
   void* const stream = device.stream();
-  if (has_stats) check_launch(sm80::launch_proto_stats(p, c.dtype, stream), "proto_stats");
+  if (has_stats) check_launch(sm80::launch_proto_stats(p, c.dtype, stream), kOp, "proto_stats");
   if (!c.is_empty())
-    check_launch(FP_LAUNCH(launch_forward, plan.forward, p, c.dtype, plan.forward, stream),
+    check_launch(FP_LAUNCH(launch_forward, plan.forward, p, c.dtype, plan.forward, stream), kOp,
                  kernel_name(plan.forward.kernel));
   return {out, agg, stats};
 }
@@ -382,11 +345,11 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
   void* const stream = device.stream();
   check_launch(FP_LAUNCH(launch_backward_query, plan.backward_query, p, c.dtype,
                          plan.backward_query, stream),
-               "backward_query");
+               kOp, "backward_query");
   if (needs_protos && s.total > 0)
     check_launch(FP_LAUNCH(launch_backward_protos, plan.backward_protos, p, c.dtype,
                            plan.backward_protos, stream),
-                 "backward_protos");
+                 kOp, "backward_protos");
   return {grad_feat, grad_protos,
           needs_temperature ? temperature_gradient(*terms, *temperature_tensor)
                             : torch::stable::new_empty(feat, {0}, ScalarType::Float)};

@@ -18,22 +18,22 @@ namespace fastproto::cuda {
 namespace sm80 {
 // Fills statistics.protos.
 const char* launch_proto_stats(const ForwardParams& params, DType dtype, void* stream);
-const char* launch_forward(const ForwardParams& params, DType dtype, const ForwardPlan& plan,
+const char* launch_forward(const ForwardParams& params, DType dtype, const KernelPlan& plan,
                            void* stream);
-const char* launch_backward_query(const BackwardParams& params, DType dtype,
-                                  const BackwardPlan& plan, void* stream);
+const char* launch_backward_query(const BackwardParams& params, DType dtype, const KernelPlan& plan,
+                                  void* stream);
 const char* launch_backward_protos(const BackwardParams& params, DType dtype,
-                                   const BackwardPlan& plan, void* stream);
+                                   const KernelPlan& plan, void* stream);
 }  // namespace sm80
 
 namespace sm90 {
 // kSm90Throughput and kSm90Latency.
-const char* launch_forward(const ForwardParams& params, DType dtype, const ForwardPlan& plan,
+const char* launch_forward(const ForwardParams& params, DType dtype, const KernelPlan& plan,
                            void* stream);
-const char* launch_backward_query(const BackwardParams& params, DType dtype,
-                                  const BackwardPlan& plan, void* stream);
+const char* launch_backward_query(const BackwardParams& params, DType dtype, const KernelPlan& plan,
+                                  void* stream);
 const char* launch_backward_protos(const BackwardParams& params, DType dtype,
-                                   const BackwardPlan& plan, void* stream);
+                                   const KernelPlan& plan, void* stream);
 }  // namespace sm90
 
 }  // namespace fastproto::cuda

@@ -6,6 +6,10 @@
 
 namespace fastproto::cuda {
 
+// Channels that the kernels are compiled for: 256 and 512; fewer are padded with zeros.
+constexpr int kMaxDim = 512;
+constexpr int padded_dim(int64_t dim) { return dim <= 256 ? 256 : kMaxDim; }
+
 // How float32 products are computed: PyTorch's setting for float32 matrix products.
 enum class Float32Precision : int {
   kTf32x3,  // "highest": three TF32 products, the digits of float32

@@ -56,8 +56,6 @@ struct KernelPlan {
   int threads = 0;
   int shared_bytes = 0;
 };
-using ForwardPlan = KernelPlan;
-using BackwardPlan = KernelPlan;
 
 struct Plan {
   std::string error;  // why there is none; empty: there is
@@ -67,7 +65,6 @@ struct Plan {
   KernelPlan backward_protos;
 };
 
-constexpr int kMaxDim = 512;
 constexpr int64_t kMaxInt = INT32_MAX;
 constexpr const char* kKernelsAllowed =
     "sm80, sm80-latency, sm80-throughput, sm90, sm90-latency, sm90-throughput";
@@ -143,7 +140,7 @@ inline int latency_slices(const Request& r, int64_t tiles, int dim) {
 }
 
 inline void plan_sm80_forward(const Request& r, bool small, KernelPlan* plan) {
-  const int item = item_size(r.dtype), dim = sm80::padded_dim(r.dim);
+  const int item = item_size(r.dtype), dim = padded_dim(r.dim);
   plan->kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
   plan->dim = dim;
   // 64 rows of float32 would leave no room for prototypes.
@@ -162,7 +159,7 @@ inline void plan_sm80_forward(const Request& r, bool small, KernelPlan* plan) {
 // The queries: a block sums over the classes. The prototypes: bag b owns the tiles from
 // offsets[b] / tile_n + b on, found on the device.
 inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
-  const int item = item_size(r.dtype), dim = sm80::padded_dim(r.dim);
+  const int item = item_size(r.dtype), dim = padded_dim(r.dim);
   KernelPlan& query = plan->backward_query;
   query.kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
   query.dim = dim;
@@ -191,7 +188,7 @@ inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
 
 inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
   const int64_t maps = r.episodes * r.queries * r.ways;
-  plan->dim = sm90::padded_dim(r.dim);
+  plan->dim = padded_dim(r.dim);
   if (small) {
     plan->kernel = Kernel::kSm90Latency;
     plan->tile_m = 16;
@@ -214,7 +211,7 @@ inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
 inline void plan_sm90_backward(const Request& r, Plan* plan) {
   KernelPlan& query = plan->backward_query;
   query.kernel = Kernel::kSm90Throughput;
-  query.dim = sm90::padded_dim(r.dim);
+  query.dim = padded_dim(r.dim);
   query.tile_m = sm90::kBackwardQueryPixels;
   query.tile_n = 64;
   query.threads = sm90::backward_threads();

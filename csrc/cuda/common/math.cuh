@@ -69,6 +69,16 @@ FP_DEVICE float projection_factor(float rnorm, float eps) {
   return rnorm == 0 || rnorm == 1 / eps ? 0 : rnorm * rnorm;
 }
 
+// Over the four lanes that share a row of a product's fragment.
+FP_DEVICE float sum_of_quad(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+FP_DEVICE float max_of_quad(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+
 // A power of two near the norm: scales to the range of float16 and costs no digit.
 FP_DEVICE float power_of_two_near(float rnorm) { return exp2_fast(ceilf(-log2_fast(rnorm))); }
 

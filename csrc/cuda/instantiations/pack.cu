@@ -1,32 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../common/pack.cuh"
+#include "../dispatch.h"
 
 namespace fastproto::cuda {
 
 const char* launch_pack(const PackParams& params, DType dtype, void* stream) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_pack_of<float>(params, stream);
-    case DType::kBFloat16:
-      return launch_pack_of<bf16>(params, stream);
-    case DType::kFloat16:
-      return launch_pack_of<half>(params, stream);
-    default:
-      return "no kernel for this dtype";
-  }
+  return with_type<float, bf16, half>(dtype, [&](auto tag) {
+    return launch_pack_of<typename decltype(tag)::type>(params, stream);
+  });
 }
 
 const char* launch_pack_backward(const PackBackwardParams& params, DType dtype, void* stream) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_pack_backward_of<float>(params, stream);
-    case DType::kBFloat16:
-      return launch_pack_backward_of<bf16>(params, stream);
-    case DType::kFloat16:
-      return launch_pack_backward_of<half>(params, stream);
-    default:
-      return "no kernel for this dtype";
-  }
+  return with_type<float, bf16, half>(dtype, [&](auto tag) {
+    return launch_pack_backward_of<typename decltype(tag)::type>(params, stream);
+  });
 }
 
 }  // namespace fastproto::cuda

@@ -225,31 +225,7 @@ FP_KERNEL backward_protos_kernel(FP_GRID_CONSTANT BackwardParams p) {
           Op::multiply(da[half_step], a, c, half_step, precise);
         }
       }
-      FP_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        s[0][j] += s[1][j];
-        da[0][j] += da[1][j];
-      }
-      if constexpr (Traits::kWarpsK > 1) {
-        FP_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const int at = (row0 + j / 2 * 8 + g) * kQ + column0 + 2 * i + j % 2;
-          if (warp_k > 0) {
-            partials[(warp_k - 1) * 2 * kRows * kQ + at] = s[0][j];
-            partials[((warp_k - 1) * 2 + 1) * kRows * kQ + at] = da[0][j];
-          }
-        }
-        sync_block();
-        FP_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const int at = (row0 + j / 2 * 8 + g) * kQ + column0 + 2 * i + j % 2;
-          FP_UNROLL
-          for (int other = 0; other < Traits::kWarpsK - 1; ++other) {
-            s[0][j] += partials[other * 2 * kRows * kQ + at];
-            da[0][j] += partials[(other * 2 + 1) * kRows * kQ + at];
-          }
-        }
-      }
+      sum_products<Traits::kWarpsK, kRows, kQ>(s, da, partials, warp_k, row0 + g, column0 + 2 * i);
 
       // ---- A^T and dS^T.
       if (warp_k == 0) {

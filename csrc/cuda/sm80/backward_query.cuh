@@ -213,31 +213,7 @@ FP_KERNEL backward_query_kernel(FP_GRID_CONSTANT BackwardParams p, FP_GRID_CONST
           Op::multiply(da[half_step], a, b, half_step, precise);
         }
       }
-      FP_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        s[0][j] += s[1][j];
-        da[0][j] += da[1][j];
-      }
-      if constexpr (Traits::kWarpsK > 1) {
-        FP_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const int at = (j / 2 * 8 + g) * kN + column0 + 2 * i + j % 2;
-          if (warp_k > 0) {
-            partials[(warp_k - 1) * 2 * kRows * kN + at] = s[0][j];
-            partials[((warp_k - 1) * 2 + 1) * kRows * kN + at] = da[0][j];
-          }
-        }
-        sync_block();
-        FP_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const int at = (j / 2 * 8 + g) * kN + column0 + 2 * i + j % 2;
-          FP_UNROLL
-          for (int other = 0; other < Traits::kWarpsK - 1; ++other) {
-            s[0][j] += partials[other * 2 * kRows * kN + at];
-            da[0][j] += partials[(other * 2 + 1) * kRows * kN + at];
-          }
-        }
-      }
+      sum_products<Traits::kWarpsK, kRows, kN>(s, da, partials, warp_k, g, column0 + 2 * i);
 
       // ---- dS, and what it is multiplied with P by.
       if (warp_k == 0) {

@@ -6,7 +6,6 @@
 namespace fastproto::cuda::sm80 {
 
 constexpr int kThreads = 256;
-constexpr int padded_dim(long long dim) { return dim <= 256 ? 256 : 512; }
 // Slices of the channels of a result: 1, or this many.
 constexpr int most_slices(int dim) { return dim / 64; }
 

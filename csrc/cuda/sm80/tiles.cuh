@@ -334,13 +334,38 @@ FP_DEVICE void load_b_of_pixels(typename Operands<T>::B& b, const MapTile<T, kPi
     Operands<T>::template load_b<Tile::kPixelRowBytes, true>(b, tile.data, channel, pixel);
 }
 
-FP_DEVICE float sum_of_quad(float x) {
-  x += shuffle_xor(x, 1);
-  return x + shuffle_xor(x, 2);
-}
-FP_DEVICE float max_of_quad(float x) {
-  x = fmaxf(x, shuffle_xor(x, 1));
-  return fmaxf(x, shuffle_xor(x, 2));
+// The products S and dA of the two backward kernels: the halves of each, and the parts that warps
+// other than the first of a slice of channels have; the first one has the sums after. `partials`
+// are [kWarpsK - 1][2][rows * columns] floats, of which this thread's four lie at (row, column), +
+// 1, and row + 8. A barrier where there are several.
+template <int kWarpsK, int kRows, int kColumns>
+FP_DEVICE void sum_products(float (&s)[2][4], float (&da)[2][4], float* partials, int warp_k,
+                            int row, int column) {
+  FP_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    s[0][j] += s[1][j];
+    da[0][j] += da[1][j];
+  }
+  if constexpr (kWarpsK > 1) {
+    FP_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int at = (row + j / 2 * 8) * kColumns + column + j % 2;
+      if (warp_k > 0) {
+        partials[(warp_k - 1) * 2 * kRows * kColumns + at] = s[0][j];
+        partials[((warp_k - 1) * 2 + 1) * kRows * kColumns + at] = da[0][j];
+      }
+    }
+    sync_block();
+    FP_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int at = (row + j / 2 * 8) * kColumns + column + j % 2;
+      FP_UNROLL
+      for (int other = 0; other < kWarpsK - 1; ++other) {
+        s[0][j] += partials[other * 2 * kRows * kColumns + at];
+        da[0][j] += partials[(other * 2 + 1) * kRows * kColumns + at];
+      }
+    }
+  }
 }
 
 // Mean and reciprocal norm of each of kPixels pixels, by all threads; `scratch` is 2 kThreads

@@ -357,25 +357,14 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
     for (int q = 0; q < kOwned; ++q) wgmma_hold(acc[q]);
   }
 
-  // Sums over the two groups, through the exchange area: [2][2][64].
   float* parts = reinterpret_cast<float*>(shared.exchange);
   sync_some(kConsumersBarrier, kConsumers);
-  FP_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    sum_cos[h] = sum_over_row(sum_cos[h]);
-    sum_mean[h] = sum_over_row(sum_mean[h]);
-    if (lane % 4 == 0) {
-      parts[group * kBox + row + 8 * h] = sum_cos[h];
-      parts[(2 + group) * kBox + row + 8 * h] = sum_mean[h];
-    }
-  }
-  sync_some(kConsumersBarrier, kConsumers);
+  share_sums(parts, group, row, lane, sum_cos, sum_mean);
+  shared_sums(parts, row, sum_cos, sum_mean);
   float mean_p[2], inverse_power[2], projection[2];
   FP_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int r = row + 8 * h;
-    sum_cos[h] = parts[r] + parts[kBox + r];
-    sum_mean[h] = parts[2 * kBox + r] + parts[3 * kBox + r];
     mean_p[h] = shared.rows[r];
     projection[h] = projection_factor(shared.rows[kBox + r], s.eps) * sum_cos[h];
     inverse_power[h] = 1 / power_of(h);
@@ -472,24 +461,14 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
 
 template <class Traits>
 const char* launch_backward_protos_as(const BackwardParams& p, void* stream) {
-  using T = typename Traits::T;
   const Problem& s = p.problem;
   if (s.total == 0) return nullptr;
-  const Strided &feat = p.feat, &grad = p.grad_out;
-  const StackDim features[2] = {stack_dim(s.queries, feat.query),
-                                stack_dim(s.episodes, feat.episode)};
-  const StackDim grads[3] = {stack_dim(s.ways, grad.way), stack_dim(s.queries, grad.query),
-                             stack_dim(s.episodes, grad.episode)};
-  const T* enhanced = static_cast<const T*>(grad.data) + (s.concat ? s.dim * grad.channel : 0);
-  BackwardProtosMaps maps = {{}, {}, {}, MapSteps(feat), MapSteps(grad)};
-  const char* error = make_stack_map(&maps.feat, map_type<T>(), feat.data, s.dim, s.pixels,
-                                     feat.channel, feat.pixel, Traits::kChannelsLast, features);
-  if (error == nullptr)
-    error = make_stack_map(&maps.enhanced, map_type<T>(), enhanced, s.dim, s.pixels, grad.channel,
-                           grad.pixel, Traits::kChannelsLast, grads);
-  if (error == nullptr)
-    error = make_protos_map(&maps.protos, map_type<T>(), p.protos, s.dim, s.total, feat.data);
-  if (error != nullptr) return error;
+  BackwardProtosMaps maps = {{}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out)};
+  BackwardMapMaker<Traits> make{p};
+  make.features(&maps.feat);
+  make.gradients(&maps.enhanced, s.concat ? s.dim : 0);
+  make.protos(&maps.protos);
+  if (make.error != nullptr) return make.error;
   const Grid grid{int(backward_protos_programs(s)), Traits::kThreads, Traits::kSharedBytes, 1,
                   stream};
   return launch<backward_protos_kernel<Traits>>(grid, p, maps);
@@ -497,13 +476,9 @@ const char* launch_backward_protos_as(const BackwardParams& p, void* stream) {
 
 template <class T>
 const char* launch_backward_protos_of(const BackwardParams& p, void* stream) {
-  const bool channels_last = is_channels_last(p);
-  if (padded_dim(p.problem.dim) == 256)
-    return channels_last
-               ? launch_backward_protos_as<BackwardProtosTraits<T, 256, true>>(p, stream)
-               : launch_backward_protos_as<BackwardProtosTraits<T, 256, false>>(p, stream);
-  return channels_last ? launch_backward_protos_as<BackwardProtosTraits<T, 512, true>>(p, stream)
-                       : launch_backward_protos_as<BackwardProtosTraits<T, 512, false>>(p, stream);
+  return with_traits<T, BackwardProtosTraits>(p.problem.dim, is_channels_last(p), [&](auto tag) {
+    return launch_backward_protos_as<typename decltype(tag)::type>(p, stream);
+  });
 }
 
 }  // namespace fastproto::cuda::sm90

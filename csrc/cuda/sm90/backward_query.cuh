@@ -318,7 +318,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
     float* parts = shared.sums + (way & 1) * 2 * kBox;
     FP_UNROLL
     for (int h = 0; h < 2; ++h) {
-      delta[h] = sum_over_row(delta[h]);
+      delta[h] = sum_of_quad(delta[h]);
       if (lane % 4 == 0) parts[group * kBox + row + 8 * h] = delta[h];
     }
     fence_async();
@@ -465,27 +465,17 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
 
   sync_some(kConsumersBarrier, kConsumers);  // delta's parts were read
   float* parts = shared.sums;
-  FP_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    sum_cos[h] = sum_over_row(sum_cos[h]);
-    sum_mean[h] = sum_over_row(sum_mean[h]);
-    if (lane % 4 == 0) {
-      parts[group * kBox + row + 8 * h] = sum_cos[h];
-      parts[(2 + group) * kBox + row + 8 * h] = sum_mean[h];
-    }
-  }
-  sync_some(kConsumersBarrier, kConsumers);
+  share_sums(parts, group, row, lane, sum_cos, sum_mean);
   if (p.temperature_terms != nullptr && group == 0 && warp == 0) {
     float sum = (parts[lane] + parts[kBox + lane]) + (parts[lane + 32] + parts[kBox + lane + 32]);
     for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
     if (lane == 0) p.temperature_terms[block_index()] = sum;
   }
+  shared_sums(parts, row, sum_cos, sum_mean);
   float mean_q[2], inverse_power[2], projection[2];
   FP_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int r = row + 8 * h;
-    sum_cos[h] = parts[r] + parts[kBox + r];
-    sum_mean[h] = parts[2 * kBox + r] + parts[3 * kBox + r];
     mean_q[h] = shared.rows[r];
     projection[h] = projection_factor(shared.rows[kBox + r], s.eps) * sum_cos[h];
     inverse_power[h] = 1 / power_of(h);
@@ -570,47 +560,30 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
 
 template <class Traits>
 const char* launch_backward_query_as(const BackwardParams& p, void* stream) {
-  using T = typename Traits::T;
   const Problem& s = p.problem;
   const int64_t blocks = backward_query_programs(s);
   if (blocks == 0) return nullptr;
-  const Strided &feat = p.feat, &grad = p.grad_out;
-  const StackDim features[2] = {stack_dim(s.queries, feat.query),
-                                stack_dim(s.episodes, feat.episode)};
-  const StackDim grads[3] = {stack_dim(s.ways, grad.way), stack_dim(s.queries, grad.query),
-                             stack_dim(s.episodes, grad.episode)};
   const int64_t images = int64_t(s.episodes) * s.queries;
   const StackDim aggs[1] = {{images * s.ways, p.agg.image}};
   const StackDim grad_features[1] = {{images, p.grad_feat.image}};
-  const T* copy = static_cast<const T*>(grad.data);
-  const T* enhanced = s.concat ? copy + s.dim * grad.channel : copy;
-  BackwardQueryMaps maps = {{}, {}, {}, {}, {}, {}, MapSteps(feat), MapSteps(grad)};
-  const char* error = nullptr;
-  const auto stack = [&](TensorMap* map, const void* data, const auto& strides, const auto& dims) {
-    if (error == nullptr)
-      error = make_stack_map(map, map_type<T>(), data, s.dim, s.pixels, strides.channel,
-                             strides.pixel, Traits::kChannelsLast, dims);
-  };
-  stack(&maps.feat, feat.data, feat, features);
-  stack(&maps.enhanced, enhanced, grad, grads);
-  stack(&maps.copy, copy, grad, grads);
-  stack(&maps.agg, p.agg.data, p.agg, aggs);
-  stack(&maps.grad_feat, p.grad_feat.data, p.grad_feat, grad_features);
-  if (error == nullptr)
-    error = make_protos_map(&maps.protos, map_type<T>(), p.protos, s.dim, s.total, feat.data);
-  if (error != nullptr) return error;
+  BackwardQueryMaps maps = {{}, {}, {}, {}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out)};
+  BackwardMapMaker<Traits> make{p};
+  make.features(&maps.feat);
+  make.gradients(&maps.enhanced, s.concat ? s.dim : 0);
+  make.gradients(&maps.copy, 0);
+  make.stack(&maps.agg, p.agg.data, p.agg, aggs);
+  make.stack(&maps.grad_feat, p.grad_feat.data, p.grad_feat, grad_features);
+  make.protos(&maps.protos);
+  if (make.error != nullptr) return make.error;
   const Grid grid{int(blocks), Traits::kThreads, Traits::kSharedBytes, 1, stream};
   return launch<backward_query_kernel<Traits>>(grid, p, maps);
 }
 
 template <class T>
 const char* launch_backward_query_of(const BackwardParams& p, void* stream) {
-  const bool channels_last = is_channels_last(p);
-  if (padded_dim(p.problem.dim) == 256)
-    return channels_last ? launch_backward_query_as<BackwardQueryTraits<T, 256, true>>(p, stream)
-                         : launch_backward_query_as<BackwardQueryTraits<T, 256, false>>(p, stream);
-  return channels_last ? launch_backward_query_as<BackwardQueryTraits<T, 512, true>>(p, stream)
-                       : launch_backward_query_as<BackwardQueryTraits<T, 512, false>>(p, stream);
+  return with_traits<T, BackwardQueryTraits>(p.problem.dim, is_channels_last(p), [&](auto tag) {
+    return launch_backward_query_as<typename decltype(tag)::type>(p, stream);
+  });
 }
 
 }  // namespace fastproto::cuda::sm90

@@ -19,15 +19,6 @@ static_assert(backward_threads() == kConsumers + 128);
 // Of every thread at first: 65536 / 384, in eights.
 constexpr int kLaunchRegisters = 168;
 
-// 0 where all maps along a dimension are the same one, which a tensor map has once: what a stride
-// of 0 means to TMA is nowhere written.
-struct MapSteps {
-  int32_t way, query, episode;
-  explicit MapSteps(const Strided& maps)
-      : way(maps.way != 0), query(maps.query != 0), episode(maps.episode != 0) {}
-};
-inline StackDim stack_dim(int size, int64_t stride) { return {stride != 0 ? size : 1, stride}; }
-
 // Named barriers; 0 is the block's.
 constexpr int kPairBarrier = 1;       // + warp of the group: 64 threads
 constexpr int kConsumersBarrier = 5;  // 256 threads
@@ -130,10 +121,60 @@ FP_DEVICE void release_in_turn(const Release& release) {
   release(Count - 1);
 }
 
-// Sum over the four lanes that share a row of a fragment.
-FP_DEVICE float sum_over_row(float x) {
-  x += shuffle_xor(x, 1);
-  return x + shuffle_xor(x, 2);
+// Sums over the two groups, through `parts` [2][2][64]: of dS c and dS times the other side's mean.
+FP_DEVICE void share_sums(float* parts, int group, int row, int lane, const float (&cos)[2],
+                          const float (&mean)[2]) {
+  FP_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const float row_cos = sum_of_quad(cos[h]), row_mean = sum_of_quad(mean[h]);
+    if (lane % 4 == 0) {
+      parts[group * kBox + row + 8 * h] = row_cos;
+      parts[(2 + group) * kBox + row + 8 * h] = row_mean;
+    }
+  }
+  sync_some(kConsumersBarrier, kConsumers);
 }
+FP_DEVICE void shared_sums(const float* parts, int row, float (&cos)[2], float (&mean)[2]) {
+  FP_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int r = row + 8 * h;
+    cos[h] = parts[r] + parts[kBox + r];
+    mean[h] = parts[2 * kBox + r] + parts[3 * kBox + r];
+  }
+}
+
+// The tensor maps of a call, in the host's hands; `error` is of the first that fails.
+template <class Traits>
+struct BackwardMapMaker {
+  const BackwardParams& p;
+  const char* error = nullptr;
+
+  template <class Maps, int Outer>
+  void stack(TensorMap* map, const void* data, const Maps& strides, const StackDim (&dims)[Outer]) {
+    if (error == nullptr)
+      error =
+          make_stack_map(map, map_type<typename Traits::T>(), data, p.problem.dim, p.problem.pixels,
+                         strides.channel, strides.pixel, Traits::kChannelsLast, dims);
+  }
+  void features(TensorMap* map) {
+    const StackDim dims[2] = {stack_dim(p.problem.queries, p.feat.query),
+                              stack_dim(p.problem.episodes, p.feat.episode)};
+    stack(map, p.feat.data, p.feat, dims);
+  }
+  // From a channel of the gradient on.
+  void gradients(TensorMap* map, int64_t channel) {
+    const Strided& grad = p.grad_out;
+    const StackDim dims[3] = {stack_dim(p.problem.ways, grad.way),
+                              stack_dim(p.problem.queries, grad.query),
+                              stack_dim(p.problem.episodes, grad.episode)};
+    using T = typename Traits::T;
+    stack(map, static_cast<const T*>(grad.data) + channel * grad.channel, grad, dims);
+  }
+  void protos(TensorMap* map) {
+    if (error == nullptr)
+      error = make_protos_map(map, map_type<typename Traits::T>(), p.protos, p.problem.dim,
+                              p.problem.total, p.feat.data);
+  }
+};
 
 }  // namespace fastproto::cuda::sm90

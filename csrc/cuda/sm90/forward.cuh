@@ -57,8 +57,7 @@ struct ForwardMaps {
   TensorMap out_feat;    // 3D: pixels, channels (or swapped), E*Q*K: the first half of Y
   TensorMap out_second;  // G*F
   TensorMap agg;
-  // 0 where all images (episodes) are the same one, which a map has once.
-  int32_t query_step, episode_step;
+  MapSteps feat_steps;
 };
 
 namespace forward_detail {
@@ -176,8 +175,8 @@ FP_DEVICE void produce(const ForwardParams& p, const ForwardMaps& maps,
       barrier_arrive_expect(shared.query_full(i), kBoxBytes);
       tma_load(shared.query(i), &maps.feat, shared.query_full(i),
                Traits::kChannelsLast ? i * kBox : work.pixel,
-               Traits::kChannelsLast ? work.pixel : i * kBox, work.query * maps.query_step,
-               work.episode * maps.episode_step);
+               Traits::kChannelsLast ? work.pixel : i * kBox, work.query * maps.feat_steps.query,
+               work.episode * maps.feat_steps.episode);
     }
     for (int tile = 2; tile < bag_tiles; tile += 2)
       load_step(shared, &maps.protos, count + uint32_t(tile), bag.begin, tile, bag_tiles);
@@ -410,8 +409,7 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
         float* const maxima = shared.floats(Traits::kRowMaxima);
         FP_UNROLL
         for (int h = 0; h < 2; ++h) {
-          top[h] = fmaxf(top[h], shuffle_xor(top[h], 1));
-          top[h] = fmaxf(top[h], shuffle_xor(top[h], 2));
+          top[h] = max_of_quad(top[h]);
           if (lane % 4 == 0) maxima[group * kTile + row + 8 * h] = top[h];
         }
         sync_some(kAllConsumers, Traits::kConsumers);
@@ -479,8 +477,7 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
     float* const sums = shared.floats(Traits::kRowSums);
     FP_UNROLL
     for (int h = 0; h < 2; ++h) {
-      sum[h] += shuffle_xor(sum[h], 1);
-      sum[h] += shuffle_xor(sum[h], 2);
+      sum[h] = sum_of_quad(sum[h]);
       if (lane % 4 == 0) sums[group * kTile + row + 8 * h] = sum[h];
     }
     if (leader) tma_store_wait<0>();  // of F, which G*F replaces
@@ -587,11 +584,9 @@ const char* launch(const ForwardParams& p, int blocks, void* stream) {
     return make_stack_map(map, kType, data, s.dim, s.pixels, d.channel, d.pixel,
                           Traits::kChannelsLast, stack);
   };
-  ForwardMaps maps = {};
-  maps.query_step = p.feat.query != 0;
-  maps.episode_step = p.feat.episode != 0;
-  const StackDim images[2] = {{maps.query_step ? s.queries : 1, p.feat.query},
-                              {maps.episode_step ? s.episodes : 1, p.feat.episode}};
+  ForwardMaps maps = {{}, {}, {}, {}, {}, MapSteps(p.feat)};
+  const StackDim images[2] = {stack_dim(s.queries, p.feat.query),
+                              stack_dim(s.episodes, p.feat.episode)};
   const char* error = make_stack_map(&maps.feat, kType, p.feat.data, s.dim, s.pixels,
                                      p.feat.channel, p.feat.pixel, Traits::kChannelsLast, images);
   if (error == nullptr)
@@ -616,12 +611,9 @@ const char* launch(const ForwardParams& p, int blocks, void* stream) {
 template <class T>
 const char* launch_forward_of(const ForwardParams& p, int blocks, void* stream) {
   using namespace forward_detail;
-  const bool last = is_channels_last(p);
-  if (p.problem.dim <= 256)
-    return last ? launch<ForwardTraits<T, 256, true>>(p, blocks, stream)
-                : launch<ForwardTraits<T, 256, false>>(p, blocks, stream);
-  return last ? launch<ForwardTraits<T, 512, true>>(p, blocks, stream)
-              : launch<ForwardTraits<T, 512, false>>(p, blocks, stream);
+  return with_traits<T, ForwardTraits>(p.problem.dim, is_channels_last(p), [&](auto tag) {
+    return launch<typename decltype(tag)::type>(p, blocks, stream);
+  });
 }
 
 }  // namespace fastproto::cuda::sm90

@@ -9,7 +9,6 @@ namespace fastproto::cuda::sm90 {
 // What the kernels are compiled for, for the plan; their Traits assert the same. `dim` is that of
 // the template, D or more.
 constexpr int kSharedLimit = 227 * 1024;  // dynamic shared memory of a block: all there is
-constexpr int padded_dim(int64_t dim) { return dim <= 256 ? 256 : 512; }
 constexpr int forward_threads() { return 384; }
 constexpr int forward_stages(int dim) { return dim == 512 ? 2 : 4; }
 constexpr int forward_bytes(int dim) {

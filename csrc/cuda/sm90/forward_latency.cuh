@@ -462,8 +462,8 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, Traits::kBlocks)
 
 template <class T>
 const char* launch_forward_latency_of(const ForwardParams& p, void* stream) {
-  const auto launch_as = [&](auto traits) {
-    using Traits = decltype(traits);
+  const auto launch_as = [&](auto tag) {
+    using Traits = typename decltype(tag)::type;
     const Problem& s = p.problem;
     const int64_t tiles = (s.pixels + Traits::kQueries - 1) / Traits::kQueries;
     Grid grid;
@@ -474,12 +474,7 @@ const char* launch_forward_latency_of(const ForwardParams& p, void* stream) {
     grid.stream = stream;
     return cuda::launch<forward_latency_kernel<Traits>>(grid, p);
   };
-  const bool last = is_channels_last(p);
-  if (p.problem.dim <= 256)
-    return last ? launch_as(LatencyTraits<T, 256, true>())
-                : launch_as(LatencyTraits<T, 256, false>());
-  return last ? launch_as(LatencyTraits<T, 512, true>())
-              : launch_as(LatencyTraits<T, 512, false>());
+  return with_traits<T, LatencyTraits>(p.problem.dim, is_channels_last(p), launch_as);
 }
 
 }  // namespace fastproto::cuda::sm90

@@ -5,6 +5,7 @@
 #include "../common/hopper.cuh"
 #include "../common/launch.h"
 #include "../common/math.cuh"
+#include "../dispatch.h"
 #include "forward.h"
 
 #ifndef FP_LAUNCH_BOUNDS
@@ -49,6 +50,16 @@ struct Ring {
   static FP_HOST_DEVICE constexpr int parity(uint32_t count) { return int(count / Stages % 2); }
 };
 
+// launch(TypeTag<Traits<T, Dim, ChannelsLast>>()) of the Dim that holds the channels.
+template <class T, template <class, int, bool> class Traits, class Launch>
+const char* with_traits(int dim, bool channels_last, const Launch& launch) {
+  if (padded_dim(dim) == 256)
+    return channels_last ? launch(TypeTag<Traits<T, 256, true>>())
+                         : launch(TypeTag<Traits<T, 256, false>>());
+  return channels_last ? launch(TypeTag<Traits<T, 512, true>>())
+                       : launch(TypeTag<Traits<T, 512, false>>());
+}
+
 template <class T>
 constexpr MapType map_type();
 template <>
@@ -67,6 +78,15 @@ struct StackDim {
   int64_t size;
   int64_t stride;
 };
+// 0 where all maps along a dimension are the same one, which a tensor map has once: what a stride
+// of 0 means to TMA is nowhere written.
+struct MapSteps {
+  int32_t way, query, episode;
+  explicit MapSteps(const Strided& maps)
+      : way(maps.way != 0), query(maps.query != 0), episode(maps.episode != 0) {}
+};
+inline StackDim stack_dim(int size, int64_t stride) { return {stride != 0 ? size : 1, stride}; }
+
 template <int Outer>
 const char* make_stack_map(TensorMap* map, MapType type, const void* data, int channels, int pixels,
                            int64_t channel_stride, int64_t pixel_stride, bool channels_last,

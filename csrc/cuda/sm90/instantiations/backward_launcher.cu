@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward launchers of csrc/cuda/kernels.h.
-#include "../../common/platform.h"
+#include "../../dispatch.h"
 #include "../../kernels.h"
 #include "../backward.h"
 
@@ -12,35 +12,24 @@ extern template const char* launch_backward_protos_of<bf16>(const BackwardParams
 extern template const char* launch_backward_protos_of<half>(const BackwardParams&, void*);
 
 namespace {
-constexpr const char* kUnknownType = "sm90: found a type that is not compiled";
 constexpr const char* kUnknownRows =
     "sm90: found rows that are no multiples of 16 bytes, or maps of two layouts";
 }  // namespace
 
-const char* launch_backward_query(const BackwardParams& p, DType dtype, const BackwardPlan&,
+const char* launch_backward_query(const BackwardParams& p, DType dtype, const KernelPlan&,
                                   void* stream) {
   if (!backward_query_applies(p)) return kUnknownRows;
-  switch (dtype) {
-    case DType::kBFloat16:
-      return launch_backward_query_of<bf16>(p, stream);
-    case DType::kFloat16:
-      return launch_backward_query_of<half>(p, stream);
-    default:
-      return kUnknownType;
-  }
+  return with_type<bf16, half>(dtype, [&](auto tag) {
+    return launch_backward_query_of<typename decltype(tag)::type>(p, stream);
+  });
 }
 
-const char* launch_backward_protos(const BackwardParams& p, DType dtype, const BackwardPlan&,
+const char* launch_backward_protos(const BackwardParams& p, DType dtype, const KernelPlan&,
                                    void* stream) {
   if (!backward_protos_applies(p)) return kUnknownRows;
-  switch (dtype) {
-    case DType::kBFloat16:
-      return launch_backward_protos_of<bf16>(p, stream);
-    case DType::kFloat16:
-      return launch_backward_protos_of<half>(p, stream);
-    default:
-      return kUnknownType;
-  }
+  return with_type<bf16, half>(dtype, [&](auto tag) {
+    return launch_backward_protos_of<typename decltype(tag)::type>(p, stream);
+  });
 }
 
 }  // namespace fastproto::cuda::sm90

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The forward launcher of csrc/cuda/kernels.h.
-#include "../../common/platform.h"
+#include "../../dispatch.h"
 #include "../../kernels.h"
 #include "../forward.h"
 
@@ -14,7 +14,7 @@ extern template const char* launch_forward_latency_of<half>(const ForwardParams&
 namespace {
 
 template <class T>
-const char* launch_as(const ForwardParams& p, const ForwardPlan& plan, void* stream) {
+const char* launch_as(const ForwardParams& p, const KernelPlan& plan, void* stream) {
   if (plan.kernel == Kernel::kSm90Latency)
     return forward_latency_applies(p) ? launch_forward_latency_of<T>(p, stream)
                                       : "sm90: found rows that are no multiples of 16 bytes";
@@ -25,16 +25,10 @@ const char* launch_as(const ForwardParams& p, const ForwardPlan& plan, void* str
 
 }  // namespace
 
-const char* launch_forward(const ForwardParams& p, DType dtype, const ForwardPlan& plan,
+const char* launch_forward(const ForwardParams& p, DType dtype, const KernelPlan& plan,
                            void* stream) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return launch_as<bf16>(p, plan, stream);
-    case DType::kFloat16:
-      return launch_as<half>(p, plan, stream);
-    default:
-      return "sm90: found a type that is not compiled";
-  }
+  return with_type<bf16, half>(
+      dtype, [&](auto tag) { return launch_as<typename decltype(tag)::type>(p, plan, stream); });
 }
 
 }  // namespace fastproto::cuda::sm90
