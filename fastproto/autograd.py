@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class OpPair:
-    """A backend's ops.
+    """A backend's ops: of proto_attention, or of packing (packing.py).
 
     Attributes:
         backend: Its name.
@@ -37,14 +37,29 @@ class OpPair:
     backend: str
     forward: str
     backward: str
-    forward_now: Callable[..., Sequence[Tensor]]
-    backward_now: Callable[..., Sequence[Tensor]]
+    forward_now: Callable[..., Any]
+    backward_now: Callable[..., Any]
 
 
 def op(qualified_name: str) -> Any:
     """The op that is registered as ``namespace::name``."""
     namespace, name = qualified_name.split("::")
     return getattr(getattr(torch.ops, namespace), name).default
+
+
+def library_pair(backend: str, forward: str, backward: str) -> OpPair:
+    """The pair of two ops that a loaded library has registered, by their qualified names."""
+
+    def now(qualified_name: str) -> Callable[..., Any]:
+        kernel = op(qualified_name)
+
+        def call_below_autograd(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return kernel(*arguments)
+
+        return call_below_autograd
+
+    return OpPair(backend, forward, backward, now(forward), now(backward))
 
 
 def call(
@@ -154,9 +169,20 @@ def register(pair: OpPair) -> None:
         nothing = [None] * (1 + len(ctx.modes))  # save_for_backward, modes
         return (*_gradients(ctx, op(pair.backward), grad_out, needs), *nothing)
 
+    register_formulas(pair, "proto_attention", setup_context, backward)
+
+
+def register_formulas(
+    pair: OpPair, function: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> None:
+    """Register the formula of the forward op, and that its backward has none.
+
+    ``function``: what users called, for the message.
+    """
+
     def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
-            f"proto_attention: the {pair.backend} backend has no second derivative; "
+            f"{function}: the {pair.backend} backend has no second derivative; "
             'call it with backend="reference", which has.'
         )
 

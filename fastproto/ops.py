@@ -20,22 +20,8 @@ if _reason is not None:
     raise ImportError(f"fastproto.ops needs the native CPU library: {_reason}")
 
 
-def _forward_now(*arguments: Any) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastproto.proto_attention_fwd.default(*arguments)
-
-
-def _backward_now(*arguments: Any) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastproto.proto_attention_bwd.default(*arguments)
-
-
-_PAIR = autograd.OpPair(
-    "native",
-    "fastproto::proto_attention_fwd",
-    "fastproto::proto_attention_bwd",
-    _forward_now,
-    _backward_now,
+_PAIR = autograd.library_pair(
+    "native", "fastproto::proto_attention_fwd", "fastproto::proto_attention_bwd"
 )
 
 
@@ -137,22 +123,8 @@ def _(input: Tensor) -> Tensor:
 # Packing of prototypes, on CUDA alone.
 
 
-def _pack_now(*arguments: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastproto.pack_prototypes.default(*arguments)
-
-
-def _pack_backward_now(*arguments: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastproto.pack_prototypes_bwd.default(*arguments)
-
-
-_PACK = packing.PackPair(
-    "native",
-    "fastproto::pack_prototypes",
-    "fastproto::pack_prototypes_bwd",
-    _pack_now,
-    _pack_backward_now,
+_PACK = autograd.library_pair(
+    "native", "fastproto::pack_prototypes", "fastproto::pack_prototypes_bwd"
 )
 torch.library.register_fake(_PACK.forward, packing.fake_forward)
 torch.library.register_fake(_PACK.backward, packing.fake_backward)

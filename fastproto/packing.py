@@ -10,30 +10,18 @@ The pair has one schema whatever the backend:
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastproto import autograd
+from fastproto.autograd import OpPair
 from fastproto.layout import is_channels_last
 
 
-@dataclasses.dataclass(frozen=True)
-class PackPair:
-    """A backend's ops; attributes as those of :class:`fastproto.autograd.OpPair`."""
-
-    backend: str
-    forward: str
-    backward: str
-    forward_now: Callable[..., Any]
-    backward_now: Callable[..., Any]
-
-
 def call(
-    pair: PackPair, features: Tensor, share: Tensor, threshold: float, append_global: bool
+    pair: OpPair, features: Tensor, share: Tensor, threshold: float, append_global: bool
 ) -> tuple[Tensor, Tensor]:
     """Pack the cells of ``features`` [E, S, D, h, w] that classes fill into bags of prototypes.
 
@@ -66,7 +54,7 @@ class _EagerPack(torch.autograd.Function):
     """What :func:`register` describes, at a fraction of its cost per call, see autograd.py."""
 
     @staticmethod
-    def forward(ctx: Any, pair: PackPair, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, pair: OpPair, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = pair.forward_now(*inputs)
         ctx.mark_non_differentiable(output[1])
         _save(ctx, inputs, output)
@@ -81,7 +69,7 @@ class _EagerPack(torch.autograd.Function):
         return None, backward(grad_protos, *ctx.saved_tensors, *ctx.maps), None, None, None
 
 
-def register(pair: PackPair) -> None:
+def register(pair: OpPair) -> None:
     """Give the pair's ops their autograd formulas, for torch.compile and torch.func."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -92,14 +80,7 @@ def register(pair: PackPair) -> None:
         gradient = autograd.op(pair.backward)(grad_protos, *ctx.saved_tensors, *ctx.maps)
         return gradient, None, None, None
 
-    def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(
-            f"extract_prototypes: the {pair.backend} backend has no second derivative; "
-            'call it with backend="reference", which has.'
-        )
-
-    torch.library.register_autograd(pair.forward, backward, setup_context=setup_context)
-    torch.library.register_autograd(pair.backward, no_second_derivative)
+    autograd.register_formulas(pair, "extract_prototypes", setup_context, backward)
 
 
 def fake_forward(

@@ -9,9 +9,10 @@ python scripts/cuda_resources.py --library FILE    # another than the installed 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
+
+from update_tables import replace_table
 
 import fastproto
 from fastproto import _library
@@ -21,9 +22,6 @@ from fastproto.testing.cuda_resources import INSTRUCTIONS, Budget, Kernel
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: ROOT / "docs" / "kernels" / f"{name}.md" for name in ("sm80", "sm90")}
 LIBRARY = Path(fastproto.__file__).parent / "lib" / "libfastproto_cuda.so"
-HEADER = (
-    "# The {0} kernels\n\nSource: `csrc/cuda/{0}`.\n\n<!-- table: resources -->\n<!-- end -->\n"
-)
 
 
 def page_of(kernel: Kernel) -> str | None:
@@ -63,16 +61,6 @@ def table(kernels: list[Kernel], budgets: dict[str, Budget], ptx: dict[str, int]
     return "\n".join(lines)
 
 
-def write(page: Path, text: str) -> None:
-    """Replace the table in ``page``, which is made where there is none."""
-    content = page.read_text(encoding="utf-8") if page.is_file() else HEADER.format(page.stem)
-    pattern = r"(<!-- table: resources -->\n).*?(<!-- end -->)"
-    content, count = re.subn(pattern, lambda m: m[1] + text + "\n" + m[2], content, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"{page}: found {count} tables 'resources'; allowed: one.")
-    page.write_text(content, encoding="utf-8")
-
-
 def main() -> int:
     """Read, print, and say whether all is well."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -105,7 +93,7 @@ def main() -> int:
         text = table(chosen, budgets, ptx)
         print(f"\n{name}\n\n{text}")
         if arguments.write:
-            write(page, text)
+            replace_table(page, "resources", text)
     print("\n".join(bad), file=sys.stderr)
     return 1 if bad else 0
 

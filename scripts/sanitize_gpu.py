@@ -23,7 +23,6 @@ from fastproto.errors import ArgumentError
 from fastproto.nn import class_masks, extract_prototypes
 from fastproto.testing.problems import Problem
 
-FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Tails of pixels, prototypes and channels; several bags of a tile; one that is full.
 TAILS = Problem("tails", ((0, 70), (5, 1)), queries=2, dim=72, height=4, width=6, spare=3)
@@ -97,7 +96,7 @@ def main() -> int:
         print(f"sanitize_gpu.py: nothing to run: {reason}", file=sys.stderr)
         return 2
     runs = 0
-    for family in FAMILIES:
+    for family in backends.CUDA_FAMILIES:
         os.environ["FASTPROTO_CUDA_KERNELS"] = family
         for problem, dtype, layout in cases(tool):
             last = layout == "channels_last"

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import re
 import sys
 from pathlib import Path
 
 import torch
 import triton
 from triton.compiler.errors import CompilationError
+from update_tables import replace_table
 
-from fastproto.testing.offline import SHARED_MEMORY, Case, Resources, cases
+from fastproto.backends.chips import SHARED_MEMORY
+from fastproto.testing.offline import Case, Resources, cases
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels" / "triton.md"
 
@@ -79,12 +80,7 @@ def main() -> int:
     ]
     print("\n".join(bad), file=sys.stderr)
     if arguments.write:
-        page = PAGE.read_text(encoding="utf-8")
-        pattern = r"(<!-- table: resources -->\n).*?(<!-- end -->)"
-        page, count = re.subn(pattern, lambda m: m[1] + text + "\n" + m[2], page, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"{PAGE}: found {count} tables 'resources'; allowed: one.")
-        PAGE.write_text(page, encoding="utf-8")
+        replace_table(PAGE, "resources", text)
     return 1 if bad else 0
 
 

@@ -350,6 +350,16 @@ PAGES: dict[str, dict[str, Table]] = {
 }
 
 
+def replace_table(page: Path, name: str, content: str) -> None:
+    """Put ``content`` between the marks of a table in ``page``; other scripts do, too."""
+    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    text, count = pattern.subn(lambda m: m[1] + content + "\n" + m[2], text)
+    if count != 1:
+        raise SystemExit(f"{page}: found {count} tables {name!r}; allowed: one.")
+    page.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Fill every table of every page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -357,14 +367,8 @@ def main() -> None:
     root = parser.parse_args().root
     for page, tables in PAGES.items():
         path = root / page
-        text = path.read_text(encoding="utf-8")
         for name, write in tables.items():
-            content = write(root / "benchmarks" / "results")
-            pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-            text, count = pattern.subn(lambda m, c=content: m[1] + c + "\n" + m[2], text)
-            if count != 1:
-                raise SystemExit(f"{page}: found {count} tables {name!r}; allowed: one.")
-        path.write_text(text, encoding="utf-8")
+            replace_table(path, name, write(root / "benchmarks" / "results"))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import baselines
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from fastproto import backends, proto_attention
 from fastproto.errors import ArgumentError
+from fastproto.testing.environment import environment
 from fastproto.testing.problems import Problem
 from gpu.timers import Call
 
@@ -37,16 +37,12 @@ def ours(device: str) -> dict[str, Implementation]:
     return {name: _backend(name) for name in OURS if backends.why_not(name, device) is None}
 
 
-FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
-"""Of the native backend's CUDA kernels."""
-
-
 def families(device: str, problem: Problem, dtype: torch.dtype) -> dict[str, Implementation]:
     """The native backend, forced to each family that takes the problem."""
     if device != "cuda" or "native" not in ours(device):
         return {}
     found = {}
-    for family in FAMILIES:
+    for family in backends.CUDA_FAMILIES:
         with _forced(family):
             try:
                 last = problem.layout == "channels_last"
@@ -57,18 +53,9 @@ def families(device: str, problem: Problem, dtype: torch.dtype) -> dict[str, Imp
     return found
 
 
-@contextlib.contextmanager
-def _forced(family: str) -> Iterator[None]:
+def _forced(family: str) -> contextlib.AbstractContextManager[None]:
     """The kernels' choice in the environment, where every call looks for it."""
-    before = os.environ.get("FASTPROTO_CUDA_KERNELS")
-    os.environ["FASTPROTO_CUDA_KERNELS"] = family
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["FASTPROTO_CUDA_KERNELS"]
-        else:
-            os.environ["FASTPROTO_CUDA_KERNELS"] = before
+    return environment(FASTPROTO_CUDA_KERNELS=family)
 
 
 class Family:

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from fastproto import _library
-from fastproto.backends.chips import chip_of
+from fastproto.backends.chips import Chip, chip_of
 from fastproto.errors import ArgumentError
 from fastproto.layout import is_channels_last
 
 LADDER = ("native", "triton", "reference")
 CUDA_DIMS = (256, 512)
 """Channels that the native CUDA kernels are compiled for (csrc/cuda/plan.h); fewer are padded."""
+CUDA_FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
+"""Of the native CUDA kernels: values of FASTPROTO_CUDA_KERNELS, which also takes "sm80", "sm90"."""
 MEASURED_ON_GPU: dict[str, str] = {}
 """Backend -> the file of benchmarks/results with its measurements on a GPU; python_tests/backends
 holds the two together. A kernel that has never run on a GPU is no default."""
@@ -119,51 +121,44 @@ def _why_no_plan(device: torch.device, dtype: torch.dtype, dim: int) -> str | No
     if dtype == torch.float64:
         return "its CUDA kernels take float32, bfloat16 and float16, not float64"
     try:
-        _plan(device, dim=dim, dtype=dtype, save=True)
+        plan(chip_of(device), dim=dim, dtype=dtype, save=True)
     except ValueError as error:
         text = str(error)
         return text.replace(f"feat: D = {dim} takes", f"its kernel for {dim} channels takes")
     return None
 
 
-def _plan(
-    device: torch.device,
+def plan(
+    chip: Chip,
     *,
     dtype: torch.dtype,
-    dim: int,
-    episodes: int = 1,
-    queries: int = 1,
-    ways: int = 1,
-    pixels: int = 1,
-    total: int = 1,
     channels_last: bool = False,
     save: bool = False,
     kernels: str = "",
+    **sizes: int,
 ) -> dict[str, Any]:
-    """The CUDA library's plan on a GPU, for tensors that begin at multiples of 16 bytes.
+    """The CUDA library's plan on a chip, for tensors that begin at multiples of 16 bytes.
+
+    ``sizes`` and the rest are those of :func:`explain`, 1 unless given; ``kernels`` is
+    FASTPROTO_CUDA_KERNELS.
 
     Raises:
         ValueError: There is none; says why.
     """
     from fastproto import _C
 
-    chip = chip_of(device)
-    row = dim if channels_last or pixels == 1 else pixels
+    of = dict.fromkeys(("episodes", "queries", "ways", "dim", "pixels", "total"), 1) | sizes
+    row = of["dim" if channels_last or of["pixels"] == 1 else "pixels"]
     return _C.cuda_plan(
         capability=chip.capability,
         multiprocessors=chip.multiprocessors,
         shared_memory=chip.shared_memory,
         dtype=str(dtype).removeprefix("torch."),
-        episodes=episodes,
-        queries=queries,
-        ways=ways,
-        dim=dim,
-        pixels=pixels,
-        total=total,
         save=save,
-        tma_ok=dim % 8 == 0 and row % 8 == 0,  # 16 bytes of a half type
+        tma_ok=of["dim"] % 8 == 0 and row % 8 == 0,  # 16 bytes of a half type
         has_sm90="90a" in _built_for() or not _built_for(),
         kernels=kernels,
+        **of,
     )
 
 
@@ -174,17 +169,17 @@ def why_failed(feat: Tensor, protos: Tensor, offsets: Tensor) -> str | None:
     """
     episodes, queries, dim, height, width = feat.shape
     try:
-        _plan(
-            feat.device,
+        plan(
+            chip_of(feat.device),
             dtype=feat.dtype,
-            dim=dim,
+            channels_last=is_channels_last(feat),
+            kernels=os.environ.get("FASTPROTO_CUDA_KERNELS", ""),
             episodes=episodes,
             queries=queries,
             ways=(offsets.shape[0] - 1) // episodes,
+            dim=dim,
             pixels=height * width,
             total=protos.shape[0],
-            channels_last=is_channels_last(feat),
-            kernels=os.environ.get("FASTPROTO_CUDA_KERNELS", ""),
         )
     except ValueError as error:
         return str(error)
@@ -223,26 +218,25 @@ def explain(
     Raises:
         ArgumentError: There is no plan; says why.
     """
-    kernels = os.environ.get("FASTPROTO_CUDA_KERNELS", "")
     try:
-        plan = _plan(
-            torch.device("cuda"),
+        found = plan(
+            chip_of(torch.device("cuda")),
             dtype=dtype,
-            dim=dim,
+            channels_last=channels_last,
+            save=save,
+            kernels=os.environ.get("FASTPROTO_CUDA_KERNELS", ""),
             episodes=episodes,
             queries=queries,
             ways=ways,
+            dim=dim,
             pixels=pixels,
             total=total,
-            channels_last=channels_last,
-            save=save,
-            kernels=kernels,
         )
     except ValueError as error:
         raise ArgumentError("explain", found=str(error), allowed="a problem with a plan") from error
-    lines = plan.pop("reasons")
-    for name in plan if save else ("stats", "forward"):
-        one = plan[name]
+    lines: list[str] = found.pop("reasons")
+    for name in found if save else ("stats", "forward"):
+        one = found[name]
         if one["kernel"] != "none":
             lines.append(
                 f"{name}: {one['kernel']}, {one['tile_m']} pixels x {one['tile_n']} prototypes, "

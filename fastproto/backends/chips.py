@@ -26,7 +26,9 @@ class Chip:
     shared_memory: int
 
 
-H200 = Chip(90, 132, 227 * 1024)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes a program may have, by compute capability (CUDA C++ programming guide)."""
+H200 = Chip(90, 132, SHARED_MEMORY[90])
 
 
 def chip_of(device: torch.device) -> Chip:

@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fastproto.backends.chips import SHARED_MEMORY
+
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTMALDG")
 REGISTERS = 65536
 """Of a multiprocessor, and so of a block."""
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_90a": 227 * 1024}
-"""Bytes of shared memory a block may have (CUDA C++ programming guide)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,8 @@ def complaints(kernel: Kernel, budget: Budget | None) -> list[str]:
     of_block = -(-kernel.registers // 8) * 8 * budget.threads  # handed out in eights
     if of_block > REGISTERS:
         found.append(f"{of_block} registers of a block; allowed: {REGISTERS}")
-    allowed = SHARED_MEMORY.get(kernel.chip)  # of other chips the plan asks the driver
+    # Of other chips the plan asks the driver.
+    allowed = SHARED_MEMORY.get(int(kernel.chip.strip("sm_af")))
     if allowed is not None and budget.shared > allowed:
         found.append(f"{budget.shared} bytes of shared memory; allowed: {allowed}")
     return found

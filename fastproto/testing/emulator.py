@@ -23,14 +23,13 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastproto import autograd, functional, ops
+from fastproto.testing.environment import environment
 
 _FLAGS = (
     "-std=gnu++20",
@@ -136,18 +135,9 @@ def load() -> autograd.OpPair:
     """Build the library if need be, and register its ops."""
     torch.ops.load_library(build())
     name = "fastproto_emulated::proto_attention_"
-
-    def forward_now(*arguments: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return autograd.op(f"{name}fwd")(*arguments)
-
-    def backward_now(*arguments: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return autograd.op(f"{name}bwd")(*arguments)
-
-    torch.library.register_fake(f"{name}fwd", functools.partial(ops.fake_forward, True))
-    torch.library.register_fake(f"{name}bwd", ops.fake_backward)
-    pair = autograd.OpPair("native", f"{name}fwd", f"{name}bwd", forward_now, backward_now)
+    pair = autograd.library_pair("native", f"{name}fwd", f"{name}bwd")
+    torch.library.register_fake(pair.forward, functools.partial(ops.fake_forward, True))
+    torch.library.register_fake(pair.backward, ops.fake_backward)
     autograd.register(pair)
     return pair
 
@@ -171,14 +161,13 @@ def proto_attention(
     return autograd.call(pair, feat, protos, offsets, temperature, eps, concat, (tf32,))
 
 
-@contextlib.contextmanager
 def pretending(
     *,
     kernels: str | None = None,
     capability: int | None = None,
     seed: int | None = None,
     proxies: bool | None = None,
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Set what the emulated library reads from the environment, and put it back."""
     wanted = {
         "FASTPROTO_CUDA_KERNELS": kernels,
@@ -186,15 +175,4 @@ def pretending(
         "FASTPROTO_EMULATE_SEED": seed,
         "FASTPROTO_EMULATE_PROXIES": None if proxies is None else int(proxies),
     }
-    before = {name: os.environ.get(name) for name in wanted}
-    try:
-        for name, value in wanted.items():
-            if value is not None:
-                os.environ[name] = str(value)
-        yield
-    finally:
-        for name, old in before.items():
-            if old is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = old
+    return environment(**{name: str(x) for name, x in wanted.items() if x is not None})

@@ -22,13 +22,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastproto.backends.chips import SHARED_MEMORY
 from fastproto.triton import launch, pack_launch
 from fastproto.triton.configs import TABLE, Config, Plan, Row, stats_config
 from fastproto.triton.launch import Launch
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory a program may have, by compute capability (CUDA C++ programming guide)."""
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastproto import autograd, packing
 from fastproto.backends.chips import chip_of
-from fastproto.packing import PackPair
 from fastproto.triton import launch, pack_launch, support
 from fastproto.triton.configs import INTERPRETER, Plan, Shape
 from fastproto.triton.launch import Launch, Run
@@ -269,7 +268,7 @@ if support.INTERPRETED:
     _pack_backward_op.register_fake(functools.partial(pack_launch.run_pack_backward, _run_not))
 
 
-_PACK = PackPair(
+_PACK = autograd.OpPair(
     "triton",
     "fastproto::triton_pack",
     "fastproto::triton_pack_bwd",

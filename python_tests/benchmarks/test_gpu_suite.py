@@ -18,7 +18,7 @@ from gpu import suite as gpu_suite
 from gpu.timers import Call, CudaTimer, HostTimer, Replay
 from roofline import Ceilings
 
-from fastproto import _library
+from fastproto import _library, backends
 from fastproto.testing.problems import Problem
 
 
@@ -171,7 +171,7 @@ def test_families_that_take_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H200, which the plan assumes where there is none."""
     monkeypatch.setattr(implementations, "ours", lambda device: {"native": None})
     problem = cases.bags(1, 64)
-    both = [f"native {name}" for name in implementations.FAMILIES]
+    both = [f"native {name}" for name in backends.CUDA_FAMILIES]
     assert implementations.families("cpu", problem, torch.bfloat16) == {}
     assert list(implementations.families("cuda", problem, torch.bfloat16)) == both
     assert list(implementations.families("cuda", problem, torch.float32)) == both[:2]

@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproto import _C, InputError, proto_attention, reference
+from fastproto import InputError, backends, proto_attention, reference
+from fastproto.backends.chips import H200
 from fastproto.testing.compare import assert_as_good_as_eager, run
 from fastproto.testing.problems import PROBLEMS, Problem
 
-FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF = DTYPES[1:]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=backends.CUDA_FAMILIES)
 def family(request: pytest.FixtureRequest, gpu: ModuleType) -> Iterator[str]:
     """A family that the calls of the test are forced to."""
     name: str = request.param
@@ -37,18 +37,9 @@ def family(request: pytest.FixtureRequest, gpu: ModuleType) -> Iterator[str]:
 
 def runs(family: str, problem: Problem, dtype: torch.dtype) -> None:
     """Skip what a family does not take, as the plan says."""
-    sizes = problem.sizes
-    row = sizes["dim" if problem.layout == "channels_last" or sizes["pixels"] == 1 else "pixels"]
+    last = problem.layout == "channels_last"
     try:
-        _C.cuda_plan(
-            capability=90,
-            multiprocessors=132,
-            shared_memory=227 * 1024,
-            dtype=str(dtype)[6:],
-            tma_ok=problem.dim % 8 == 0 and row % 8 == 0,
-            kernels=family,
-            **sizes,
-        )
+        backends.plan(H200, dtype=dtype, channels_last=last, kernels=family, **problem.sizes)
     except ValueError as error:
         pytest.skip(str(error))
 

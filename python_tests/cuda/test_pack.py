@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproto import _library, packing
+from fastproto import _library, autograd, packing
 from fastproto.nn import class_masks, extract_prototypes, prototypes
 
 Pack = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
@@ -22,13 +22,8 @@ Pack = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
 def ops(gpu: ModuleType) -> Any:
     """The emulated ops, registered like the native ones."""
     ops = torch.ops.fastproto_emulated
-    pair = packing.PackPair(
-        "native",
-        "fastproto_emulated::pack_prototypes",
-        "fastproto_emulated::pack_prototypes_bwd",
-        ops.pack_prototypes.default,
-        ops.pack_prototypes_bwd.default,
-    )
+    name = "fastproto_emulated::pack_prototypes"
+    pair = autograd.library_pair("native", name, f"{name}_bwd")
     torch.library.register_fake(pair.forward, packing.fake_forward)
     torch.library.register_fake(pair.backward, packing.fake_backward)
     packing.register(pair)

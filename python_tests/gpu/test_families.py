@@ -14,12 +14,11 @@ from fastproto.errors import ArgumentError
 from fastproto.testing.compare import assert_as_good_as_eager
 from fastproto.testing.problems import PROBLEMS, Problem
 
-FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MANY = Problem("many", tuple((n, 96 - n) for n in range(0, 97, 24)), queries=2)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=backends.CUDA_FAMILIES)
 def family(
     request: pytest.FixtureRequest, needs_native: None, monkeypatch: pytest.MonkeyPatch
 ) -> str:
