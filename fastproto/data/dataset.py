@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastproto.data.volume import READABLE, volume_suffix, without_suffix
+from fastproto.data.preprocessing import guess_modality
+from fastproto.data.volume import READABLE, read_volume, volume_suffix, without_suffix
 from fastproto.errors import DatasetError, LabelError
 
 _MR_CHANNELS = ("mr", "t1", "t2", "flair", "pd", "dwi", "adc", "swi")
@@ -81,9 +82,9 @@ class Dataset:
 
 
 def open_dataset(path: str | os.PathLike[str]) -> Dataset:
-    """Read a dataset's description and find its files; no volume is opened.
+    """Read a dataset's description and find its files.
 
-    Two layouts are known, both with a ``dataset.json``:
+    Two layouts are known with a ``dataset.json``:
 
     - ``images/CASE.nii.gz`` (any readable format, or a DICOM folder ``images/CASE``),
       ``labels/CASE.nii.gz``; fields ``name``, ``modality`` ("CT" or "MR"),
@@ -92,7 +93,10 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
       {"0": "CT"} and ``labels`` {"liver": 1}; or the older ``modality``, ``labels`` {"1": "liver"}
       and ``training`` [{"image": ..., "label": ...}]. One channel only.
 
-    Cases need no label map, but a label map needs its case.
+    A folder without ``dataset.json``, ``images`` and ``imagesTr`` is a plain folder of scans without
+    labels, all CT or all MR by the first one's values.
+
+    Cases need no label map, but a label map needs its case; ``labels`` may name none.
 
     Raises:
         DatasetError: The file and the field at fault.
@@ -101,6 +105,11 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
     file = root / "dataset.json"
     if not root.is_dir():
         raise DatasetError(root, found="no such folder", allowed="a dataset folder")
+    if not file.exists() and (volumes := _volumes(root)) and not _is_layout(root):
+        cases = [Case(_case_id(path), path, None) for path in volumes]
+        _check_unique(root, "the folder", cases)
+        modality = guess_modality(read_volume(cases[0].image))
+        return Dataset(root.resolve().name, modality, {}, cases, root)
     fields = _read_json(file)
     if (root / "imagesTr").is_dir():
         channels = fields.get("channel_names", fields.get("modality"))
@@ -116,6 +125,11 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
     _check_stray_labels(label_folder, cases)
     name = fields.get("name", root.resolve().name)
     return Dataset(str(name), modality, _labels(file, fields.get("labels")), cases, root)
+
+
+def _is_layout(root: Path) -> bool:
+    """Whether a folder is a data set, only without its ``dataset.json``."""
+    return (root / "images").is_dir() or (root / "imagesTr").is_dir()
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -162,7 +176,9 @@ def _modality_of_channels(file: Path, channels: object) -> Literal["ct", "mr"]:
 def _labels(file: Path, value: object) -> dict[int, str]:
     """``{"1": "liver"}`` or nnU-Net's ``{"liver": 1}``; background is left out."""
     allowed = 'names and numbers, e.g. {"0": "background", "1": "liver"}'
-    if not isinstance(value, Mapping) or not value:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
         raise _field_error(file, "labels", value, allowed)
     labels: dict[int, str] = {}
     for key, entry in value.items():
@@ -177,8 +193,6 @@ def _labels(file: Path, value: object) -> dict[int, str]:
             raise _field_error(file, "labels", {key: entry}, "every name and number once")
         labels[number] = name
     labels.pop(0, None)
-    if not labels:
-        raise _field_error(file, "labels", value, "at least one label above 0")
     return labels
 
 

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -33,9 +33,17 @@ CT_WINDOW = (-125.0, 275.0)
 MR_CLIPPED_FRACTION = 0.005
 
 _CT_BODY_HU = -500.0
+_CT_AIR_HU = -200.0
 _MR_BODY_FRACTION = 0.1
 _BODY_MARGIN_MM = 5.0
 _BODY_GRID = 128
+
+
+def guess_modality(volume: Volume) -> Literal["ct", "mr"]:
+    """What the values look like: CT where one in a thousand voxels lies below -200, as air does."""
+    step = max(1, round((volume.array.size / 1e6) ** (1 / 3)))
+    sample = volume.array[::step, ::step, ::step].astype(np.float32)
+    return "ct" if float(np.percentile(sample, 0.1)) < _CT_AIR_HU else "mr"
 
 
 @dataclass(frozen=True)
@@ -137,9 +145,29 @@ class Preprocessing:
             )
         return cls(**fields)
 
-    def prepare(self, volume: Volume) -> PreparedVolume:
-        """Find the volume's orientation, body and intensity statistics; no slice is made yet."""
-        return PreparedVolume(self, volume)
+    def prepare(self, volume: Volume, view: FieldOfView | None = None) -> PreparedVolume:
+        """Find the volume's orientation, body and intensity statistics; no slice is made yet.
+
+        Args:
+            volume: The scan.
+            view: The part of every slice that becomes the image; None for the body, or for the
+                whole slice without ``crop``.
+        """
+        return PreparedVolume(self, volume, view)
+
+
+class FieldOfView(NamedTuple):
+    """A square in the slices of a volume.
+
+    Attributes:
+        row: Of its centre, in pixels of the canonical slice.
+        column: The same.
+        side: In mm.
+    """
+
+    row: float
+    column: float
+    side: float
 
 
 class PreparedVolume:
@@ -150,10 +178,13 @@ class PreparedVolume:
         volume: The volume as read; the only copy of its voxels.
         shape: Slices, rows and columns (n, h, w) in canonical orientation.
         spacing: Their distances (slice, row, column) in mm.
+        view: The part of every slice that the network sees.
         pixel_size: Side of a pixel of the network's images in mm.
     """
 
-    def __init__(self, preprocessing: Preprocessing, volume: Volume):
+    def __init__(
+        self, preprocessing: Preprocessing, volume: Volume, view: FieldOfView | None = None
+    ):
         self.preprocessing = preprocessing
         self.volume = volume
         self._seen = canonical(volume, preprocessing.plane)
@@ -162,13 +193,27 @@ class PreparedVolume:
         self._normalise = _normalisation(preprocessing, volume.array)
 
         _, rows, columns = self.shape
-        box = (0, rows, 0, columns)
-        if preprocessing.crop:
-            box = _body_box(self._seen.array, self.spacing, preprocessing.modality)
-        height, width = (box[1] - box[0]) * self.spacing[1], (box[3] - box[2]) * self.spacing[2]
-        self.pixel_size = max(height, width) / preprocessing.image_size
-        self._rows = _Axis(rows, self.spacing[1], box[:2], self.pixel_size, self.image_size)
-        self._columns = _Axis(columns, self.spacing[2], box[2:], self.pixel_size, self.image_size)
+        if view is None:
+            box = (0, rows, 0, columns)
+            if preprocessing.crop:
+                box = _body_box(self._seen.array, self.spacing, preprocessing.modality)
+            height, width = (box[1] - box[0]) * self.spacing[1], (box[3] - box[2]) * self.spacing[2]
+            view = FieldOfView(
+                (box[0] + box[1] - 1) / 2, (box[2] + box[3] - 1) / 2, max(height, width)
+            )
+        self.view = view
+        self.pixel_size = view.side / preprocessing.image_size
+        size = preprocessing.image_size
+        self._rows = _Axis(rows, self.spacing[1], view.row, self.pixel_size, size)
+        self._columns = _Axis(columns, self.spacing[2], view.column, self.pixel_size, size)
+
+    def at_most_native(self) -> PreparedVolume:
+        """The same field of view at an image size that makes no pixel finer than the scan's own."""
+        native = math.ceil(self.view.side / min(self.spacing[1:]) - 1e-6)
+        if native >= self.image_size:
+            return self
+        smaller = dataclasses.replace(self.preprocessing, image_size=max(1, native))
+        return PreparedVolume(smaller, self.volume, self.view)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -282,7 +327,7 @@ class _Axis:
     Args:
         length: Pixels of the slice.
         spacing: Their distance in mm.
-        box: First and one past the last of the pixels that the field of view is centred on.
+        centre: The pixel that the field of view is centred on.
         pixel_size: Of the image, in mm.
         image_size: Pixels of the image.
     """
@@ -291,11 +336,10 @@ class _Axis:
         self,
         length: int,
         spacing: float,
-        box: tuple[int, int],
+        centre: float,
         pixel_size: float,
         image_size: int,
     ):
-        centre = (box[0] + box[1] - 1) / 2
         middle = (image_size - 1) / 2
         ratio = pixel_size / spacing
         positions = centre + (np.arange(image_size) - middle) * ratio

@@ -69,6 +69,7 @@ class FewShotModel(nn.Module):
 
     config_keys: ClassVar[tuple[str, ...]] = (
         "encoder",
+        "output_stride",
         "temperature",
         "mask_threshold",
         "append_global",
@@ -226,7 +227,7 @@ class FewShotModel(nn.Module):
     def _build(cls: type[_Model], config: Any, path: str | os.PathLike[str]) -> _Model:
         """An uninitialised network: no time, and no random number, is spent on initial weights."""
         try:
-            if set(config) != set(cls.config_keys):
+            if not set(config) <= set(cls.config_keys):
                 raise TypeError(f"its keys are {sorted(config)}")
             with torch.device("meta"):
                 return cls(**config).to_empty(device="cpu")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,8 +35,6 @@ class PrototypeNet(FewShotModel):
         torch.Size([1, 1, 2, 256, 256])
     """
 
-    config_keys: ClassVar[tuple[str, ...]] = ("output_stride", *FewShotModel.config_keys)
-
     def __init__(
         self,
         encoder: str = "resnet101",
@@ -54,9 +51,8 @@ class PrototypeNet(FewShotModel):
     @classmethod
     def from_unet(cls, model: FewShotModel) -> PrototypeNet:
         """The training-free baseline: the encoder of ``model``, shared, without its decoder."""
-        config = {**model.config, "output_stride": model.encoder.output_stride}
         with torch.device("meta"):
-            baseline = cls(**config)
+            baseline = cls(**model.config)
         baseline.encoder = model.encoder
         baseline.backend = model.backend
         baseline.training = model.training

@@ -34,14 +34,17 @@ class UNetDecoder(nn.Module):
 
     Args:
         channels: Channels of F1..F5, as ``ResNetEncoder.channels`` has them.
+        output_stride: Of the encoder. At 8, F4 and F have the size of F3, and the first stage
+            doubles nothing.
     """
 
-    def __init__(self, channels: Sequence[int]):
+    def __init__(self, channels: Sequence[int], output_stride: int = 16):
         super().__init__()
         f1, f2, f3, f4, f5 = channels
-        self.lift_feat = nn.ConvTranspose2d(f5, WIDTHS[0], 2, stride=2)
-        self.lift_proto = nn.ConvTranspose2d(f5, WIDTHS[0], 2, stride=2, bias=False)
-        self.up1 = UpBlock(WIDTHS[0], f4, WIDTHS[0])
+        scale = output_stride // 8
+        self.lift_feat = nn.ConvTranspose2d(f5, WIDTHS[0], scale, stride=scale)
+        self.lift_proto = nn.ConvTranspose2d(f5, WIDTHS[0], scale, stride=scale, bias=False)
+        self.up1 = UpBlock(WIDTHS[0], f4, WIDTHS[0], double=scale == 2)
         self.lift2 = nn.ConvTranspose2d(WIDTHS[0], WIDTHS[1], 2, stride=2)
         self.up2 = UpBlock(WIDTHS[1], f3, WIDTHS[1])
         self.lift3 = nn.ConvTranspose2d(WIDTHS[1], WIDTHS[2], 2, stride=2)
@@ -73,7 +76,7 @@ class UNetDecoder(nn.Module):
             skips: F1..F4 of the same B images; F4 has F's height and width.
 
         Returns:
-            Logits ``[B, K, 16h, 16w]``.
+            Logits ``[B, K, H, W]``, at ``output_stride`` times the size of F.
         """
         f1, f2, f3, f4 = skips
         x = _add_per_image(self.lift_proto(enhanced.flatten(0, 1)), self.lift_feat(feat))
@@ -111,19 +114,29 @@ class UpBlock(nn.Module):
         up_channels: Channels of the upsampled stage input.
         skip_channels: Channels of the skip connection.
         out_channels: Channels of the result.
+        double: Whether the skip is resized; off where it has the size of ``up`` already.
     """
 
-    def __init__(self, up_channels: int, skip_channels: int, out_channels: int):
+    def __init__(
+        self, up_channels: int, skip_channels: int, out_channels: int, *, double: bool = True
+    ):
         super().__init__()
+        self.double = double
         self.norm_up = nn.BatchNorm2d(up_channels)
         self.norm_skip = nn.BatchNorm2d(skip_channels)
         self.conv_up = nn.Conv2d(up_channels, out_channels, 3, padding=1)
         self.conv_skip = nn.Conv2d(skip_channels, out_channels, 3, padding=1, bias=False)
 
     def forward(self, up: Tensor, skip: Tensor) -> Tensor:
-        """``[B*K, C, 2h, 2w]`` and ``[B, C', h, w]`` -> ``[B*K, out_channels, 2h, 2w]``."""
+        """``[B*K, C, 2h, 2w]`` and ``[B, C', h, w]`` -> ``[B*K, out_channels, 2h, 2w]``.
+
+        Without ``double`` the skip is ``[B, C', 2h, 2w]`` too.
+        """
         up = self.conv_up(self.norm_up(up).relu_())
-        skip = _double_norm_relu_conv(skip, self.norm_skip, self.conv_skip.weight)
+        if self.double:
+            skip = _double_norm_relu_conv(skip, self.norm_skip, self.conv_skip.weight)
+        else:
+            skip = self.conv_skip(self.norm_skip(skip).relu_())
         return _add_per_image(up, skip)
 
 

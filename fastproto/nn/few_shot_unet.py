@@ -24,6 +24,8 @@ class FewShotUNet(FewShotModel):
 
     Args:
         encoder: ``"resnet34"``, or 18, 50, 101.
+        output_stride: 16, or 8 for twice as many cells along each side at the bottleneck, at about
+            three times the encoder's cost: for small images.
         weights: Of the encoder: None (random), ``"imagenet"`` or a path, see
             :func:`fastproto.nn.weights.load_encoder_weights`.
         temperature: t of the aggregation, above 0.
@@ -48,14 +50,18 @@ class FewShotUNet(FewShotModel):
         self,
         encoder: str = "resnet34",
         weights: str | os.PathLike[str] | None = None,
+        *,
+        output_stride: int = 16,
         temperature: float = 0.05,
         mask_threshold: float = 0.5,
         append_global: bool = False,
         backend: str | None = None,
     ):
-        super().__init__(encoder, 16, weights, temperature, mask_threshold, append_global)
+        super().__init__(
+            encoder, output_stride, weights, temperature, mask_threshold, append_global
+        )
         self.backend = backend
-        self.decoder = UNetDecoder(self.encoder.channels)
+        self.decoder = UNetDecoder(self.encoder.channels, output_stride)
 
     def decode(self, features: Features, prototypes: Prototypes) -> Tensor:
         *skips, feat = features.maps

@@ -14,9 +14,9 @@ _HOMES = {
     "Episode": "episodes",
     "LabelEpisodes": "episodes",
     "SliceStore": "slices",
-    "SuperpixelEpisodes": "episodes",
+    "SupervoxelEpisodes": "episodes",
     "TrainConfig": "config",
-    "augment_batch": "augment",
+    "cut_batch": "augment",
     "train": "trainer",
 }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random affine, elastic and gamma changes of whole batches, through one sampling grid.
+"""Fields of view cut out of slices and changed at random, all through one sampling grid.
 
-The random numbers come from a generator on the CPU, the pixels are moved on the device of the
-images. A batch is therefore the same function of its generator on every device.
+The random numbers come from a generator on the CPU, the pixels are moved on the device asked for.
+A batch is therefore the same function of its generator on every device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,25 @@ from fastproto.errors import ArgumentError
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A square field of view in a slice.
+
+    Attributes:
+        image: [h, w] floating point, the whole slice.
+        label: [h, w] integers below 2**24.
+        extent: Height and width of the slice in mm.
+        centre: Row and column of the field's centre in mm from the slice's first corner.
+        side: Side of the field in mm.
+    """
+
+    image: Tensor
+    label: Tensor
+    extent: tuple[float, float]
+    centre: tuple[float, float]
+    side: float
+
+
+@dataclass(frozen=True)
 class AugmentParams:
     """What happens to each image of a batch; drawn by ``Augmentation.draw``.
 
@@ -27,6 +46,9 @@ class AugmentParams:
         shift: [B, 2] (x, y) pixels added to the input position.
         noise: [B, 2, H, W] elastic noise in [-1, 1], or None for no elastic part.
         gamma: [B] exponent of the range-normalised intensity.
+        gain: [B] factor of the intensity after that.
+        offset: [B] added to it.
+        grain: [B, H, W] noise added to it, or None.
         alpha: Factor of the smoothed noise, in pixels.
         sigma: Standard deviation of the smoothing, in pixels.
     """
@@ -35,26 +57,26 @@ class AugmentParams:
     shift: Tensor
     noise: Tensor | None
     gamma: Tensor
+    gain: Tensor
+    offset: Tensor
+    grain: Tensor | None = None
     alpha: float = 10.0
     sigma: float = 5.0
 
     @classmethod
     def identity(cls, batch: int) -> AugmentParams:
         """Parameters that change nothing."""
-        return cls(torch.eye(2).repeat(batch, 1, 1), torch.zeros(batch, 2), None, torch.ones(batch))
+        one, zero = torch.ones(batch), torch.zeros(batch)
+        return cls(torch.eye(2).repeat(batch, 1, 1), torch.zeros(batch, 2), None, one, one, zero)
 
     @classmethod
     def cat(cls, parts: Sequence[AugmentParams]) -> AugmentParams:
         """The parameters of several batches as those of one; all drawn by one ``Augmentation``."""
-        noise = [part.noise for part in parts if part.noise is not None]
-        return cls(
-            torch.cat([part.matrix for part in parts]),
-            torch.cat([part.shift for part in parts]),
-            torch.cat(noise) if noise else None,
-            torch.cat([part.gamma for part in parts]),
-            parts[0].alpha,
-            parts[0].sigma,
-        )
+        joined = {}
+        for field in ("matrix", "shift", "noise", "gamma", "gain", "offset", "grain"):
+            values = [getattr(part, field) for part in parts]
+            joined[field] = None if values[0] is None else torch.cat(values)
+        return cls(**joined, alpha=parts[0].alpha, sigma=parts[0].sigma)
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,9 @@ class Augmentation:
             elastic part off.
         elastic_sigma: Gaussian smoothing of the noise, in pixels.
         gamma: Smallest and largest exponent of the range-normalised intensity.
+        gain: Smallest and largest factor of the normalised intensity.
+        offset: Largest number added to it, either way.
+        grain: Largest standard deviation of the noise added to it.
 
     Raises:
         ArgumentError: A range that is negative, not finite or upside down.
@@ -82,6 +107,9 @@ class Augmentation:
     elastic_alpha: float = 10.0
     elastic_sigma: float = 5.0
     gamma: tuple[float, float] = (0.5, 1.5)
+    gain: tuple[float, float] = (0.8, 1.25)
+    offset: float = 0.3
+    grain: float = 0.1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -114,56 +142,86 @@ class Augmentation:
             shift=uniform(-self.shift, self.shift, batch, 2),
             gamma=uniform(*self.gamma, batch),
             noise=uniform(-1.0, 1.0, batch, 2, height, width) if self.elastic_alpha > 0 else None,
+            gain=uniform(*self.gain, batch),
+            offset=uniform(-self.offset, self.offset, batch),
+            grain=uniform(0.0, self.grain, batch, 1, 1)
+            * torch.randn(batch, height, width, generator=generator)
+            if self.grain > 0
+            else None,
             alpha=self.elastic_alpha,
             sigma=self.elastic_sigma,
         )
 
 
-def augment_batch(images: Tensor, labels: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
-    """Move and re-tone images, and move their labels exactly the same way.
+def cut_batch(
+    cuts: Sequence[Cut], size: int, params: AugmentParams, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Sample fields of view, moved and re-toned, with their labels moved exactly the same way.
 
-    The output pixel p (from the centre) shows the input at ``matrix (p + elastic(p)) + shift``;
-    bilinear for images, nearest for labels. What lies outside the input is the darkest value of
-    its image and label 0. Then ``y = min + range * ((x - min) / range) ** gamma``, with the
-    minimum and range of each input image.
+    The output pixel p (from the centre) shows the field at ``matrix (p + elastic(p)) + shift``, in
+    output pixels; bilinear for images, nearest for labels. What lies outside the slice is its
+    darkest value and label 0. Then ``y = min + range * ((x - min) / range) ** gamma``, with the
+    minimum and range of each slice, and ``gain * y + offset + grain``.
 
     Args:
-        images: [B, C, H, W] floating point.
-        labels: [B, H, W] integers below 2**24.
-        params: For B images.
+        cuts: B fields of view, from slices of any sizes.
+        size: Side S of the output in pixels.
+        params: For B images of S x S.
+        device: Where to compute.
 
     Returns:
-        Images as float32 and labels as int64, of the same shapes and on the same device.
+        Images [B, 1, S, S] float32 and labels [B, S, S] int64, on ``device``.
     """
-    batch, _, height, width = images.shape
-    device = images.device
-    images = images.float()
-    grid = _sampling_grid(params, batch, height, width, device)
+    positions = _positions(params, len(cuts), size, torch.device(device))
+    images, labels = [], []
+    for cut, position, gamma in zip(cuts, positions, params.gamma.tolist(), strict=True):
+        pixel = cut.side / size
+        place = position * pixel + position.new_tensor(cut.centre[::-1])  # (x, y) in mm
+        image = cut.image.to(device).float()[None, None]
+        low = image.amin()
+        scale = (image.amax() - low).clamp(min=torch.finfo().tiny)
+        unit = _sample((image - low) / scale, place, cut.extent, pixel)
+        images.append(low + scale * unit.clamp(0.0, 1.0) ** gamma)
+        label = cut.label.to(device).float()[None, None]
+        labels.append(_sample(label, place, cut.extent)[0].long())
+    toned = torch.stack(images) * params.gain.to(device).view(-1, 1, 1, 1)
+    toned = toned + params.offset.to(device).view(-1, 1, 1, 1)
+    if params.grain is not None:
+        toned = toned + params.grain.to(device)[:, None]
+    return toned, torch.stack(labels)
 
-    low = images.amin(dim=(1, 2, 3), keepdim=True)
-    extent = (images.amax(dim=(1, 2, 3), keepdim=True) - low).clamp(min=torch.finfo().tiny)
-    gamma = params.gamma.to(device).view(batch, 1, 1, 1)
-    unit = F.grid_sample((images - low) / extent, grid, mode="bilinear", align_corners=False)
-    toned = low + extent * unit.clamp(0.0, 1.0) ** gamma
 
-    moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
-    return toned, moved[:, 0].long()
+def _sample(
+    image: Tensor, place: Tensor, extent: tuple[float, float], pixel: float | None = None
+) -> Tensor:
+    """``[1, 1, h, w]`` at ``place`` ``[S, S, 2]`` in mm -> ``[1, S, S]``, 0 outside.
+
+    Bilinear, for output pixels of ``pixel`` mm; without it the nearest value.
+    """
+    height, width = extent
+    # Where samples lie far apart, averages of 2 x 2 pixels, so that none is skipped.
+    while pixel and min(image.shape[2:]) > 1 and pixel > 1.5 * height / image.shape[2]:
+        height, width = (
+            length * (pixels // 2 * 2) / pixels
+            for length, pixels in zip((height, width), image.shape[2:], strict=True)
+        )
+        image = F.avg_pool2d(image, 2)
+    grid = 2 * place / place.new_tensor((width, height)) - 1
+    mode = "bilinear" if pixel else "nearest"
+    return F.grid_sample(image, grid[None], mode=mode, align_corners=False)[0]
 
 
-def _sampling_grid(
-    params: AugmentParams, batch: int, height: int, width: int, device: torch.device
-) -> Tensor:  # [B, H, W, 2], in grid_sample's coordinates
-    size = torch.tensor([width, height], dtype=torch.float32, device=device)
-    x = torch.arange(width, dtype=torch.float32, device=device) - (width - 1) / 2
-    y = torch.arange(height, dtype=torch.float32, device=device) - (height - 1) / 2
-    position = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).expand(batch, -1, -1, -1)
+def _positions(
+    params: AugmentParams, batch: int, size: int, device: torch.device
+) -> Tensor:  # [B, S, S, 2]: (x, y) in output pixels from the centre of the field of view
+    steps = torch.arange(size, dtype=torch.float32, device=device) - (size - 1) / 2
+    position = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1)
+    position = position.expand(batch, -1, -1, -1)
     if params.noise is not None:
         smooth = _smooth(params.noise.to(device), params.sigma)
         position = position + params.alpha * smooth.permute(0, 2, 3, 1)
-    matrix = params.matrix.to(device)
-    source = torch.einsum("bij,bhwj->bhwi", matrix, position)
-    source = source + params.shift.to(device).view(batch, 1, 1, 2)
-    return source * (2 / size)
+    source = torch.einsum("bij,bhwj->bhwi", params.matrix.to(device), position)
+    return source + params.shift.to(device).view(batch, 1, 1, 2)
 
 
 def _smooth(noise: Tensor, sigma: float) -> Tensor:

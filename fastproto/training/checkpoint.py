@@ -74,8 +74,12 @@ def load_state(
     for name, parameter in model.named_parameters():
         moments = _below(f"optimizer.{name}.", tensors)
         if moments:
+            # Laid out in memory like the parameter: the fused optimiser walks both side by side.
             optimizer.state[parameter] = {
-                key: value.to(parameter.device) for key, value in moments.items()
+                key: torch.empty_like(parameter).copy_(value)
+                if value.shape == parameter.shape
+                else value.to(parameter.device)
+                for key, value in moments.items()
             }
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():

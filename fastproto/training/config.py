@@ -7,34 +7,43 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fastproto.errors import ArgumentError
 
 _CHOICES = {
-    "encoder": ("resnet18", "resnet34", "resnet50", "resnet101"),
+    "encoder": ("auto", "resnet18", "resnet34", "resnet50", "resnet101"),
+    "output_stride": ("auto", 8, 16),
     "plane": ("axial", "coronal", "sagittal"),
     "precision": ("auto", "float32", "bfloat16"),
-    "superpixel_source": ("slice", "neighbours"),
 }
 _AT_LEAST_ONE = (
-    *("ways", "shots", "queries", "batch", "min_pixels", "image_size"),
-    *("steps", "checkpoint_every", "validate_every"),
+    *("ways", "shots", "queries", "batch", "min_pixels"),
+    *("steps", "checkpoint_every", "validate_every", "store_size"),
 )
 _FROM_ZERO = ("seed", "validation_episodes")
-_NOT_NEGATIVE = ("weight_decay", "ce", "align", "cycle", "final_learning_rate")
+_NOT_NEGATIVE = ("weight_decay", "ce", "align", "cycle", "final_learning_rate", "gap")
 _ABOVE_ZERO = ("learning_rate", "clip_norm", "temperature", "background_weight")
-_FRACTION = ("superpixel_fraction", "mask_threshold", "warmup_fraction")
-_SWITCHES = ("drop_excluded_slices", "augment", "crop", "append_global", "progress", "tensorboard")
+_FRACTION = ("label_fraction", "absent_fraction", "mask_threshold", "warmup_fraction")
+_SWITCHES = (
+    *("drop_excluded_slices", "augment", "crop", "append_global", "progress", "tensorboard"),
+    "all_planes",
+)
 _LISTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("data", (str,), "folders"),
     ("holdout", (str, int), "class names or label numbers"),
     ("classes", (str, int), "class names or label numbers"),
     ("holdout_cases", (str,), "case ids"),
     ("validation_cases", (str,), "case ids"),
 )
 
+# What the network is; a model to go on from decides on it.
+NETWORK = (
+    *("encoder", "output_stride", "image_size"),
+    *("temperature", "mask_threshold", "append_global"),
+)
 # What may differ between a run and its continuation: none of it changes a computed number.
 _FREE_ON_RESUME = ("data", "output", "checkpoint_every", "progress", "tensorboard")
 
@@ -44,7 +53,8 @@ class TrainConfig:
     """What to train on, what to train, and how long.
 
     Args:
-        data: Data set folder (``dataset.json`` inside).
+        data: Folders of scans: data sets (``dataset.json`` inside) or plain folders; CT and MR may
+            be mixed.
         output: Run folder; gets ``model.safetensors``, ``state.safetensors``, ``log.jsonl`` and
             ``config.json``.
         holdout: Classes (names or label numbers) that must never be a foreground: the ones to be
@@ -55,26 +65,36 @@ class TrainConfig:
         holdout_cases: Case ids that training never reads.
         validation_cases: Case ids for the validation Dice; not trained on. Empty = the validation
             episodes come from the training cases.
-        superpixel_fraction: Probability that an episode is made of superpixels instead of labels,
-            0 to 1; 1 needs no label map at all.
-        superpixel_source: "slice" = support and query are two augmentations of one slice;
-            "neighbours" = two neighbouring slices, superpixels linked by their overlap.
+        label_fraction: Probability that an episode of a data set with labels is made of its base
+            classes instead of supervoxels, 0 to 1; 0 never looks at a label.
+        absent_fraction: Share of the supervoxel episodes whose query comes from anywhere in the
+            scan, mostly without the class.
+        gap: Largest distance of support and query of a supervoxel in mm; two slices are allowed
+            at any distance.
+        all_planes: Draw slices of the other two planes too, from scans whose voxels allow it.
         ways: Foreground classes in an episode.
         shots: Support slices of each class.
         queries: Query slices in an episode.
         batch: Episodes in a step.
         min_pixels: Pixels of the prepared slice that a class must cover for the slice to count.
         augment: Random affine, elastic and gamma changes of the training slices.
-        image_size: Side of the prepared slices, in pixels.
+        image_size: Side of the network's images in pixels; "auto" is 256 on a GPU, 128 on a CPU.
+        store_size: Largest side of the slices that fields of view are cut from, in pixels.
         plane: Slicing plane.
         crop: Crop to the body's bounding box before resampling.
-        encoder: Encoder name, "resnet34" by default.
+        encoder: Encoder name; "auto" is resnet34 on a GPU, resnet18 on a CPU.
+        output_stride: Pixels of a cell at the bottleneck, 8 or 16; "auto" is 16 on a GPU, 8 on a
+            CPU, where images are small.
         weights: Encoder weights to start from: None, "imagenet" or a file.
+        start: A trained model to go on from, a file or run folder; it decides on encoder, output
+            stride, image size and how CT is normalised.
         temperature: Softmax temperature over prototypes, no unit.
         mask_threshold: Share of a bottleneck cell that a class must cover to give a prototype,
             0 to 1.
         append_global: Add each class's mean feature to its prototypes.
-        steps: Optimiser steps.
+        steps: Optimiser steps at most.
+        minutes: End after so many minutes of training, the schedule with them; None for ``steps``
+            alone. Such a run depends on the machine's speed.
         learning_rate: Peak learning rate of Adam.
         final_learning_rate: Learning rate at the last step, as a share of the peak.
         warmup_fraction: Share of the steps in which the rate rises linearly; then it falls along
@@ -99,39 +119,45 @@ class TrainConfig:
         ArgumentError: A value out of its range, named.
     """
 
-    data: str
+    data: tuple[str, ...]
     output: str
     holdout: tuple[str | int, ...] = ()
     classes: tuple[str | int, ...] = ()
     drop_excluded_slices: bool = False
     holdout_cases: tuple[str, ...] = ()
     validation_cases: tuple[str, ...] = ()
-    superpixel_fraction: float = 0.0
-    superpixel_source: Literal["slice", "neighbours"] = "slice"
+    label_fraction: float = 0.5
+    absent_fraction: float = 0.25
+    gap: float = 10.0
+    all_planes: bool = True
     ways: int = 1
     shots: int = 1
     queries: int = 1
-    batch: int = 1
+    batch: int = 8
     min_pixels: int = 30
     augment: bool = True
-    image_size: int = 256
+    image_size: int | Literal["auto"] = "auto"
+    store_size: int = 256
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     crop: bool = True
-    encoder: str = "resnet34"
+    encoder: str = "auto"
+    output_stride: int | Literal["auto"] = "auto"
     weights: str | None = None
+    start: str | None = None
     temperature: float = 0.05
     mask_threshold: float = 0.5
     append_global: bool = False
-    steps: int = 10_000
-    learning_rate: float = 3e-4
+    steps: int = 5_000
+    minutes: float | None = None
+    learning_rate: float = 1e-3
     final_learning_rate: float = 0.01
     warmup_fraction: float = 0.02
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
     ce: float = 1.0
-    align: float = 1.0
-    cycle: float = 1.0
-    background_weight: float = 0.1
+    align: float = 0.0
+    cycle: float = 0.0
+    background_weight: float = 0.2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     seed: int = 0
@@ -142,7 +168,9 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "weights"):  # a Path goes in, JSON takes only text
+        if isinstance(self.data, (str, os.PathLike)):
+            object.__setattr__(self, "data", (os.fspath(self.data),))
+        for name in ("output", "weights", "start"):  # a Path goes in, JSON takes only text
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
@@ -157,7 +185,7 @@ class TrainConfig:
         for name in _SWITCHES:
             _check(name, isinstance(getattr(self, name), bool), self, "true or false")
         for name, choices in _CHOICES.items():
-            _check(name, getattr(self, name) in choices, self, f"one of {', '.join(choices)}")
+            _check(name, getattr(self, name) in choices, self, f"one of {', '.join(map(str, choices))}")
         for name in _AT_LEAST_ONE:
             _check(name, _is_integer(getattr(self, name), 1), self, "an integer of at least 1")
         for name in _NOT_NEGATIVE:
@@ -172,6 +200,11 @@ class TrainConfig:
         for name in _FROM_ZERO:
             _check(name, _is_integer(getattr(self, name), 0), self, "an integer of at least 0")
         _check("ce", self.ce + self.align + self.cycle > 0, self, "a loss weight above 0 somewhere")
+        size = self.image_size == "auto" or _is_integer(self.image_size, 1)
+        _check("image_size", size, self, '"auto" or an integer of at least 1')
+        time = self.minutes is None or (_is_number(self.minutes, 0) and self.minutes > 0)
+        _check("minutes", time, self, "None or a number above 0")
+        _check("data", bool(self.data), self, "at least one folder")
         shared = sorted(set(self.holdout_cases) & set(self.validation_cases))
         _check("validation_cases", not shared, self, f"cases outside holdout_cases (not {shared})")
 
@@ -196,8 +229,8 @@ class TrainConfig:
                     name, found="an unknown option", allowed=", ".join(sorted(known))
                 )
         for name in ("data", "output"):
-            if not isinstance(values.get(name), str):
-                raise ArgumentError(name, found=repr(values.get(name)), allowed="a path")
+            if name not in values:
+                raise ArgumentError(name, found="nothing", allowed="a path")
         return cls(**values)
 
     @classmethod
@@ -217,12 +250,22 @@ class TrainConfig:
             raise ArgumentError(path, found=type(values).__name__, allowed="a JSON object")
         return cls.from_dict(values)
 
+    def resolved(self, *, gpu: bool) -> TrainConfig:
+        """With every "auto" of the network's size replaced by what suits the device."""
+        choice = {"encoder": "resnet34", "output_stride": 16, "image_size": 256}
+        if not gpu:
+            choice = {"encoder": "resnet18", "output_stride": 8, "image_size": 128}
+        return replace(
+            self, **{k: value for k, value in choice.items() if getattr(self, k) == "auto"}
+        )
+
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What makes this another run than ``other``, a ``to_dict``: "name: old -> new"."""
+        free = {*_FREE_ON_RESUME, *(NETWORK if self.start is not None else ())}
         return [
             f"{name}: {other.get(name)!r} -> {value!r}"
             for name, value in self.to_dict().items()
-            if name not in _FREE_ON_RESUME and other.get(name) != value
+            if name not in free and other.get(name) != value
         ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Episodes: small few-shot tasks drawn from labels or from superpixels.
+"""Episodes: small few-shot tasks drawn from labels or from supervoxels.
 
 An episode is a pure function of (seed, index): nothing is remembered from one to the next, so a
 resumed run needs no loader state and any episode can be made again from a log line.
@@ -8,16 +8,17 @@ resumed run needs no loader state and any episode can be made again from a log l
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastproto.errors import ArgumentError, DatasetError, LabelError
-from fastproto.training.augment import Augmentation, AugmentParams, augment_batch
+from fastproto.training.augment import Augmentation, AugmentParams, Cut, cut_batch
 from fastproto.training.slices import CaseSlices, SliceStore
 
 __all__ = [
@@ -26,13 +27,16 @@ __all__ = [
     "LabelEpisodes",
     "MixedEpisodes",
     "SliceStore",
-    "SuperpixelEpisodes",
+    "SupervoxelEpisodes",
 ]
 
 T = TypeVar("T")
 
-_ATTEMPTS = 100  # slices looked at for a superpixel before giving up
-_LINK_IOU = 0.5  # overlap above which superpixels of neighbouring slices are one supervoxel
+_ATTEMPTS = 100  # slices looked at for supervoxels before giving up
+_LARGE = 0.3  # share of a supervoxel's largest cross-section that a slice must show
+_WIDTHS = (2.0, 8.0)  # sides of the field of view in diameters of the foreground
+_SMALLEST = 24  # pixels of the stored slice along the smallest field of view
+_NUDGE = 0.1  # how far the fields of view of one episode lie apart, in sides
 
 
 @dataclass
@@ -61,13 +65,11 @@ class Draw:
     """One episode before augmentation: support slices first, then query slices.
 
     Attributes:
-        images: [S + Q, H, W] floating point.
-        labels: [S + Q, H, W] integers, already renumbered 0..ways.
+        cuts: S + Q fields of view, labels already renumbered 0..ways.
         description: Where the slices are from.
     """
 
-    images: Tensor
-    labels: Tensor
+    cuts: list[Cut]
     description: str
 
 
@@ -76,6 +78,7 @@ class EpisodeSource(ABC):
 
     Args:
         seed: First half of what an episode is a function of.
+        size: Side of the network's images in pixels.
         shots: Support slices of each foreground class; an episode has ``shots * ways``.
         ways: Foreground classes.
         queries: Query slices.
@@ -87,6 +90,7 @@ class EpisodeSource(ABC):
         self,
         seed: int,
         *,
+        size: int,
         shots: int = 1,
         ways: int = 1,
         queries: int = 1,
@@ -97,6 +101,7 @@ class EpisodeSource(ABC):
             if value < 1:
                 raise ArgumentError(name, found=repr(value), allowed="an integer of at least 1")
         self.seed = seed
+        self.size = size
         self.shots = shots
         self.ways = ways
         self.queries = queries
@@ -118,14 +123,13 @@ class EpisodeSource(ABC):
             generator = episode_generator(self.seed, index)
             drawn = self.draw(generator)
             draws.append(drawn)
-            if self.augmentation is not None:
-                params.append(self.augmentation.draw(generator, *drawn.images.shape))
-        images = torch.cat([drawn.images for drawn in draws])[:, None].to(self.device)
-        labels = torch.cat([drawn.labels for drawn in draws]).to(self.device)
-        if self.augmentation is None:
-            images, labels = images.float(), labels.long()
-        else:
-            images, labels = augment_batch(images, labels, AugmentParams.cat(params))
+            params.append(
+                AugmentParams.identity(len(drawn.cuts))
+                if self.augmentation is None
+                else self.augmentation.draw(generator, len(drawn.cuts), self.size, self.size)
+            )
+        cuts = [cut for drawn in draws for cut in drawn.cuts]
+        images, labels = cut_batch(cuts, self.size, AugmentParams.cat(params), self.device)
         images = images.repeat(1, 3, 1, 1).unflatten(0, (len(draws), -1))
         labels = labels.unflatten(0, (len(draws), -1))
         support = self.shots * self.ways
@@ -182,15 +186,10 @@ class LabelEpisodes(EpisodeSource):
         excluded: Collection[int] = (),
         names: Mapping[int, str] | None = None,
         min_pixels: int = 30,
-        shots: int = 1,
-        ways: int = 1,
-        queries: int = 1,
-        augmentation: Augmentation | None = None,
-        device: torch.device | str = "cpu",
+        **options: Any,
     ):
-        super().__init__(
-            seed, shots=shots, ways=ways, queries=queries, augmentation=augmentation, device=device
-        )
+        super().__init__(seed, **options)
+        shots, ways = self.shots, self.ways
         both = sorted(set(classes) & set(excluded))
         if both or 0 in classes:
             raise ArgumentError(
@@ -263,42 +262,44 @@ class LabelEpisodes(EpisodeSource):
 
         picked = [(self.store.cases[support_case], s) for s in support]
         picked += [(self.store.cases[query_case], s) for s in query]
-        labels = torch.stack([_label_map(case, position) for case, position in picked])
+        cuts = []
+        for number, (case, position) in enumerate(picked):
+            assert case.labels is not None
+            label = _renumber(case.labels[position], chosen)
+            centre, own = field_of_view(case, label, generator)
+            side = own if number == 0 else side  # one scale an episode, the first slice's
+            cuts.append(_cut(case, position, label, _nudge(case, centre, side, generator), side))
         return Draw(
-            images=torch.stack([case.images[position] for case, position in picked]),
-            labels=_renumber(labels, chosen),
-            description=(
-                f"class {', '.join(self._name(label) for label in chosen)}, "
-                f"support {_where(self.store.cases[support_case], support)}, "
-                f"query {_where(self.store.cases[query_case], query)}"
-            ),
+            cuts,
+            f"class {', '.join(self._name(label) for label in chosen)}, "
+            f"support {_where(self.store.cases[support_case], support)}, "
+            f"query {_where(self.store.cases[query_case], query)}",
         )
 
     def _name(self, label: int) -> str:
         return f"{label} ({self.names[label]})" if label in self.names else str(label)
 
 
-class SuperpixelEpisodes(EpisodeSource):
-    """Episodes without labels: the foregrounds are superpixels, everything else is background.
+class SupervoxelEpisodes(EpisodeSource):
+    """Episodes without labels: the foregrounds are supervoxels, everything else is background.
 
-    A slice is drawn uniformly from all, then ``ways`` of its superpixels. A slice with fewer of
-    them (no body in it, or no link to the neighbour) is passed over and another is drawn.
-
-    With ``source="slice"``, support and query are that one slice under different augmentations.
-    With ``source="neighbours"``, the support is that slice and the query a neighbouring one (z + 1
-    or z - 1): a superpixel counts when a superpixel of the neighbour overlaps it with an
-    intersection over union above 0.5, and that one is its label there. This stands in for
-    3-D supervoxels: links reach one slice far and are not transitive.
+    A scan, one of its planes, a scale and a supervoxel are drawn, each uniformly; then a support
+    slice in which the supervoxel is large, and a query slice at most two slices or 10 mm away. In a
+    share of the episodes the query is any slice of the scan instead, mostly one without the
+    supervoxel. The field of view is two to eight times as wide as the supervoxel, so that pieces
+    of every size are seen at every scale. With more ways, the other supervoxels are large in the
+    same support slice.
 
     Args:
-        store: Slices; labels are not looked at.
+        store: Slices with ``regions``; labels are not looked at.
         seed: See ``EpisodeSource``.
-        source: "slice" or "neighbours".
+        absent: Share of the episodes whose query is drawn from the whole scan, 0 to 1.
+        planes: Draw coronal and sagittal slices too, where the voxels allow it.
+        gap: Largest distance of support and query in mm; at least two slices are allowed.
         shots: See ``EpisodeSource``, as the remaining options.
 
     Raises:
-        ArgumentError: An unknown source.
-        DatasetError: From ``draw``: 100 slices in a row without superpixels enough.
+        DatasetError: From ``draw``: no supervoxels enough in 100 attempts.
     """
 
     def __init__(
@@ -306,85 +307,94 @@ class SuperpixelEpisodes(EpisodeSource):
         store: SliceStore,
         seed: int,
         *,
-        source: str = "slice",
-        shots: int = 1,
-        ways: int = 1,
-        queries: int = 1,
-        augmentation: Augmentation | None = None,
-        device: torch.device | str = "cpu",
+        absent: float = 0.25,
+        planes: bool = True,
+        gap: float = 10.0,
+        **options: Any,
     ):
-        super().__init__(
-            seed, shots=shots, ways=ways, queries=queries, augmentation=augmentation, device=device
-        )
-        if source not in ("slice", "neighbours"):
-            raise ArgumentError("source", found=repr(source), allowed="slice or neighbours")
+        super().__init__(seed, **options)
         self.store = store
-        self.source = source
-        self._slices = [(case, i) for case in store.cases for i in range(len(case.numbers))]
+        self.absent = absent
+        self.gap = gap
+        # Planes of a case are drawn together, so that a case with three is not drawn more often.
+        self._cases = [list(case.planes()) if planes else [case] for case in store.cases]
 
     def draw(self, generator: torch.Generator) -> Draw:
         """See ``EpisodeSource.draw``."""
         for _ in range(_ATTEMPTS):
-            case, position = _choice(self._slices, generator)
-            other = position
-            if self.source == "neighbours":
-                other += 2 * int(torch.randint(2, (1,), generator=generator)) - 1
-                if not _adjacent(case, position, other):
-                    continue
-            support, query = case.superpixels(position), case.superpixels(other)
-            links = _links(support, query)
-            if len(links) >= self.ways:
+            case = _choice(_choice(self._cases, generator), generator)
+            scale = _choice(range(len(case.areas)), generator)
+            areas = case.areas[scale]
+            if len(areas) < self.ways:
+                continue
+            first = _choice(list(areas), generator)
+            seen = _large(areas[first])
+            position = _choice(seen, generator)
+            others = []
+            if self.ways > 1:
+                others = [n for n in areas if n != first and position in _large(areas[n])]
+            if len(others) >= self.ways - 1:
                 break
         else:
             raise DatasetError(
-                "superpixels",
+                "supervoxels",
                 found=f"{_ATTEMPTS} slices in a row with fewer than {self.ways} to draw",
                 allowed="slices with body in them",
-                fix="Use fewer ways, source 'slice', or train on labels.",
+                fix="Use fewer ways, or train on labels.",
             )
-        order = torch.randperm(len(links), generator=generator)[: self.ways].tolist()
-        chosen = [links[i] for i in order]
-        shots = self.shots * self.ways
-        support_labels = _renumber(support, [pair[0] for pair in chosen])
-        query_labels = _renumber(query, [pair[1] for pair in chosen])
+        order = torch.randperm(len(others), generator=generator)[: self.ways - 1].tolist()
+        chosen = [first, *(others[i] for i in order)]
+        reach = max(self.gap, 2.01 * case.spacing[0]) / case.spacing[0]
+        near = [p for p in seen if 0 < abs(case.numbers[p] - case.numbers[position]) <= reach]
+        support = [position]
+        while len(support) < self.shots * self.ways:
+            support.append(_choice(near or seen, generator))
+        query = []
+        for _ in range(self.queries):
+            if float(torch.rand(1, generator=generator)) < self.absent:
+                query.append(int(torch.randint(len(case), (1,), generator=generator)))
+            else:
+                query.append(_choice(near or [position], generator))
+
+        assert case.regions is not None
+        labels = [_renumber(case.regions[scale, p], chosen) for p in (*support, *query)]
+        centre, side = field_of_view(case, labels[0], generator)
         return Draw(
-            images=torch.stack(
-                [case.images[position]] * shots + [case.images[other]] * self.queries
-            ),
-            labels=torch.stack([support_labels] * shots + [query_labels] * self.queries),
-            description=(
-                f"superpixel {', '.join(str(pair[0]) for pair in chosen)}, "
-                f"support {_where(case, [position])}, query {_where(case, [other])}"
-            ),
+            [
+                _cut(case, p, label, _nudge(case, centre, side, generator), side)
+                for p, label in zip((*support, *query), labels, strict=True)
+            ],
+            f"supervoxel {', '.join(map(str, chosen))} of {scale}, "
+            f"support {_where(case, support)}, query {_where(case, query)}",
         )
 
 
 class MixedEpisodes(EpisodeSource):
-    """Each episode from one of two sources, the second with a given probability.
+    """Each episode from one of several sources, drawn by weight.
 
     Args:
-        first: The usual source; its seed, sizes, augmentation and device are taken over.
-        second: The other one, with the same shots, ways and queries.
-        fraction: Probability of ``second``, 0 to 1.
+        sources: Sources of the same seed, sizes, augmentation and device.
+        weights: How often each is drawn, in any unit.
     """
 
-    def __init__(self, first: EpisodeSource, second: EpisodeSource, fraction: float):
+    def __init__(self, sources: Sequence[EpisodeSource], weights: Sequence[float]):
+        first = sources[0]
         super().__init__(
             first.seed,
+            size=first.size,
             shots=first.shots,
             ways=first.ways,
             queries=first.queries,
             augmentation=first.augmentation,
             device=first.device,
         )
-        self.first = first
-        self.second = second
-        self.fraction = fraction
+        self.sources = list(sources)
+        self.weights = torch.tensor(weights, dtype=torch.float32)
 
     def draw(self, generator: torch.Generator) -> Draw:
         """See ``EpisodeSource.draw``."""
-        other = float(torch.rand(1, generator=generator)) < self.fraction
-        return (self.second if other else self.first).draw(generator)
+        chosen = int(torch.multinomial(self.weights, 1, generator=generator))
+        return self.sources[chosen].draw(generator)
 
 
 def episode_generator(seed: int, index: int) -> torch.Generator:
@@ -402,9 +412,53 @@ def _at(centre: float, slices: Sequence[int]) -> int:
     return slices[min(max(int(centre * len(slices)), 0), len(slices) - 1)]
 
 
-def _label_map(case: CaseSlices, position: int) -> Tensor:
-    assert case.labels is not None
-    return case.labels[position]
+def field_of_view(
+    case: CaseSlices, label: Tensor, generator: torch.Generator
+) -> tuple[tuple[float, float], float]:
+    """A field of view around the foreground of a stored slice: its centre and its side in mm.
+
+    Its side is two to eight diameters of the foreground (of the disc of its area), at most a tenth
+    more than the slice; its centre lies up to a quarter of the side from the foreground's.
+    """
+    row, column = case.spacing[1:]
+    inside = label.nonzero().float() + 0.5
+    diameter = 2 * math.sqrt(max(len(inside), 1) * row * column / math.pi)
+    draw = torch.rand(3, generator=generator).tolist()
+    side = diameter * _WIDTHS[0] * (_WIDTHS[1] / _WIDTHS[0]) ** draw[0]
+    side = min(max(side, _SMALLEST * max(row, column)), 1.1 * max(case.extent))
+    middle = inside.mean(dim=0).tolist() if len(inside) else [n / 2 for n in label.shape]
+    middle = [place * spacing for place, spacing in zip(middle, (row, column), strict=True)]
+    return (
+        middle[0] + (draw[1] - 0.5) / 2 * side,
+        middle[1] + (draw[2] - 0.5) / 2 * side,
+    ), side
+
+
+def _nudge(
+    case: CaseSlices, centre: tuple[float, float], side: float, generator: torch.Generator
+) -> tuple[float, float]:
+    """A centre near the given one, such that as little of the field as can be leaves the slice."""
+    moved = []
+    draw = torch.rand(2, generator=generator).tolist()
+    for place, extent, random in zip(centre, case.extent, draw, strict=True):
+        low, high = sorted((side / 2, extent - side / 2))
+        moved.append(min(max(place + (2 * random - 1) * _NUDGE * side, low), high))
+    return moved[0], moved[1]
+
+
+def _cut(
+    case: CaseSlices, position: int, label: Tensor, centre: tuple[float, float], side: float
+) -> Cut:
+    if case.upside_down:
+        centre = case.extent[0] - centre[0], centre[1]
+    image, label = case.upright(case.images[position]), case.upright(label)
+    return Cut(image, label, case.extent, centre, side)
+
+
+def _large(seen: Sequence[tuple[int, int]]) -> list[int]:
+    """The positions at which a supervoxel shows a large part of its largest cross-section."""
+    largest = max(area for _, area in seen)
+    return [position for position, area in seen if area >= _LARGE * largest]
 
 
 def _positions_of(
@@ -429,25 +483,6 @@ def _renumber(labels: Tensor, chosen: Sequence[int]) -> Tensor:
     for number, label in enumerate(chosen, start=1):
         result[labels == label] = number
     return result
-
-
-def _adjacent(case: CaseSlices, position: int, other: int) -> bool:
-    """Whether two positions exist and are neighbouring slices of the volume."""
-    if not 0 <= other < len(case.numbers):
-        return False
-    return abs(case.numbers[position] - case.numbers[other]) == 1
-
-
-def _links(first: Tensor, second: Tensor) -> list[tuple[int, int]]:
-    """Pairs of superpixels of two slices that are one piece of tissue."""
-    rows, columns = int(first.max()) + 1, int(second.max()) + 1
-    if first is second:
-        return [(number, number) for number in range(1, rows)]
-    pair = first.flatten().long() * columns + second.flatten()
-    joint = torch.bincount(pair, minlength=rows * columns).view(rows, columns)
-    union = joint.sum(1, keepdim=True) + joint.sum(0, keepdim=True) - joint
-    linked = (joint > _LINK_IOU * union)[1:, 1:]
-    return [(row + 1, column + 1) for row, column in linked.nonzero().tolist()]
 
 
 def _where(case: CaseSlices, positions: Sequence[int]) -> str:

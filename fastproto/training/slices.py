@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slices that episodes are drawn from, kept in memory in a compact form."""
+"""The scans that episodes are cut from, kept in memory in a compact form."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,43 +17,99 @@ from fastproto.data.dataset import Case, Dataset
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.data.volume import check_labels, read_label, read_volume
 from fastproto.errors import DatasetError
-from fastproto.training.superpixels import foreground_threshold, superpixels
+
+Scan = tuple[Tensor, tuple[float, float, float]]
+"""Normalised slices [n, h, w] and their spacing (slice, row, column) in mm."""
+RegionFinder = Callable[[Sequence[Scan]], Sequence[np.ndarray]]
 
 _CHUNK = 32  # slices prepared at a time, so that the float32 copy of a volume never exists
+_ISOTROPIC = 2.5  # voxels whose sides differ by more make poor slices in the other planes
+# Where rows and columns of another plane lie in an axial stack [z, y, x], head on top.
+_VIEWS = {"coronal": (1, 0, 2), "sagittal": (2, 0, 1)}
 
 
-@dataclass
+@dataclass(frozen=True)
 class CaseSlices:
     """The kept slices of one patient; `position` counts them, `numbers` says where they lie.
 
     Attributes:
         id: The case's id.
         numbers: Slice number in the prepared volume of each position, ascending.
-        images: [n, S, S] float16, normalised.
-        labels: [n, S, S] uint8 (int32 where a label is above 255), or None without labels.
-        threshold: Intensity above which a pixel can be body.
+        images: [n, h, w] float16, normalised.
+        labels: [n, h, w] uint8 (int32 where a label is above 255), or None without labels.
+        spacing: Distance of slices, rows and columns in mm.
+        regions: [scales, n, h, w] integers: supervoxels 1.. of every scale, 0 outside; or None.
+        upside_down: Whether rows are stored from the bottom to the top.
     """
 
     id: str
     numbers: list[int]
     images: Tensor
     labels: Tensor | None
-    threshold: float
-    _superpixels: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    regions: Tensor | None = None
+    upside_down: bool = False
 
-    def superpixels(self, position: int) -> Tensor:
-        """[S, S] int16: 0 outside the body, superpixels 1..n; computed once, then kept."""
-        if position not in self._superpixels:
-            image = self.images[position].float().numpy()
-            self._superpixels[position] = torch.from_numpy(superpixels(image, self.threshold))
-        return self._superpixels[position]
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Height and width of a slice in mm."""
+        return self.images.shape[1] * self.spacing[1], self.images.shape[2] * self.spacing[2]
+
+    def only(self, keep: Tensor) -> CaseSlices:
+        """The slices where ``keep`` [n] is true."""
+        if keep.all():
+            return self
+        return dataclasses.replace(
+            self,
+            numbers=[number for number, kept in zip(self.numbers, keep, strict=True) if kept],
+            images=self.images[keep],
+            labels=None if self.labels is None else self.labels[keep],
+            regions=None if self.regions is None else self.regions[:, keep],
+        )
+
+    def upright(self, picture: Tensor) -> Tensor:
+        """A slice of ``images``, ``labels`` or ``regions`` with its first row on top."""
+        return picture.flip(0) if self.upside_down else picture
+
+    def planes(self) -> Iterator[CaseSlices]:
+        """The case itself and, where its voxels allow it, views of it in the other two planes."""
+        yield self
+        complete = self.numbers == list(range(len(self.numbers)))
+        if not complete or max(self.spacing) > _ISOTROPIC * min(self.spacing):
+            return
+        for axes in _VIEWS.values():
+            yield CaseSlices(
+                self.id,
+                list(range(self.images.shape[axes[0]])),
+                self.images.permute(axes),
+                None if self.labels is None else self.labels.permute(axes),
+                (self.spacing[axes[0]], self.spacing[axes[1]], self.spacing[axes[2]]),
+                None if self.regions is None else self.regions.permute(0, *(a + 1 for a in axes)),
+                upside_down=True,
+            )
+
+    @cached_property
+    def areas(self) -> list[dict[int, list[tuple[int, int]]]]:
+        """Per scale: supervoxel -> the positions it is seen at, with its pixels there."""
+        assert self.regions is not None
+        scales = []
+        for regions in self.regions:
+            found: dict[int, list[tuple[int, int]]] = {}
+            for position, region in enumerate(regions):
+                counts = np.bincount(region.numpy().ravel())
+                for label in np.flatnonzero(counts)[1 if counts[0] else 0 :].tolist():
+                    found.setdefault(label, []).append((position, int(counts[label])))
+            scales.append(found)
+        return scales
 
 
 class SliceStore:
     """The slices of several patients.
 
-    Memory: 3 bytes a pixel (float16 image, uint8 label), 0.2 MB for a 256 x 256 slice, and
-    2 bytes a pixel more for slices whose superpixels were asked for.
+    Memory: 3 bytes a pixel (float16 image, uint8 label) and 2 for every scale of supervoxels.
 
     Args:
         cases: At least one, each with at least one slice.
@@ -60,7 +120,7 @@ class SliceStore:
 
     def __len__(self) -> int:
         """Number of slices."""
-        return sum(len(case.numbers) for case in self.cases)
+        return sum(map(len, self.cases))
 
     @classmethod
     def build(
@@ -68,8 +128,9 @@ class SliceStore:
         dataset: Dataset,
         cases: Sequence[Case],
         preprocessing: Preprocessing,
-        with_labels: bool = True,
+        labels: Literal["needed", "wanted", "unused"] = "needed",
         *,
+        find_regions: RegionFinder | None = None,
         holding: Collection[int] | None = None,
         without: Collection[int] = (),
     ) -> SliceStore:
@@ -78,8 +139,12 @@ class SliceStore:
         Args:
             dataset: Where the cases are from; named in errors.
             cases: Cases to read.
-            preprocessing: Turns a volume into slices.
-            with_labels: Keep the label maps too; without, they are read only for ``without``.
+            preprocessing: Turns a volume into slices. Its image size is the largest that is kept;
+                a scan with fewer pixels keeps its own.
+            labels: Keep label maps: of every case, where there are some, or not at all (then they
+                are read only for ``without``).
+            find_regions: Finds the supervoxels of whole scans, see
+                ``fastproto.training.supervoxels``; None for none.
             holding: Keep only slices with at least one of these labels; None keeps every slice.
             without: Drop every slice with any of these labels ("setting 2": held-out classes are
                 not even seen as unlabelled tissue).
@@ -88,22 +153,35 @@ class SliceStore:
             DatasetError: A case has no label map where one is needed, or no slice is left at all.
             InputError: A file that cannot be used.
         """
-        need_labels = with_labels or bool(without) or holding is not None
-        kept = []
+        needed = labels == "needed" or bool(without) or holding is not None
+        whole = []
         for case in cases:
-            if need_labels and case.label is None:
+            if needed and case.label is None:
                 raise DatasetError(
                     f"{dataset.root}: case {case.id}",
                     found="no label map",
                     allowed="a label map for every case of label episodes and held-out classes",
-                    fix="Leave the case out, or train on superpixels alone.",
+                    fix="Leave the case out, or train without labels.",
                 )
-            names = dataset.labels if need_labels else None
-            slices = _read_case(case, preprocessing, names, holding, without)
-            if slices is not None:
-                if not with_labels:
-                    slices.labels = None
-                kept.append(slices)
+            reads = needed or (labels == "wanted" and case.label is not None)
+            whole.append(_read_case(case, preprocessing, dataset.labels if reads else None))
+        if find_regions is not None:  # before slices are dropped, so that neighbours are neighbours
+            found = find_regions([(case.images, case.spacing) for case in whole])
+            whole = [
+                dataclasses.replace(case, regions=torch.from_numpy(regions))
+                for case, regions in zip(whole, found, strict=True)
+            ]
+        kept = []
+        for case in whole:
+            keep = torch.ones(len(case), dtype=torch.bool)
+            if case.labels is not None:
+                if holding is not None:
+                    keep &= _holds(case.labels, holding)
+                keep &= ~_holds(case.labels, without)
+            if labels == "unused":
+                case = dataclasses.replace(case, labels=None)
+            if keep.any():
+                kept.append(case.only(keep))
         if not kept:
             raise DatasetError(
                 dataset.root,
@@ -115,15 +193,10 @@ class SliceStore:
 
 
 def _read_case(
-    case: Case,
-    preprocessing: Preprocessing,
-    names: Mapping[int, str] | None,
-    holding: Collection[int] | None,
-    without: Collection[int],
-) -> CaseSlices | None:
-    volume = read_volume(case.image)
-    prepared = preprocessing.prepare(volume)
-    keep = torch.ones(len(prepared), dtype=torch.bool)
+    case: Case, preprocessing: Preprocessing, names: Mapping[int, str] | None
+) -> CaseSlices:
+    """All slices of a case, with labels where ``names`` explains them."""
+    prepared = preprocessing.prepare(read_volume(case.image)).at_most_native()
     labels: Tensor | None = None
     if names is not None:
         assert case.label is not None
@@ -131,25 +204,13 @@ def _read_case(
         check_labels(label, names, needed=False)
         labels = prepared.labels(label)
         labels = labels.to(torch.uint8 if int(labels.max()) < 256 else torch.int32)
-        if holding is not None:
-            keep &= _holds(labels, holding)
-        keep &= ~_holds(labels, without)
-    numbers = keep.nonzero().flatten().tolist()
-    if not numbers:
-        return None
-    images = torch.empty(len(numbers), preprocessing.image_size, preprocessing.image_size).half()
-    filled = 0
+    size = prepared.image_size
+    images = torch.empty(len(prepared), size, size, dtype=torch.float16)
     for start in range(0, len(prepared), _CHUNK):
         stop = min(start + _CHUNK, len(prepared))
-        wanted = keep[start:stop]
-        if wanted.any():
-            chunk = prepared.images(start, stop)[wanted, 0]
-            images[filled : filled + len(chunk)] = chunk
-            filled += len(chunk)
-    threshold = foreground_threshold(images.numpy())
-    return CaseSlices(
-        case.id, numbers, images, labels[keep].clone() if labels is not None else None, threshold
-    )
+        images[start:stop] = prepared.images(start, stop)[:, 0]
+    spacing = (prepared.spacing[0], prepared.pixel_size, prepared.pixel_size)
+    return CaseSlices(case.id, list(range(len(prepared))), images, labels, spacing)
 
 
 def _holds(labels: Tensor, wanted: Collection[int]) -> Tensor:

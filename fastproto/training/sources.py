@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +13,17 @@ import torch
 from fastproto.data.dataset import Case, Dataset, open_dataset
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.data.volume import read_volume
-from fastproto.errors import ArgumentError, DatasetError
+from fastproto.errors import ArgumentError, DatasetError, LabelError
 from fastproto.training.augment import Augmentation
 from fastproto.training.config import TrainConfig
 from fastproto.training.episodes import (
     EpisodeSource,
     LabelEpisodes,
     MixedEpisodes,
-    SuperpixelEpisodes,
+    SupervoxelEpisodes,
 )
 from fastproto.training.slices import SliceStore
+from fastproto.training.supervoxels import find_supervoxels
 
 _VALIDATION_SEED = 20_010_911  # the same validation episodes for every training seed
 
@@ -35,125 +37,204 @@ class TrainingData:
         validation: Fixed episodes without augmentation, or None without labels.
         extra: What the model file says about it, preprocessing included.
         slices: Numbers of the slices kept of each training case; the same in a resumed run.
+        summary: One line for the user: what is trained on.
     """
 
     training: EpisodeSource
     validation: EpisodeSource | None
     extra: dict[str, Any]
     slices: dict[str, list[int]]
+    summary: str
 
 
-def read_training_data(config: TrainConfig, device: torch.device) -> TrainingData:
-    """Open the data set, fit the normalisation to the training cases and read their slices.
+@dataclass(frozen=True)
+class _Part:
+    """One data set of a run, with what it gives to it."""
+
+    dataset: Dataset
+    cases: list[Case]
+    validation_cases: list[Case]
+    classes: list[int]
+    excluded: list[int]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether label episodes can be drawn."""
+        return bool(self.classes) and all(case.label is not None for case in self.cases)
+
+
+def read_training_data(
+    config: TrainConfig,
+    device: torch.device,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> TrainingData:
+    """Open the data sets, fit the normalisation to the training cases and read their slices.
+
+    Args:
+        config: Without "auto", see ``TrainConfig.resolved``.
+        device: Where episodes end.
+        preprocessing: Of a model to go on from: modality -> fields of ``Preprocessing``.
 
     Raises:
         ArgumentError: Classes both held out and to be trained on, or none left.
         DatasetError: Unknown cases, no case left, or no slices.
         InputError: Files that cannot be used.
     """
-    dataset = open_dataset(config.data)
-    excluded = dataset.label_ids(config.holdout)
-    classes = dataset.label_ids(config.classes) or [i for i in dataset.labels if i not in excluded]
-    both = sorted(set(classes) & set(excluded))
-    if both:
-        raise ArgumentError("holdout", found=f"base classes {both}", allowed="other classes")
-    validation_cases = dataset.select(config.validation_cases)
-    away = {case.id for case in [*dataset.select(config.holdout_cases), *validation_cases]}
-    cases = [case for case in dataset.cases if case.id not in away]
-    if not cases:
-        raise DatasetError(
-            dataset.root,
-            found="no case left to train on",
-            allowed="cases that are neither held out nor for validation",
-        )
-    preprocessing = Preprocessing.fit(
-        (read_volume(case.image) for case in cases),
-        dataset.modality,
-        config.image_size,
-        crop=config.crop,
-        plane=config.plane,
-    )
-    on_labels = config.superpixel_fraction < 1
-    without = excluded if config.drop_excluded_slices else []
-    store = SliceStore.build(
-        dataset,
-        cases,
-        preprocessing,
-        on_labels,
-        holding=classes if config.superpixel_fraction == 0 else None,
-        without=without,
-    )
+    assert config.image_size != "auto"
+    parts = _parts(config)
+    fitted = dict(preprocessing or {})
+    for modality in dict.fromkeys(part.dataset.modality for part in parts):
+        cases = [c for part in parts if part.dataset.modality == modality for c in part.cases]
+        if modality not in fitted:
+            fitted[modality] = Preprocessing.fit(
+                (read_volume(case.image) for case in cases),
+                modality,
+                config.image_size,
+                crop=config.crop,
+                plane=config.plane,
+            ).to_dict()
 
     options: dict[str, Any] = {
+        "size": config.image_size,
         "shots": config.shots,
         "ways": config.ways,
         "queries": config.queries,
         "device": device,
     }
-    label_options = {
-        "excluded": excluded,
-        "names": dataset.labels,
-        "min_pixels": config.min_pixels,
-        **options,
-    }
-    validation = None
-    if config.validation_episodes > 0:
-        validation_store = _validation_store(
-            dataset, validation_cases, cases, store if on_labels else None, preprocessing, classes
-        )
-        if validation_store is not None:
-            validation = LabelEpisodes(validation_store, classes, _VALIDATION_SEED, **label_options)
-
     augmentation = Augmentation() if config.augment else None
-    training: EpisodeSource | None = None
-    trained: list[int] = []
-    if on_labels:
-        training = LabelEpisodes(
-            store, classes, config.seed, augmentation=augmentation, **label_options
+    sources: list[EpisodeSource] = []
+    validation: list[EpisodeSource] = []
+    slices: dict[str, list[int]] = {}
+    trained: dict[str, str] = {}
+    counts = {"supervoxels": 0, "labels": 0}
+    for part in parts:
+        dataset = part.dataset
+        stored = replace(
+            Preprocessing.from_dict(fitted[dataset.modality]), image_size=config.store_size
         )
-        trained = training.classes
-    if config.superpixel_fraction > 0:
-        pseudo = SuperpixelEpisodes(
-            store,
-            config.seed,
-            source=config.superpixel_source,
-            augmentation=augmentation,
+        on_labels = config.label_fraction > 0 and part.labelled
+        on_regions = config.label_fraction < 1 or not on_labels
+        store = SliceStore.build(
+            dataset,
+            part.cases,
+            stored,
+            "needed" if on_labels else "unused",
+            find_regions=_finder(config, dataset) if on_regions else None,
+            holding=None if on_regions else part.classes,
+            without=part.excluded if config.drop_excluded_slices else [],
+        )
+        slices |= {case.id: case.numbers for case in store.cases}
+        label_options = {
+            "excluded": part.excluded,
+            "names": dataset.labels,
+            "min_pixels": config.min_pixels,
             **options,
-        )
-        if training is None:
-            training = pseudo
+        }
+        regions = labels = None
+        if on_regions:
+            regions = SupervoxelEpisodes(
+                store,
+                config.seed,
+                absent=config.absent_fraction,
+                planes=config.all_planes and config.plane == "axial",
+                gap=config.gap,
+                augmentation=augmentation,
+                **options,
+            )
+            counts["supervoxels"] += len(store.cases)
+        if on_labels:
+            labels = LabelEpisodes(
+                store, part.classes, config.seed, augmentation=augmentation, **label_options
+            )
+            trained |= {str(number): dataset.labels[number] for number in labels.classes}
+            counts["labels"] += len(store.cases)
+        if regions is not None and labels is not None:
+            share = config.label_fraction
+            sources.append(MixedEpisodes([regions, labels], [1 - share, share]))
         else:
-            training = MixedEpisodes(training, pseudo, config.superpixel_fraction)
-    assert training is not None
+            sources += [source for source in (regions, labels) if source is not None]
+        if config.validation_episodes > 0 and part.classes:
+            cases = part.validation_cases or part.cases
+            if part.validation_cases or not on_labels:
+                usable = all(case.label is not None for case in cases)
+                known = SliceStore.build(dataset, cases, stored) if usable else None
+            else:
+                known = store
+            if known is not None and (part.validation_cases or on_labels):
+                validation.append(
+                    LabelEpisodes(known, part.classes, _VALIDATION_SEED, **label_options)
+                )
 
+    names = ", ".join(trained.values())
+    by_labels = f" and, in {counts['labels']}, from the labels of {names}" if trained else ""
     return TrainingData(
-        training=training,
-        validation=validation,
+        training=_mixed(sources, [1] * len(sources)),  # each data set as often as any other
+        validation=_mixed(validation, [1] * len(validation)) if validation else None,
         extra={
-            "dataset": dataset.name,
-            "modality": dataset.modality,
-            "preprocessing": preprocessing.to_dict(),
-            "classes": {str(label): dataset.labels[label] for label in trained},
-            "holdout": {str(label): dataset.labels[label] for label in excluded},
-            "training_cases": [case.id for case in cases],
+            "dataset": ", ".join(part.dataset.name for part in parts),
+            "preprocessing": fitted,
+            "classes": trained,
+            "holdout": {
+                str(label): part.dataset.labels[label] for part in parts for label in part.excluded
+            },
+            "training_cases": [case.id for part in parts for case in part.cases],
             "validation_cases": list(config.validation_cases),
         },
-        slices={case.id: case.numbers for case in store.cases},
+        slices=slices,
+        summary=f"learning from {counts['supervoxels']} scans without labels (supervoxels)"
+        f"{by_labels}",
     )
 
 
-def _validation_store(
-    dataset: Dataset,
-    validation_cases: Sequence[Case],
-    training_cases: Sequence[Case],
-    training_store: SliceStore | None,
-    preprocessing: Preprocessing,
-    classes: Sequence[int],
-) -> SliceStore | None:
-    """Slices of the validation cases, else of the training cases; None where labels are missing."""
-    if not validation_cases and training_store is not None:
-        return training_store
-    cases = validation_cases or training_cases
-    if not classes or any(case.label is None for case in cases):
-        return None
-    return SliceStore.build(dataset, cases, preprocessing, holding=classes)
+def _parts(config: TrainConfig) -> list[_Part]:
+    """The data sets with their cases and classes, every name of the configuration used."""
+    datasets = [open_dataset(path) for path in config.data]
+    parts = []
+    for dataset in datasets:
+        excluded = _known_labels(dataset, config.holdout)
+        classes = _known_labels(dataset, config.classes)
+        if not config.classes:
+            classes = [number for number in dataset.labels if number not in excluded]
+        if both := sorted(set(classes) & set(excluded)):
+            raise ArgumentError("holdout", found=f"base classes {both}", allowed="other classes")
+        own = {case.id for case in dataset.cases}
+        validation = dataset.select(id_ for id_ in config.validation_cases if id_ in own)
+        away = {*config.holdout_cases, *(case.id for case in validation)}
+        cases = [case for case in dataset.cases if case.id not in away]
+        if not cases:
+            raise DatasetError(
+                dataset.root,
+                found="no case left to train on",
+                allowed="cases that are neither held out nor for validation",
+            )
+        parts.append(_Part(dataset, cases, validation, classes, excluded))
+    ids = [case.id for dataset in datasets for case in dataset.cases]
+    for name in ("holdout_cases", "validation_cases"):
+        if unknown := [id_ for id_ in getattr(config, name) if id_ not in ids]:
+            raise DatasetError(
+                ", ".join(config.data), found=f"no case {', '.join(unknown)}", allowed=str(ids)
+            )
+    for name in ("holdout", "classes"):
+        for label in getattr(config, name):
+            if not any(_known_labels(dataset, [label]) for dataset in datasets):
+                datasets[0].label_ids([label])  # says what there is
+                raise LabelError(name, found=repr(label), allowed="a label of the data")
+    return parts
+
+
+def _known_labels(dataset: Dataset, labels: Sequence[str | int]) -> list[int]:
+    """Numbers of those labels, names or numbers, that the data set has."""
+    known = {*dataset.labels.values(), *map(str, dataset.labels)}
+    return dataset.label_ids([label for label in labels if str(label) in known])
+
+
+def _finder(config: TrainConfig, dataset: Dataset) -> Any:
+    """Supervoxels of many scans, cached beside the run."""
+    folder = Path(config.output) / "supervoxels"
+    return lambda scans: find_supervoxels(
+        scans, folder, progress=config.progress, name=dataset.name
+    )
+
+
+def _mixed(sources: Sequence[EpisodeSource], weights: Sequence[float]) -> EpisodeSource:
+    return sources[0] if len(sources) == 1 else MixedEpisodes(sources, weights)
