@@ -239,6 +239,11 @@ class PreparedVolume:
         images = self._rows.to_image @ torch.from_numpy(values) @ self._columns.to_image.T
         return images.add_((low - mean) * scale).unsqueeze(1)
 
+    @property
+    def pixel_positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the images' rows and columns lie, [S] each, in rows and columns of the slices."""
+        return self._rows.positions, self._columns.positions
+
     def labels(self, label: Volume) -> torch.Tensor:
         """All slices of a label map on the volume's grid, by nearest voxel.
 
@@ -342,9 +347,10 @@ class _Axis:
     ):
         middle = (image_size - 1) / 2
         ratio = pixel_size / spacing
-        positions = centre + (np.arange(image_size) - middle) * ratio
-        self.to_image = _linear_weights(positions, length, ratio)
-        self.to_slice = _linear_weights(
+        # Of the image's pixels, in pixels of the slice.
+        self.positions = positions = centre + (np.arange(image_size) - middle) * ratio
+        self.to_image = linear_weights(positions, length, ratio)
+        self.to_slice = linear_weights(
             middle + (np.arange(length) - centre) / ratio, image_size, 1 / ratio
         )
         index = np.floor(positions + 0.5).astype(np.int64)
@@ -352,7 +358,7 @@ class _Axis:
         self.nearest = index.clip(0, length - 1), (index >= 0) & (index < length)
 
 
-def _linear_weights(positions: np.ndarray, length: int, step: float) -> torch.Tensor:
+def linear_weights(positions: np.ndarray, length: int, step: float) -> torch.Tensor:
     """Linear interpolation at ``positions`` as a matrix [len(positions), length].
 
     Where neighbouring positions are more than one pixel apart, the triangle widens with them, so
@@ -477,25 +483,14 @@ def _body_box(
 ) -> tuple[int, int, int, int]:
     """Rows and columns [top, bottom, left, right) of the body in any slice, with a margin of 5 mm.
 
-    CT: above -500 HU. MR: above a tenth of the way from the 0.5 % to the 99.5 % value. Pieces
-    smaller than a quarter of the largest (the table, noise) do not count. It is found on a grid of
-    at most 128 voxels a side. A volume without foreground keeps its whole slices.
+    It is found on a grid of at most 128 voxels a side, see ``body_mask``. A volume without
+    foreground keeps its whole slices.
     """
     steps = tuple(-(-length // _BODY_GRID) for length in array.shape)
-    coarse = array[tuple(slice(None, None, step) for step in steps)].astype(np.float32)
-    if modality == "ct":
-        threshold = _CT_BODY_HU
-    else:
-        low, high = np.percentile(coarse, [0.5, 99.5])
-        threshold = low + _MR_BODY_FRACTION * (high - low)
-    pieces, count = scipy.ndimage.label(coarse > threshold)
+    body = body_mask(array[tuple(slice(None, None, step) for step in steps)], modality)
     box = []
-    if count:
-        sizes = np.bincount(pieces.ravel())
-        sizes[0] = 0
-        body = (sizes >= 0.25 * sizes.max())[pieces]
     for axis in (1, 2):
-        if not count:
+        if not body.any():
             box += [0, array.shape[axis]]
             continue
         hit = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
@@ -505,3 +500,21 @@ def _body_box(
         last = (hit[-1] + 1) * steps[axis] + margin
         box += [max(int(first), 0), min(int(last), array.shape[axis])]
     return box[0], box[1], box[2], box[3]
+
+
+def body_mask(array: np.ndarray, modality: str) -> np.ndarray:
+    """Which voxels are body, as bool of the same shape; for a coarse view of a volume.
+
+    CT: above -500 HU. MR: above a tenth of the way from the 0.5 % to the 99.5 % value. Pieces
+    smaller than a quarter of the largest (the table, noise) do not count.
+    """
+    coarse = array.astype(np.float32)
+    if modality == "ct":
+        threshold = _CT_BODY_HU
+    else:
+        low, high = np.percentile(coarse, [0.5, 99.5])
+        threshold = low + _MR_BODY_FRACTION * (high - low)
+    pieces, count = scipy.ndimage.label(coarse > threshold)
+    sizes = np.bincount(pieces.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    return (sizes >= max(0.25 * sizes.max(), 1))[pieces]
