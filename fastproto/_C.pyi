@@ -1,4 +1,8 @@
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 def build_info() -> dict[str, str]: ...
 def cpu_level() -> str: ...
@@ -22,3 +26,11 @@ def cuda_plan(
     has_sm90: bool = True,
     kernels: str = "",
 ) -> dict[str, Any]: ...
+def supervoxels(
+    image: npt.NDArray[np.float32],
+    mask: npt.NDArray[np.bool_] | npt.NDArray[np.uint8],
+    spacing: tuple[float, float, float],
+    scale: float,
+    min_sizes: Sequence[int],
+    exponent: float = 1.0,
+) -> npt.NDArray[np.int32]: ...
