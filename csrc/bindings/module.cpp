@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// fastproto._C: facts about the build, this CPU and the plans. No torch header, no tensors, no
-// arithmetic.
+// fastproto._C: facts about the build, this CPU and the plans, and supervoxels. No torch header, no
+// tensors.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "../cpu/kernels.h"
+#include "../cpu/supervoxels.h"
 #include "../cuda/plan.h"
 
 namespace py = pybind11;
@@ -55,10 +57,32 @@ py::dict cuda_plan(int capability, int multiprocessors, int shared_memory, const
   return d;
 }
 
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+py::array_t<int32_t> supervoxels(const Array<float>& image, const Array<bool>& mask,
+                                 const std::array<double, 3>& spacing, double scale,
+                                 const std::vector<int64_t>& min_sizes, double exponent) {
+  if (image.ndim() != 3)
+    throw py::value_error("image: found " + std::to_string(image.ndim()) +
+                          " dimensions; allowed: 3 (z, y, x).");
+  const std::array<int64_t, 3> shape{image.shape(0), image.shape(1), image.shape(2)};
+  if (mask.ndim() != 3 || !std::equal(shape.begin(), shape.end(), mask.shape()))
+    throw py::value_error("mask: found another shape than the image's; allowed: the same shape.");
+  py::array_t<int32_t> labels(std::vector<py::ssize_t>{static_cast<py::ssize_t>(min_sizes.size()),
+                                                       shape[0], shape[1], shape[2]});
+  int32_t* out = labels.mutable_data();
+  const float* voxels = image.data();
+  const bool* inside = mask.data();
+  py::gil_scoped_release release;
+  fastproto::cpu::supervoxels({shape, spacing, scale, exponent, min_sizes}, voxels, inside, out);
+  return labels;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and CPU feature level of fastproto's native code.";
+  m.doc() = "Build information, CPU feature level and supervoxels of fastproto's native code.";
   m.def(
       "build_info",
       [] {
@@ -94,4 +118,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("kernels") = "",
         "Which CUDA kernels a problem runs with on a chip, and the reasons in sentences. `kernels` "
         "is FASTPROTO_CUDA_KERNELS. Raises ValueError where there is no plan.");
+  m.def("supervoxels", &supervoxels, py::arg("image"), py::arg("mask"), py::arg("spacing"),
+        py::arg("scale"), py::arg("min_sizes"), py::arg("exponent") = 1.0,
+        "Felzenszwalb and Huttenlocher's segmentation in 3-D: int32 [min_sizes, Z, Y, X], "
+        "components 1..n for each minimum size (voxels, ascending) and 0 outside the mask. Each "
+        "is a union of components of the minimum size before it. An edge's weight is the "
+        "difference of intensity times (length / length on a cubic grid) ** exponent. Raises "
+        "ValueError for unusable arguments.");
 }
