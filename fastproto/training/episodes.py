@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -325,14 +326,18 @@ class SupervoxelEpisodes(EpisodeSource):
             case = _choice(_choice(self._cases, generator), generator)
             scale = _choice(range(len(case.areas)), generator)
             areas = case.areas[scale]
-            if len(areas) < self.ways:
+            count = areas.shape[1] - 1
+            if count < self.ways:
                 continue
-            first = _choice(list(areas), generator)
-            seen = _large(areas[first])
+            first = 1 + _choice(range(count), generator)
+            seen = _large(areas[:, first])
             position = _choice(seen, generator)
             others = []
             if self.ways > 1:
-                others = [n for n in areas if n != first and position in _large(areas[n])]
+                here = np.flatnonzero(areas[position]).tolist()
+                others = [
+                    n for n in here if n not in (0, first) and position in _large(areas[:, n])
+                ]
             if len(others) >= self.ways - 1:
                 break
         else:
@@ -455,10 +460,9 @@ def _cut(
     return Cut(image, label, case.extent, centre, side)
 
 
-def _large(seen: Sequence[tuple[int, int]]) -> list[int]:
+def _large(pixels: np.ndarray) -> list[int]:
     """The positions at which a supervoxel shows a large part of its largest cross-section."""
-    largest = max(area for _, area in seen)
-    return [position for position, area in seen if area >= _LARGE * largest]
+    return np.flatnonzero(pixels >= _LARGE * pixels.max()).tolist()
 
 
 def _positions_of(

@@ -92,17 +92,16 @@ class CaseSlices:
             )
 
     @cached_property
-    def areas(self) -> list[dict[int, list[tuple[int, int]]]]:
-        """Per scale: supervoxel -> the positions it is seen at, with its pixels there."""
+    def areas(self) -> list[np.ndarray]:
+        """Per scale ``[n, labels]``: pixels of every supervoxel at every position; 0 is air."""
         assert self.regions is not None
         scales = []
         for regions in self.regions:
-            found: dict[int, list[tuple[int, int]]] = {}
-            for position, region in enumerate(regions):
-                counts = np.bincount(region.numpy().ravel())
-                for label in np.flatnonzero(counts)[1 if counts[0] else 0 :].tolist():
-                    found.setdefault(label, []).append((position, int(counts[label])))
-            scales.append(found)
+            labels = regions.flatten(1).numpy().astype(np.int64)
+            count = int(labels.max()) + 1
+            labels += np.arange(len(labels))[:, None] * count
+            pixels = np.bincount(labels.ravel(), minlength=len(labels) * count)
+            scales.append(pixels.reshape(-1, count).astype(np.int32))
         return scales
 
 
