@@ -8,6 +8,7 @@ millimetres keep their proportions and the way back is the same geometry read th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -185,7 +186,6 @@ class PreparedVolume:
     def __init__(
         self, preprocessing: Preprocessing, volume: Volume, view: FieldOfView | None = None
     ):
-        self.preprocessing = preprocessing
         self.volume = volume
         self._seen = canonical(volume, preprocessing.plane)
         self.shape = self._seen.array.shape
@@ -201,19 +201,31 @@ class PreparedVolume:
             view = FieldOfView(
                 (box[0] + box[1] - 1) / 2, (box[2] + box[3] - 1) / 2, max(height, width)
             )
-        self.view = view
-        self.pixel_size = view.side / preprocessing.image_size
+        self._look(preprocessing, view)
+
+    def _look(self, preprocessing: Preprocessing, view: FieldOfView) -> None:
+        """Set what the images show, and at which size."""
         size = preprocessing.image_size
+        _, rows, columns = self.shape
+        self.preprocessing = preprocessing
+        self.view = view
+        self.pixel_size = view.side / size
         self._rows = _Axis(rows, self.spacing[1], view.row, self.pixel_size, size)
         self._columns = _Axis(columns, self.spacing[2], view.column, self.pixel_size, size)
 
+    def at(self, view: FieldOfView) -> PreparedVolume:
+        """The same volume, seen elsewhere; nothing is computed again."""
+        other = copy.copy(self)
+        other._look(self.preprocessing, view)
+        return other
+
     def at_most_native(self) -> PreparedVolume:
-        """The same field of view at an image size that makes no pixel finer than the scan's own."""
+        """The same view at an image size that makes no pixel finer than the scan's own."""
         native = math.ceil(self.view.side / min(self.spacing[1:]) - 1e-6)
-        if native >= self.image_size:
-            return self
-        smaller = dataclasses.replace(self.preprocessing, image_size=max(1, native))
-        return PreparedVolume(smaller, self.volume, self.view)
+        other = copy.copy(self)
+        size = max(1, min(native, self.image_size))
+        other._look(dataclasses.replace(self.preprocessing, image_size=size), self.view)
+        return other
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,25 @@ class Prototypes:
     def counts(self) -> list[list[int]]:
         """Prototypes of each class, ``[E][K]``; waits for the device."""
         return self.offsets.diff().view(self.episodes, self.num_classes).tolist()
+
+    def pick(self, groups: Sequence[Sequence[Sequence[int]]]) -> Prototypes:
+        """Bags joined from those of several episodes, on the host's knowledge of the offsets.
+
+        Args:
+            groups: ``[E'][K]`` lists of episodes: class k of the new episode e has the prototypes
+                that class k has in those episodes.
+        """
+        offsets = self.offsets.tolist()
+        rows: list[int] = []
+        ends = [0]
+        for episode in groups:
+            for way, members in enumerate(episode):
+                for member in members:
+                    bag = member * self.num_classes + way
+                    rows += range(offsets[bag], offsets[bag + 1])
+                ends.append(len(rows))
+        index = torch.tensor(rows, dtype=torch.long, device=self.protos.device)
+        return Prototypes(self.protos[index], self.offsets.new_tensor(ends), self.num_classes)
 
     def trim(self) -> Prototypes:
         """Without unused capacity; waits for the device."""

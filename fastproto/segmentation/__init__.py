@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from fastproto.segmentation.learn import register
 from fastproto.segmentation.overlay import draw_overlay, write_overlay
 from fastproto.segmentation.predict import Segmentation, segment_volume
-from fastproto.segmentation.task import Task, load_model, register
+from fastproto.segmentation.task import Organ, Task, load_model
 
 __all__ = [
+    "Organ",
     "Segmentation",
     "Task",
     "draw_overlay",

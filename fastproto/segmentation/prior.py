@@ -9,7 +9,7 @@ grid. As in `alignment`, points are (slice, row, column) in mm along the canonic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -252,6 +252,10 @@ class Prior:
     plane: str
     body: np.ndarray
     atlas_spacing: float
+
+    def only(self, index: int) -> Prior:
+        """Of one organ alone, by its place among ``values``."""
+        return replace(self, values=self.values[index : index + 1], maps=(self.maps[index],))
 
     def signed_distance(
         self, start: int, stop: int, *, prepared: PreparedVolume | None = None

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adaptation: a short training of the network on the annotated scan itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastproto.data.preprocessing import PreparedVolume
+from fastproto.losses import EpisodeLoss
+from fastproto.nn.base import FewShotModel
+from fastproto.training.augment import Augmentation, Cut
+from fastproto.training.episodes import Draw, EpisodeSource
+
+BATCH = 4
+LEARNING_RATE = 3e-4
+BACKGROUND_WEIGHT = 0.2
+SHOTS, QUERIES = 2, 2
+ANYWHERE = 0.3  # share of the query slices that are drawn from the whole scan
+
+
+@dataclass(frozen=True)
+class AnnotatedOrgan:
+    """One organ of an annotated scan.
+
+    Attributes:
+        value: Label value.
+        name: Its name.
+        view: The scan, seen in the organ's field of view.
+        masks: [n, S, S] bool, the organ in every slice.
+        slices: Numbers of the slices to learn from, ascending.
+    """
+
+    value: int
+    name: str
+    view: PreparedVolume
+    masks: Tensor
+    slices: tuple[int, ...]
+
+    @cached_property
+    def inside(self) -> list[int]:
+        """Those of ``slices`` that show the organ."""
+        return [number for number in self.slices if self.masks[number].any()]
+
+
+class AnnotatedEpisodes(EpisodeSource):
+    """Episodes whose support and query are slices of the annotated scan, one organ at a time.
+
+    Args:
+        organs: What is drawn in it.
+        seed: See ``EpisodeSource``, as the remaining options.
+    """
+
+    def __init__(self, organs: Sequence[AnnotatedOrgan], seed: int, **options: object):
+        super().__init__(seed, shots=SHOTS, queries=QUERIES, **options)
+        self.organs = list(organs)
+        self._pictures: dict[tuple[int, int], Tensor] = {}
+
+    def draw(self, generator: torch.Generator) -> Draw:
+        """See ``EpisodeSource.draw``."""
+
+        def choice(items: Sequence[int]) -> int:
+            return items[int(torch.randint(len(items), (1,), generator=generator))]
+
+        number = choice(range(len(self.organs)))
+        organ = self.organs[number]
+        chosen = [choice(organ.inside) for _ in range(self.shots)]
+        for _ in range(self.queries):
+            anywhere = float(torch.rand(1, generator=generator)) < ANYWHERE
+            chosen.append(choice(organ.slices if anywhere else organ.inside))
+        cuts = []
+        side = organ.view.view.side
+        scale = 1.25 ** (2 * float(torch.rand(1, generator=generator)) - 1)
+        for position in chosen:
+            moved = (torch.rand(2, generator=generator) * 2 - 1) * 0.1 * side + side / 2
+            cuts.append(
+                Cut(
+                    self._picture(number, position),
+                    organ.masks[position].to(torch.uint8),
+                    (side, side),
+                    (float(moved[0]), float(moved[1])),
+                    side * scale,
+                )
+            )
+        return Draw(cuts, f"{organ.name}, slices {', '.join(map(str, chosen))}")
+
+    def _picture(self, number: int, position: int) -> Tensor:
+        key = number, position
+        if key not in self._pictures:
+            view = self.organs[number].view
+            self._pictures[key] = view.images(position, position + 1)[0, 0]
+        return self._pictures[key]
+
+
+def adapt_model(
+    model: FewShotModel,
+    organs: Sequence[AnnotatedOrgan],
+    steps: int,
+    *,
+    seed: int = 0,
+    parts: str = "decoder",
+    progress: Callable[[int, int, float], object] | None = None,
+) -> tuple[FewShotModel, dict[str, Tensor]]:
+    """Train a copy of ``model`` on the annotated scan.
+
+    Normalisation keeps the statistics of the model: a few slices of one scan would replace them
+    with their own.
+
+    Args:
+        model: Stays as it is.
+        organs: What to learn.
+        steps: Optimiser steps of ``BATCH`` episodes.
+        seed: Of the episodes.
+        parts: Which weights change: "decoder", "norms" or "all".
+        progress: Called after each step with the steps done, the steps in all and the loss.
+
+    Returns:
+        The trained copy in evaluation mode, and the weights in which it differs.
+    """
+    device = next(model.parameters()).device
+    adapted = copy.deepcopy(model).eval()
+    if device.type == "cpu":
+        adapted = adapted.to(memory_format=torch.channels_last)
+    trained = {
+        name: parameter
+        for name, parameter in adapted.named_parameters()
+        if parts == "all"
+        or (parts == "decoder" and name.startswith("decoder."))
+        or (parts == "norms" and parameter.ndim == 1)
+    }
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(name in trained)
+    source = AnnotatedEpisodes(
+        organs,
+        seed,
+        size=organs[0].view.image_size,
+        augmentation=Augmentation(rotation=10, zoom=(0.85, 1.2)),
+        device=device,
+    )
+    loss = EpisodeLoss(ce=1.0, align=0.0, cycle=0.0, class_weights=[BACKGROUND_WEIGHT, 1.0])
+    optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=1e-4)
+    for step in range(steps):
+        rate = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / 10)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * rate
+        total, _, _ = loss(adapted, source.batch(range(step * BATCH, (step + 1) * BATCH)))
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if progress is not None:
+            progress(step + 1, steps, float(total))
+    adapted.requires_grad_(True)
+    return adapted, {name: value.detach().cpu().half() for name, value in trained.items()}
+
+

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an annotated scan to a task: fields of view, slices, prototypes, adaptation, self-check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastproto.data.preprocessing import (
+    FieldOfView,
+    PreparedVolume,
+    Preprocessing,
+    canonical,
+    guess_modality,
+)
+from fastproto.data.volume import Volume, check_labels
+from fastproto.errors import ArgumentError, CheckpointError, LabelError
+from fastproto.nn.base import FewShotModel
+from fastproto.segmentation.adapt import AnnotatedOrgan, adapt_model
+from fastproto.segmentation.predict import score_slices
+from fastproto.segmentation.prior import Atlas
+from fastproto.segmentation.task import Organ, Task
+
+MARGIN_MM = 30.0  # of the field of view around an organ
+DIAMETERS = 4.0  # least side of the field of view, in diameters of the organ's largest slice
+AROUND = 2  # slices beyond either end of an organ that show what it ends in
+_LEFT_OUT = 3  # every third of the chosen slices checks what the others taught
+_BIASES = np.arange(-4.0, 4.01, 0.25)
+
+
+def register(
+    model: FewShotModel,
+    image: Volume,
+    label: Volume,
+    *,
+    labels: dict[int, str] | None = None,
+    classes: Sequence[int] | None = None,
+    slices: int | Sequence[int] = 12,
+    preprocessing: Preprocessing | None = None,
+    prior: str = "affine",
+    adapt: int = 0,
+    seed: int = 0,
+    progress: Callable[[int, int, float], object] | None = None,
+) -> Task:
+    """Learn the organs drawn in one annotated scan.
+
+    Args:
+        model: A trained model, which stays as it is; it also says how to preprocess, unless
+            ``preprocessing`` does.
+        image: The scan.
+        label: Its label map, of the same voxels; the axes may be stored in another order.
+        labels: Label value -> name. It must name every value of the mask that is registered or,
+            without ``classes``, that occurs; names of values that do not occur are not used.
+            None names them ``label 3``.
+        classes: Label values to register, the mask's other values counting as background. None
+            registers all of them.
+        slices: How many slices of an organ to use, spread evenly over it; or their numbers, counted
+            along the canonical axis of the plane.
+        preprocessing: Replaces the model's own.
+        prior: How the task will find the place of the organs in another scan: "box", "affine" or
+            "deformable", see `fastproto.segmentation.prior`.
+        adapt: Training steps on the annotated scan; 0 for none.
+        seed: Of the adaptation.
+        progress: Called after each step of it with the steps done, the steps in all and the loss.
+
+    Raises:
+        GeometryError: Image and mask are on different grids.
+        LabelError: The mask is empty, or a label is unknown, absent or lost in resampling.
+        CheckpointError: The model file does not say how to preprocess.
+    """
+    if isinstance(slices, int) and slices < 1:
+        raise ArgumentError("slices", found=str(slices), allowed="a whole number above 0")
+    preprocessing = preprocessing or model_preprocessing(model, guess_modality(image))
+    prepared = preprocessing.prepare(image)
+    names = _choose_labels(label, labels, classes)
+    annotated = [
+        _annotate(prepared, label, value, name, slices) for value, name in names.items()
+    ]
+    atlas = Atlas.make(
+        image, label, list(names), preprocessing.modality, prior, plane=preprocessing.plane
+    )
+    organs = tuple(_learn(model, organ) for organ in annotated)
+    weights: dict[str, Tensor] = {}
+    if adapt > 0:
+        training = [replace(organ, slices=_split(organ)[0]) for organ in annotated]
+        learner, weights = adapt_model(model, training, adapt, seed=seed, progress=progress)
+        after = tuple(_learn(learner, organ) for organ in annotated)
+        if _expected(after) > _expected(organs):
+            organs = after
+        else:
+            weights = {}
+    return Task(organs, preprocessing, atlas, model.fingerprint(), weights)
+
+
+def model_preprocessing(model: FewShotModel, modality: str) -> Preprocessing:
+    """The preprocessing a model was trained with, from the metadata of its file.
+
+    Raises:
+        CheckpointError: There is none, or none for this modality.
+    """
+    known = model.extra.get("preprocessing")
+    if not isinstance(known, dict) or not known:
+        raise CheckpointError(
+            "model",
+            found="no usable preprocessing in its metadata",
+            allowed="a model written by `fastproto train`",
+            fix="Train one, or pass `preprocessing` when calling from Python.",
+        )
+    if modality not in known:
+        raise CheckpointError(
+            "model",
+            found=f"that it was trained on {', '.join(known).upper()} alone, and a scan that "
+            f"looks like {modality.upper()}",
+            allowed="a model and a scan of one modality",
+        )
+    return Preprocessing.from_dict(known[modality])
+
+
+def _annotate(
+    prepared: PreparedVolume, label: Volume, value: int, name: str, slices: int | Sequence[int]
+) -> AnnotatedOrgan:
+    """Choose the field of view and the slices of one organ."""
+    hits = canonical(label, prepared.preprocessing.plane).array == value
+    pixel_area = prepared.spacing[1] * prepared.spacing[2]
+    areas = hits.sum(axis=(1, 2)) * pixel_area
+    diameter = 2 * math.sqrt(areas.max() / math.pi)
+    centre, sides = [], []
+    for axis, spacing in ((1, prepared.spacing[1]), (2, prepared.spacing[2])):
+        hit = np.flatnonzero(hits.any(axis=tuple({0, 1, 2} - {axis})))
+        centre.append((hit[0] + hit[-1]) / 2)
+        sides.append((hit[-1] - hit[0] + 1) * spacing)
+    side = max(DIAMETERS * diameter, max(sides) + 2 * MARGIN_MM)
+    side = min(side, max(prepared.view.side, max(sides)))
+    view = prepared.at(FieldOfView(centre[0], centre[1], side))
+    masks = view.labels(label) == value
+    present = masks.flatten(1).any(dim=1).numpy()
+    if not present.any():
+        raise LabelError(
+            label.name,
+            found=f"that {name!r} ({value}) vanishes at {prepared.image_size} pixels",
+            allowed="organs larger than a pixel of the network's image",
+            fix="Use a model trained at a larger image size, or leave this label out.",
+        )
+    occupied = np.flatnonzero(present)
+    chosen = spread(occupied, slices) if isinstance(slices, int) else sorted(set(slices))
+    around: list[int] = []
+    if isinstance(slices, int):
+        step = max(1, round(len(occupied) / max(len(chosen), 1)))
+        for number in range(1, AROUND + 1):
+            around += [occupied[0] - number * step, occupied[-1] + number * step]
+    used = sorted({*chosen, *(int(n) for n in around if 0 <= n < len(prepared))})
+    return AnnotatedOrgan(value, name, view, masks, tuple(used))
+
+
+def _expected(organs: Sequence[Organ]) -> float:
+    """Mean Dice in the slices left out; 0 without any, so that adaptation needs proof."""
+    known = [organ.expected_dice for organ in organs if organ.expected_dice is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def _split(organ: AnnotatedOrgan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The slices that teach, and those of the organ's inside that are left out to check it."""
+    inside = [n for n in organ.slices if organ.masks[n].any()]
+    left_out = inside[1:-1:_LEFT_OUT] if len(inside) >= 4 else []
+    return tuple(n for n in organ.slices if n not in left_out), tuple(left_out)
+
+
+def _learn(model: FewShotModel, organ: AnnotatedOrgan) -> Organ:
+    """Prototypes of all chosen slices; bias and expected Dice by the slices left out."""
+    kept, left_out = _split(organ)
+    known = _encode(model, organ, kept)
+    bias, expected = 0.0, None
+    if left_out:
+        scores = score_slices(model, known, organ.view, left_out, left_out)
+        bias, expected = _fit_bias(scores, organ.masks[list(left_out)])
+    return replace(
+        _encode(model, organ, organ.slices), bias=bias, expected_dice=expected
+    )
+
+
+@torch.inference_mode()
+def _encode(model: FewShotModel, organ: AnnotatedOrgan, slices: Sequence[int]) -> Organ:
+    device = next(model.parameters()).device
+    images = torch.cat([organ.view.images(n, n + 1) for n in slices])[:, None]
+    prototypes = model.encode_support(
+        images.expand(-1, -1, 3, -1, -1).to(device),
+        organ.masks[list(slices)][:, None].long().to(device),
+        num_classes=2,
+    )
+    return Organ(
+        organ.value, organ.name, organ.view.view.side, tuple(slices), prototypes.trim().to("cpu")
+    )
+
+
+def _fit_bias(scores: Tensor, masks: Tensor) -> tuple[float, float]:
+    """The shift of the log odds that gives the best Dice, the smallest of equals; and that Dice."""
+    truth = masks.float()
+    best = (-1.0, 0.0)
+    for bias in sorted(_BIASES, key=abs):
+        found = (scores + bias > 0).float()
+        dice = float(2 * (found * truth).sum() / (found.sum() + truth.sum()).clamp(min=1))
+        if dice > best[0] + 1e-3:
+            best = (dice, float(bias))
+    return best[1], best[0]
+
+
+def spread(slices: np.ndarray, number: int) -> list[int]:
+    """The middles of ``number`` equal parts of ``slices``, or all of them if there are fewer."""
+    middles = (int((part + 0.5) * len(slices) / number) for part in range(number))
+    return sorted({int(slices[middle]) for middle in middles})
+
+
+def _choose_labels(
+    label: Volume, labels: dict[int, str] | None, classes: Sequence[int] | None
+) -> dict[int, str]:
+    """Value -> name of the classes to register, checked against what the mask holds."""
+    found = check_labels(label, labels if classes is None else None)
+    wanted = found if classes is None else list(dict.fromkeys(classes))
+    if absent := [value for value in wanted if value not in found]:
+        raise LabelError(
+            label.name,
+            found=f"no voxel of label {_listed(absent)}",
+            allowed=f"labels that occur in this mask: {_listed(found)}",
+        )
+    if labels is None:
+        labels = {value: f"label {value}" for value in found}
+    if unknown := [value for value in wanted if value not in labels]:
+        raise LabelError(
+            "labels",
+            found=f"no name for label {_listed(unknown)}",
+            allowed="a name for every label to register",
+        )
+    return {value: labels[value] for value in sorted(wanted)}
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
