@@ -361,8 +361,7 @@ class SupervoxelEpisodes(EpisodeSource):
             else:
                 query.append(_choice(near or [position], generator))
 
-        assert case.regions is not None
-        labels = [_renumber(case.regions[scale, p], chosen) for p in (*support, *query)]
+        labels = [_renumber(case.region(scale, p), chosen) for p in (*support, *query)]
         centre, side = field_of_view(case, labels[0], generator)
         return Draw(
             [

@@ -17,10 +17,9 @@ from fastproto.data.dataset import Case, Dataset
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.data.volume import check_labels, read_label, read_volume
 from fastproto.errors import DatasetError
+from fastproto.training.supervoxels import Spacing, Supervoxels
 
-Scan = tuple[Tensor, tuple[float, float, float]]
-"""Normalised slices [n, h, w] and their spacing (slice, row, column) in mm."""
-RegionFinder = Callable[[Sequence[Scan]], Sequence[np.ndarray]]
+RegionFinder = Callable[[Mapping[str, tuple[np.ndarray, Spacing]]], Mapping[str, Supervoxels]]
 
 _CHUNK = 32  # slices prepared at a time, so that the float32 copy of a volume never exists
 _ISOTROPIC = 2.5  # voxels whose sides differ by more make poor slices in the other planes
@@ -38,7 +37,8 @@ class CaseSlices:
         images: [n, h, w] float16, normalised.
         labels: [n, h, w] uint8 (int32 where a label is above 255), or None without labels.
         spacing: Distance of slices, rows and columns in mm.
-        regions: [scales, n, h, w] integers: supervoxels 1.. of every scale, 0 outside; or None.
+        regions: [n, h, w] integers: the finest supervoxels 1..N, 0 outside; or None without.
+        parents: [scales, N + 1]: the supervoxel of every scale that a finest one is part of.
         upside_down: Whether rows are stored from the bottom to the top.
     """
 
@@ -48,6 +48,7 @@ class CaseSlices:
     labels: Tensor | None
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
     regions: Tensor | None = None
+    parents: np.ndarray | None = None
     upside_down: bool = False
 
     def __len__(self) -> int:
@@ -67,7 +68,7 @@ class CaseSlices:
             numbers=[number for number, kept in zip(self.numbers, keep, strict=True) if kept],
             images=self.images[keep],
             labels=None if self.labels is None else self.labels[keep],
-            regions=None if self.regions is None else self.regions[:, keep],
+            regions=None if self.regions is None else self.regions[keep],
         )
 
     def upright(self, picture: Tensor) -> Tensor:
@@ -87,21 +88,31 @@ class CaseSlices:
                 self.images.permute(axes),
                 None if self.labels is None else self.labels.permute(axes),
                 (self.spacing[axes[0]], self.spacing[axes[1]], self.spacing[axes[2]]),
-                None if self.regions is None else self.regions.permute(0, *(a + 1 for a in axes)),
+                None if self.regions is None else self.regions.permute(axes),
+                self.parents,
                 upside_down=True,
             )
+
+    def region(self, scale: int, position: int) -> Tensor:
+        """[h, w] int32: the supervoxels of a scale in one slice."""
+        assert self.regions is not None
+        assert self.parents is not None
+        return torch.from_numpy(self.parents[scale].astype(np.int32))[self.regions[position].long()]
 
     @cached_property
     def areas(self) -> list[np.ndarray]:
         """Per scale ``[n, labels]``: pixels of every supervoxel at every position; 0 is air."""
         assert self.regions is not None
+        assert self.parents is not None
+        count = self.parents.shape[1]
+        labels = self.regions.flatten(1).numpy().astype(np.int64)
+        labels += np.arange(len(labels))[:, None] * count
+        pixels = np.bincount(labels.ravel(), minlength=len(labels) * count).reshape(-1, count)
         scales = []
-        for regions in self.regions:
-            labels = regions.flatten(1).numpy().astype(np.int64)
-            count = int(labels.max()) + 1
-            labels += np.arange(len(labels))[:, None] * count
-            pixels = np.bincount(labels.ravel(), minlength=len(labels) * count)
-            scales.append(pixels.reshape(-1, count).astype(np.int32))
+        for parents in self.parents:
+            joined = np.zeros((parents.max() + 1, len(pixels)), np.int32)
+            np.add.at(joined, parents, pixels.T)
+            scales.append(joined.T)
         return scales
 
 
@@ -142,8 +153,8 @@ class SliceStore:
                 a scan with fewer pixels keeps its own.
             labels: Keep label maps: of every case, where there are some, or not at all (then they
                 are read only for ``without``).
-            find_regions: Finds the supervoxels of whole scans, see
-                ``fastproto.training.supervoxels``; None for none.
+            find_regions: Finds the supervoxels of whole scans by case, as ``all_supervoxels``
+                does; a case without them is left out. None for no supervoxels.
             holding: Keep only slices with at least one of these labels; None keeps every slice.
             without: Drop every slice with any of these labels ("setting 2": held-out classes are
                 not even seen as unlabelled tissue).
@@ -165,10 +176,15 @@ class SliceStore:
             reads = needed or (labels == "wanted" and case.label is not None)
             whole.append(_read_case(case, preprocessing, dataset.labels if reads else None))
         if find_regions is not None:  # before slices are dropped, so that neighbours are neighbours
-            found = find_regions([(case.images, case.spacing) for case in whole])
+            found = find_regions({c.id: (c.images.numpy(), c.spacing) for c in whole})
             whole = [
-                dataclasses.replace(case, regions=torch.from_numpy(regions))
-                for case, regions in zip(whole, found, strict=True)
+                dataclasses.replace(
+                    case,
+                    regions=torch.from_numpy(found[case.id].finest),
+                    parents=found[case.id].parents,
+                )
+                for case in whole
+                if case.id in found
             ]
         kept = []
         for case in whole:

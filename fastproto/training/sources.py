@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fastproto.training.episodes import (
     SupervoxelEpisodes,
 )
 from fastproto.training.slices import SliceStore
-from fastproto.training.supervoxels import find_supervoxels
+from fastproto.training.supervoxels import all_supervoxels
 
 _VALIDATION_SEED = 20_010_911  # the same validation episodes for every training seed
 
@@ -101,6 +102,9 @@ def read_training_data(
         "queries": config.queries,
         "device": device,
     }
+    find_regions = partial(
+        all_supervoxels, folder=Path(config.output) / "supervoxels", progress=config.progress
+    )
     augmentation = Augmentation() if config.augment else None
     sources: list[EpisodeSource] = []
     validation: list[EpisodeSource] = []
@@ -119,7 +123,7 @@ def read_training_data(
             part.cases,
             stored,
             "needed" if on_labels else "unused",
-            find_regions=_finder(config, dataset) if on_regions else None,
+            find_regions=find_regions if on_regions else None,
             holding=None if on_regions else part.classes,
             without=part.excluded if config.drop_excluded_slices else [],
         )
@@ -226,14 +230,6 @@ def _known_labels(dataset: Dataset, labels: Sequence[str | int]) -> list[int]:
     """Numbers of those labels, names or numbers, that the data set has."""
     known = {*dataset.labels.values(), *map(str, dataset.labels)}
     return dataset.label_ids([label for label in labels if str(label) in known])
-
-
-def _finder(config: TrainConfig, dataset: Dataset) -> Any:
-    """Supervoxels of many scans, cached beside the run."""
-    folder = Path(config.output) / "supervoxels"
-    return lambda scans: find_supervoxels(
-        scans, folder, progress=config.progress, name=dataset.name
-    )
 
 
 def _mixed(sources: Sequence[EpisodeSource], weights: Sequence[float]) -> EpisodeSource:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the base model that the package ships, without a label, and export it.
+
+Scans: `ixi_brain_mr`, `openkbp_hn_ct`, `openkbp_hn_ct_more`, `msd_hippocampus_mr` and the two of
+`totalseg_examples`; not CHAOS, whose licence does not allow it. The patients of the README's table
+are left out: IXI034, IXI039, pt_99, pt_83 and the last ten hippocampus cases by name, with the
+eleventh, which may be the other side of one of them. Resumable; each data set is drawn from as
+often as any other.
+
+    python scripts/train_base.py --data SCANS --run RUN --minutes 60
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from fastproto.data import open_dataset
+from fastproto.segmentation import load_model
+from fastproto.training import TrainConfig, train
+
+SETS = ("ixi_brain_mr", "openkbp_hn_ct", "openkbp_hn_ct_more", "msd_hippocampus_mr")
+SINGLE = ("ct_whole", "mr_small")  # ct_small is a part of ct_whole
+TEST_PATIENTS = ("IXI034-HH-1260", "IXI039-HH-1261", "pt_99", "pt_83")
+HIPPOCAMPI = 11
+TARGET = Path(__file__).resolve().parent.parent / "fastproto" / "models" / "base.safetensors"
+
+
+def main() -> None:
+    """Train, or go on with a run, then export."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the sets named above")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--start", help="an earlier run to go on from with a new schedule")
+    parser.add_argument("--export", type=Path, default=TARGET)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    folders = [args.data / name for name in SETS]
+    for name in SINGLE:  # plain folders of one scan each: the set mixes CT and MR
+        folder = args.run / "scans" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        link = folder / f"{name}.nii.gz"
+        if not link.exists():
+            link.symlink_to((args.data / "totalseg_examples" / link.name).resolve())
+        folders.append(folder)
+    hippocampi = sorted(case.id for case in open_dataset(folders[3]).cases)[-HIPPOCAMPI:]
+    config = TrainConfig(
+        data=tuple(map(str, folders)),
+        output=str(args.run),
+        holdout_cases=(*TEST_PATIENTS, *hippocampi),
+        label_fraction=0.0,
+        steps=1_000_000,
+        minutes=args.minutes,
+        checkpoint_every=100,
+        start=args.start,
+    )
+    train(config, resume=(args.run / "state.safetensors").exists())
+    export(args.run, args.export)
+
+
+def export(run: Path, target: Path) -> None:
+    """Half the bytes: weights in float16, which are float32 again when loaded."""
+    model = load_model(run)
+    extra = {**model.extra, "name": "fastproto base", "licence": "Apache-2.0"}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    model.half().save(target, extra)
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
