@@ -21,8 +21,9 @@ struct Direction {
   float factor;
 };
 
-// A weight's exponent and the first eight bits of its fraction: its order to within 0.4 %.
-uint32_t key_of(float weight) { return std::bit_cast<uint32_t>(weight) >> 15; }
+// A weight's exponent and the first eight bits of its fraction: its order to within 0.4 %. Without
+// the sign, which a NaN (0 * infinity) may have.
+uint32_t key_of(float weight) { return std::bit_cast<uint32_t>(weight) << 1 >> 16; }
 float weight_of(uint32_t key) { return std::bit_cast<float>(key << 15); }
 
 std::string text(const auto& values) {

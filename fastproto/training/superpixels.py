@@ -7,23 +7,13 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import felzenszwalb
 
+from fastproto.training.supervoxels import foreground_threshold
+
+__all__ = ["foreground_mask", "foreground_threshold", "superpixels"]
+
 MIN_SIZE = 400  # pixels of a 256 x 256 slice
 SIGMA = 1.0  # pixels
 SCALE = 1.0
-
-
-def foreground_threshold(images: np.ndarray) -> float:
-    """The intensity above which a pixel of this patient can be body rather than air.
-
-    3 % of the way from the darkest value to the 99.5th percentile of the whole volume: -113 HU in
-    CT clipped to [-125, 275], just above the noise of air in MR.
-
-    Args:
-        images: [n, H, W], all slices of one patient.
-    """
-    sample = images[:, ::4, ::4].astype(np.float32)
-    low = float(sample.min())
-    return low + 0.03 * (float(np.percentile(sample, 99.5)) - low)
 
 
 def foreground_mask(image: np.ndarray, threshold: float) -> np.ndarray:
