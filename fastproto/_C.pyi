@@ -32,5 +32,5 @@ def supervoxels(
     spacing: tuple[float, float, float],
     scale: float,
     min_sizes: Sequence[int],
-    exponent: float = 1.0,
+    exponent: float = 2.0,
 ) -> npt.NDArray[np.int32]: ...

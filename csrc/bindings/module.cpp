@@ -119,7 +119,7 @@ PYBIND11_MODULE(_C, m) {
         "Which CUDA kernels a problem runs with on a chip, and the reasons in sentences. `kernels` "
         "is FASTPROTO_CUDA_KERNELS. Raises ValueError where there is no plan.");
   m.def("supervoxels", &supervoxels, py::arg("image"), py::arg("mask"), py::arg("spacing"),
-        py::arg("scale"), py::arg("min_sizes"), py::arg("exponent") = 1.0,
+        py::arg("scale"), py::arg("min_sizes"), py::arg("exponent") = 2.0,
         "Felzenszwalb and Huttenlocher's segmentation in 3-D: int32 [min_sizes, Z, Y, X], "
         "components 1..n for each minimum size (voxels, ascending) and 0 outside the mask. Each "
         "is a union of components of the minimum size before it. An edge's weight is the "

@@ -14,14 +14,16 @@ namespace {
 // An edge is its first voxel and its direction in one number, to hold millions of them.
 constexpr int64_t kMaxVoxels = int64_t{1} << 28;
 constexpr int kKeys = 1 << 16;
+constexpr int64_t kRung = 3;
 
 struct Direction {
   int64_t dz, dy, dx, offset;
   float factor;
 };
 
-// A weight's exponent and the first eight bits of its fraction: its order to within 0.4 %.
-uint32_t key_of(float weight) { return std::bit_cast<uint32_t>(weight) >> 15; }
+// A weight's exponent and the first eight bits of its fraction: its order to within 0.4 %. Without
+// the sign, which a NaN (0 * infinity) may have.
+uint32_t key_of(float weight) { return std::bit_cast<uint32_t>(weight) << 1 >> 16; }
 float weight_of(uint32_t key) { return std::bit_cast<float>(key << 15); }
 
 std::string text(const auto& values) {
@@ -45,9 +47,11 @@ void check(const Supervoxels& o) {
   if (!(o.exponent >= 0 && o.exponent <= 4))
     throw std::invalid_argument("exponent: found " + std::to_string(o.exponent) +
                                 "; allowed: 0 to 4.");
-  if (o.min_sizes.empty() || o.min_sizes[0] < 1 || !std::ranges::is_sorted(o.min_sizes))
+  if (o.min_sizes.empty() || o.min_sizes[0] < 1 || o.min_sizes.back() > kMaxVoxels ||
+      !std::ranges::is_sorted(o.min_sizes))
     throw std::invalid_argument("min_sizes: found " + text(o.min_sizes) +
-                                "; allowed: whole numbers above 0 in ascending order (voxels).");
+                                "; allowed: whole numbers from 1 to " + std::to_string(kMaxVoxels) +
+                                " in ascending order (voxels).");
 }
 
 // One of each pair of opposite neighbours. The factor is the edge's length over what it would be on
@@ -158,18 +162,24 @@ void supervoxels(const Supervoxels& o, const float* image, const bool* mask, int
   }
   edges = kept;
 
+  // Second pass, from tiny minimum sizes up, each joining what is below it across the lightest
+  // edges. In one go, whatever first grew beyond the size would swallow its small neighbours.
   std::vector<int32_t> numbers(voxels);
+  int64_t rung = 1;
   for (int64_t min_size : o.min_sizes) {
-    kept = 0;
-    for (edge = 0; edge < edges; ++edge) {
-      const auto [a, b] = ends_of(sorted[edge]);
-      if (a == b) continue;
-      if (forest.size(a) < min_size || forest.size(b) < min_size)
-        forest.join(a, b);
-      else
-        sorted[kept++] = sorted[edge];
-    }
-    edges = kept;
+    do {
+      rung = std::min(rung * kRung, min_size);
+      kept = 0;
+      for (edge = 0; edge < edges; ++edge) {
+        const auto [a, b] = ends_of(sorted[edge]);
+        if (a == b) continue;
+        if (forest.size(a) < rung || forest.size(b) < rung)
+          forest.join(a, b);
+        else
+          sorted[kept++] = sorted[edge];
+      }
+      edges = kept;
+    } while (rung < min_size);
 
     std::ranges::fill(numbers, 0);
     int32_t count = 0;

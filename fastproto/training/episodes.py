@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 _ATTEMPTS = 100  # slices looked at for supervoxels before giving up
 _LARGE = 0.3  # share of a supervoxel's largest cross-section that a slice must show
+_COMPACT = 0.7  # see _compactness; 0.9 for a square of 10 pixels
 _WIDTHS = (2.0, 8.0)  # sides of the field of view in diameters of the foreground
 _SMALLEST = 24  # pixels of the stored slice along the smallest field of view
 _NUDGE = 0.1  # how far the fields of view of one episode lie apart, in sides
@@ -285,7 +286,7 @@ class SupervoxelEpisodes(EpisodeSource):
     """Episodes without labels: the foregrounds are supervoxels, everything else is background.
 
     A scan, one of its planes, a scale and a supervoxel are drawn, each uniformly; then a support
-    slice in which the supervoxel is large, and a query slice at most two slices or 10 mm away. In a
+    slice in which the supervoxel is large and, as organs are, no cloud of pixels; and a query slice at most two slices or 10 mm away. In a
     share of the episodes the query is any slice of the scan instead, mostly one without the
     supervoxel. The field of view is two to eight times as wide as the supervoxel, so that pieces
     of every size are seen at every scale. With more ways, the other supervoxels are large in the
@@ -332,6 +333,8 @@ class SupervoxelEpisodes(EpisodeSource):
             first = 1 + _choice(range(count), generator)
             seen = _large(areas[:, first])
             position = _choice(seen, generator)
+            if _compactness(case.region(scale, position) == first) < _COMPACT:
+                continue
             others = []
             if self.ways > 1:
                 here = np.flatnonzero(areas[position]).tolist()
@@ -457,6 +460,14 @@ def _cut(
         centre = case.extent[0] - centre[0], centre[1]
     image, label = case.upright(case.images[position]), case.upright(label)
     return Cut(image, label, case.extent, centre, side)
+
+
+def _compactness(mask: Tensor) -> float:
+    """Share of a mask's pixels whose neighbour to the right, or below, is in it too: near 1 for a
+    piece as organs are, far lower for scattered pixels.
+    """
+    pairs = (mask[1:] & mask[:-1]).sum() + (mask[:, 1:] & mask[:, :-1]).sum()
+    return float(pairs) / (2 * float(mask.sum()))
 
 
 def _large(pixels: np.ndarray) -> list[int]:
