@@ -27,6 +27,8 @@ from fastproto.nn.base import FewShotModel
 from fastproto.nn.weights import read_safetensors, write_safetensors
 from fastproto.segmentation.prior import Atlas
 
+BASE = "base"  # what the package's own model is called
+BASE_FILE = Path(__file__).resolve().parents[1] / "models" / "base.safetensors"
 FORMAT = "fastproto-task-2"
 MAX_LABEL = 2**16 - 1  # as in `read_label`
 
@@ -194,21 +196,27 @@ def load_model(path: str | Path, *, backend: str | None = None) -> FewShotUNet:
     """Load a trained model from its file or from the run folder that holds it.
 
     Args:
-        path: ``model.safetensors`` or a folder written by `fastproto.training.train`.
+        path: ``model.safetensors``, a folder written by `fastproto.training.train`, or the text
+            ``"base"`` for the model that comes with the package.
         backend: Backend of ``proto_attention``, or None for the best one that can run.
 
     Raises:
         CheckpointError: The file is missing, damaged, unsafe or of another architecture.
     """
-    path = Path(path)
+    if path == BASE:
+        path, found = BASE_FILE, "no base model in this installation"
+        fix = "Install a package that has one, or train a model with `fastproto train`."
+    else:
+        path, found = Path(path), "no such file"
+        fix = f"Train one with `fastproto train`, or take the package's own, {BASE!r}."
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
         raise CheckpointError(
             path,
-            found="no such file",
+            found=found,
             allowed="a model.safetensors, or the run folder that holds one",
-            fix="Train one with `fastproto train`.",
+            fix=fix,
         )
     model = FewShotUNet.load(path)
     model.backend = backend
