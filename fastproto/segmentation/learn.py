@@ -78,9 +78,7 @@ def register(
     preprocessing = preprocessing or model_preprocessing(model, guess_modality(image))
     prepared = preprocessing.prepare(image)
     names = _choose_labels(label, labels, classes)
-    annotated = [
-        _annotate(prepared, label, value, name, slices) for value, name in names.items()
-    ]
+    annotated = [_annotate(prepared, label, value, name, slices) for value, name in names.items()]
     atlas = Atlas.make(
         image, label, list(names), preprocessing.modality, prior, plane=preprocessing.plane
     )
@@ -178,9 +176,7 @@ def _learn(model: FewShotModel, organ: AnnotatedOrgan) -> Organ:
     if left_out:
         scores = score_slices(model, known, organ.view, left_out, left_out)
         bias, expected = _fit_bias(scores, organ.masks[list(left_out)])
-    return replace(
-        _encode(model, organ, organ.slices), bias=bias, expected_dice=expected
-    )
+    return replace(_encode(model, organ, organ.slices), bias=bias, expected_dice=expected)
 
 
 @torch.inference_mode()

@@ -129,7 +129,7 @@ def gather(
     """The evidence for every organ of ``task``; ``model`` is the adapted one."""
     if batch_size < 1:
         raise ArgumentError("batch_size", found=str(batch_size), allowed="a whole number above 0")
-    positions = prior.slice_positions()
+    positions = prior.slice_positions().tolist()
     boxes = []
     for index in range(len(task.organs)):
         own = prior.only(index)

@@ -185,7 +185,8 @@ class TrainConfig:
         for name in _SWITCHES:
             _check(name, isinstance(getattr(self, name), bool), self, "true or false")
         for name, choices in _CHOICES.items():
-            _check(name, getattr(self, name) in choices, self, f"one of {', '.join(map(str, choices))}")
+            allowed = ", ".join(map(str, choices))
+            _check(name, getattr(self, name) in choices, self, f"one of {allowed}")
         for name in _AT_LEAST_ONE:
             _check(name, _is_integer(getattr(self, name), 1), self, "an integer of at least 1")
         for name in _NOT_NEGATIVE:
@@ -252,7 +253,7 @@ class TrainConfig:
 
     def resolved(self, *, gpu: bool) -> TrainConfig:
         """With every "auto" of the network's size replaced by what suits the device."""
-        choice = {"encoder": "resnet34", "output_stride": 16, "image_size": 256}
+        choice: dict[str, Any] = {"encoder": "resnet34", "output_stride": 16, "image_size": 256}
         if not gpu:
             choice = {"encoder": "resnet18", "output_stride": 8, "image_size": 128}
         return replace(

@@ -93,7 +93,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             **{name: getattr(config, name) for name in FewShotUNet.config_keys},
         )
         # Channels last: a third faster on CPUs, and what tensor cores want.
-        model = model.to(device, memory_format=torch.channels_last)
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate,
