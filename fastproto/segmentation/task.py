@@ -64,7 +64,8 @@ class Task:
         preprocessing: How the annotated scan was made into slices, and every scan will be.
         atlas: Where the organs lay in the annotated scan.
         fingerprint: `FewShotUNet.fingerprint` of the model the task was made with.
-        weights: The model's weights that were adapted to the annotated scan.
+        weights: The model's weights that were adapted to the annotated scan, in half precision.
+        adapted_steps: Training steps behind them; 0 where there are none.
     """
 
     organs: tuple[Organ, ...]
@@ -72,6 +73,7 @@ class Task:
     atlas: Atlas
     fingerprint: str
     weights: dict[str, Tensor] = field(default_factory=dict)
+    adapted_steps: int = 0
 
     @property
     def labels(self) -> dict[int, str]:
@@ -128,6 +130,7 @@ class Task:
             "preprocessing": self.preprocessing.to_dict(),
             "atlas": self.atlas.to_dict(),
             "fingerprint": self.fingerprint,
+            "adapted_steps": self.adapted_steps,
         }
         write_safetensors(Path(path), tensors, header)
 
@@ -161,6 +164,7 @@ class Task:
                 Atlas.from_parts(_below("atlas.", tensors), header["atlas"]),
                 str(header["fingerprint"]),
                 _below("weights.", tensors),
+                int(header["adapted_steps"]),
             )
             if not organs or task.atlas.values != tuple(task.labels):
                 raise ValueError(f"an atlas of {task.atlas.values} for organs {[*task.labels]}")
