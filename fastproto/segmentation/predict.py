@@ -151,7 +151,7 @@ def segment_volume(
             task,
             prepared,
             located,
-            batch_size=batch_size or BATCH,
+            batch_size=BATCH if batch_size is None else batch_size,
             progress=advance,
         )
         done += sum(len(evidence.scores) for evidence in found)

@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from torch import Tensor, nn
 
 from fastproto.data import Preprocessing, Volume
 from fastproto.nn import Prototypes
+from fastproto.segmentation import Task, register
 
 GREY = {0: 0.0, 7: 100.0, 300: 200.0}  # 300 does not fit uint8
+NAMES = {7: "spleen", 300: "tumour"}
 
 
 class GreyModel(nn.Module):
-    """A `FewShotModel` in all that matters here. Each class has one prototype, its mean grey value;
-    the class of the nearest one wins.
+    """A `FewShotModel` in all that matters here. In every annotated slice each class has one
+    prototype, its mean grey value; a query's grey value is compared with the nearest of a class.
     """
 
     def __init__(self) -> None:
@@ -26,18 +31,28 @@ class GreyModel(nn.Module):
         self.batches: list[int] = []
 
     def encode_support(self, images: Tensor, masks: Tensor, num_classes: int = 2) -> Prototypes:
-        greys = images[:, :, 0]
-        means = [greys[masks == index].mean() for index in range(num_classes)]
-        offsets = torch.arange(num_classes + 1, dtype=torch.int32)
-        return Prototypes(torch.stack(means)[:, None], offsets, num_classes)
+        protos, ends = [], [0]
+        for greys, mask in zip(images[:, :, 0], masks, strict=True):
+            for index in range(num_classes):
+                if (mask == index).any():
+                    protos.append(greys[mask == index].mean())
+                ends.append(len(protos))
+        offsets = torch.tensor(ends, dtype=torch.int32)
+        return Prototypes(torch.stack(protos)[:, None], offsets, num_classes)
 
     def encode(self, images: Tensor) -> Tensor:
-        self.batches.append(images.shape[1])
+        self.batches.append(len(images))
         return images
 
     def decode(self, features: Tensor, prototypes: Prototypes) -> Tensor:
-        greys = features[:, :, :1]
-        return -100 * (greys - prototypes.protos[:, 0].view(1, 1, -1, 1, 1)) ** 2
+        logits = []
+        bounds = prototypes.offsets.tolist()
+        for index, image in enumerate(features[:, 0, 0]):
+            for way in range(2):
+                first, last = bounds[2 * index + way], bounds[2 * index + way + 1]
+                known = prototypes.protos[first:last]
+                logits.append(-100 * ((image - known[:, :, None]) ** 2).amin(dim=0))
+        return torch.stack(logits).view(len(features), 1, 2, *features.shape[-2:])
 
     def fingerprint(self) -> str:
         return f"{self.weight.item():.6f}"
@@ -53,16 +68,14 @@ def preprocessing() -> Preprocessing:
     return Preprocessing("mr", image_size=64, crop=False)
 
 
-def make_scan(seed: int = 0, slices: int = 10) -> tuple[Volume, Volume]:
-    """A scan with an organ and a tumour, and its label map; its three sides differ."""
-    rng = np.random.default_rng(seed)
-    label = np.zeros((slices, 40, 32), dtype=np.uint16)
-    shift = int(rng.integers(0, 4))
+def make_scan(shift: int = 0, slices: int = 10) -> tuple[Volume, Volume]:
+    """A scan with an organ and a tumour, and its label map; sides and spacings all differ."""
+    label = np.zeros((slices, 48, 32), dtype=np.uint16)
     label[2:9, 8 + shift : 28 + shift, 5:17] = 7
-    label[4:6, 12:24, 20:30] = 300
+    label[4:6, 12 + shift : 24 + shift, 20:30] = 300
     image = np.vectorize(GREY.get)(label).astype(np.float32)
     grid = {
-        "spacing": (1.5, 1.5, 4.0),
+        "spacing": (1.5, 1.2, 4.0),
         "origin": (-20.0, 31.5, 400.0),
         "direction": (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0),
         "path": None,
@@ -73,3 +86,34 @@ def make_scan(seed: int = 0, slices: int = 10) -> tuple[Volume, Volume]:
 @pytest.fixture
 def scan() -> tuple[Volume, Volume]:
     return make_scan()
+
+
+@pytest.fixture
+def make() -> Callable[..., tuple[Volume, Volume]]:
+    return make_scan
+
+
+@pytest.fixture
+def task(grey_model: GreyModel, scan: tuple[Volume, Volume], preprocessing: Preprocessing) -> Task:
+    return register(grey_model, *scan, labels=NAMES, preprocessing=preprocessing, prior="box")
+
+
+@pytest.fixture
+def reorient() -> Callable[[Volume, str], Volume]:
+    """The same scan with its axes stored in another order."""
+
+    def turn(volume: Volume, axes: str) -> Volume:
+        image = sitk.GetImageFromArray(volume.array)
+        image.SetSpacing(volume.spacing)
+        image.SetOrigin(volume.origin)
+        image.SetDirection(volume.direction)
+        turned = sitk.DICOMOrient(image, axes)
+        return Volume(
+            array=sitk.GetArrayFromImage(turned),
+            spacing=turned.GetSpacing(),
+            origin=turned.GetOrigin(),
+            direction=turned.GetDirection(),
+            path=None,
+        )
+
+    return turn
