@@ -155,7 +155,7 @@ def adapt_model(
         optimizer.step()
         optimizer.zero_grad()
         if progress is not None:
-            progress(step + 1, steps, float(total))
+            progress(step + 1, steps, total.item())
     adapted.requires_grad_(True)
     return adapted, {name: value.detach().cpu().half() for name, value in trained.items()}
 
