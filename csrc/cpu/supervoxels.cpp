@@ -125,8 +125,7 @@ void supervoxels(const Supervoxels& o, const float* image, const bool* mask, int
   for (int64_t i = 0; i < voxels; ++i)
     if (mask[i] && !std::isfinite(image[i]))
       throw std::invalid_argument(
-          "image: found a NaN or infinite voxel within the mask; allowed: "
-          "finite numbers.");
+          "image: found a NaN or infinite voxel within the mask; allowed: finite numbers.");
   const auto dirs = directions(o);
 
   // Counting sort. `ends` holds where each key begins, and after filling, where it ends.
@@ -171,7 +170,7 @@ void supervoxels(const Supervoxels& o, const float* image, const bool* mask, int
       }
     }
   }
-  edges = std::copy(&sorted[edge], &sorted[edges], &sorted[kept]) - &sorted[0];
+  edges = std::copy(sorted.get() + edge, sorted.get() + edges, sorted.get() + kept) - sorted.get();
 
   // Second pass, from tiny minimum sizes up, each joining what is below it across the lightest
   // edges. In one go, whatever first grew beyond the size would swallow its small neighbours.
