@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class AnnotatedEpisodes(EpisodeSource):
         seed: See ``EpisodeSource``, as the remaining options.
     """
 
-    def __init__(self, organs: Sequence[AnnotatedOrgan], seed: int, **options: object):
+    def __init__(self, organs: Sequence[AnnotatedOrgan], seed: int, **options: Any):
         super().__init__(seed, shots=SHOTS, queries=QUERIES, **options)
         self.organs = list(organs)
         self._pictures: dict[tuple[int, int], Tensor] = {}
@@ -136,7 +137,7 @@ def adapt_model(
     device = next(model.parameters()).device
     adapted = copy.deepcopy(model).eval()
     if device.type == "cpu":
-        adapted = adapted.to(memory_format=torch.channels_last)
+        adapted = adapted.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = {
         name: parameter
         for name, parameter in adapted.named_parameters()
@@ -168,5 +169,3 @@ def adapt_model(
             progress(step + 1, steps, total.item())
     adapted.requires_grad_(True)
     return adapted, {name: value.detach().cpu().half() for name, value in trained.items()}
-
-

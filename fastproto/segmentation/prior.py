@@ -75,6 +75,7 @@ class DistanceMap:
         values = np.where(
             inside, -_surface_distance(inside, step), _surface_distance(~inside, step)
         )
+        values = values.astype(np.float16).astype(np.float32)  # as in a task file
         return cls(values, (low + (pool - 1) / 2) * spacing - 2 * step, step)
 
     @property
