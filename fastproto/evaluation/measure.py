@@ -229,7 +229,9 @@ class Report:
         overall = self.overall()
         organs = [["organ", *header]]
         organs += [[entry["organ"], *_cells(entry)] for entry in self.per_organ()]
-        organs.append(["mean of organs", "", "", "", *(number_text(overall[m], m) for m in METRICS)])
+        organs.append(
+            ["mean of organs", "", "", "", *(number_text(overall[m], m) for m in METRICS)]
+        )
         patients = [["patient", *header]]
         patients += [[entry["case"], *_cells(entry)] for entry in self.per_patient()]
         notes = [f"{metric.upper()}: {text}" for metric, text in DEFINITIONS.items()]
@@ -248,7 +250,9 @@ class Report:
         if self.not_compared:
             notes.append(f"no truth for: {', '.join(self.not_compared)}")
         title = f"{len(cases)} patient(s), {len(organs) - 2} organ(s), {slices}"
-        return "\n\n".join([title, text_table(organs), text_table(patients), "\n".join(notes)]) + "\n"
+        return (
+            "\n\n".join([title, text_table(organs), text_table(patients), "\n".join(notes)]) + "\n"
+        )
 
     def to_json(self) -> str:
         """The report as JSON; what was not measurable is null."""

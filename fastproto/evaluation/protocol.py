@@ -16,6 +16,7 @@ Masks and label maps are ``[n, h, w]`` in canonical orientation, slices first.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -46,7 +47,7 @@ def folds(cases: Sequence[str], number: int) -> list[list[str]]:
     borders = [len(cases) * fold // number for fold in range(number + 1)]
     return [
         [*cases[first:last], cases[last % len(cases)]]
-        for first, last in zip(borders, borders[1:], strict=False)
+        for first, last in itertools.pairwise(borders)
     ]
 
 
