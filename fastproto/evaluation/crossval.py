@@ -144,7 +144,11 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
         given = load_model(config.model)
         _check_unseen(given, dataset, rounds)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
-    settings |= {"data": dataset.name, "model": given.fingerprint() if given else config.model}
+    settings |= {
+        "data": dataset.name,
+        "more_data": [Path(path).name for path in config.more_data],
+        "model": given.fingerprint() if given else config.model,
+    }
     results = ResultFile(Path(config.output) / "results.jsonl", settings)
     work = [
         (round_, case, _queries(dataset, round_, case))
@@ -179,6 +183,7 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
             "cpu_level": _library.cpu_level(),
         },
         "data": dataset.name,
+        "model": given.extra.get("name", Path(str(config.model)).name) if given else config.model,
         "tests": {round_.name: round_.tests for round_ in rounds},
         "annotated": list(config.annotated) or "each test case in turn",
         "settings": settings,
@@ -432,16 +437,17 @@ def _trainings(
     """How the rounds were trained, and the minutes each took; empty without training."""
     settings: dict[str, Any] = {}
     minutes = {}
-    for round_ in rounds:
+    for round_ in rounds if config.model is None else []:
         folder = _folder(config, round_)
-        if config.model is None and (folder / "finished").exists():
+        if (folder / "finished").exists():
             settings = TrainConfig.load(folder / "config.json").to_dict()
             log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
             seconds = sum(json.loads(line).get("seconds", 0) for line in log)
             minutes[round_.name] = round(seconds / 60, 1)
-    of_a_round = ("holdout", "holdout_cases", "output", "device", "progress")
-    names = {"data": [Path(path).name for path in settings.get("data", [])]}
-    return {k: v for k, v in (settings | names).items() if k not in of_a_round}, minutes
+            settings["data"] = [Path(path).name for path in settings["data"]]
+    for name in ("holdout", "holdout_cases", "output", "device", "progress"):
+        settings.pop(name, None)  # of one round, or of this machine
+    return settings, minutes
 
 
 def _machine(device: str) -> str:

@@ -219,10 +219,10 @@ def _set_statistics(model: FewShotModel, organs: Sequence[AnnotatedOrgan]) -> No
     device = next(model.parameters()).device
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     momentum = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.momentum = None  # a plain mean over what follows
     model.train()
-    for organ in organs:
+    for count, organ in enumerate(organs, 1):
+        for layer in layers:
+            layer.momentum = 1 / count  # a plain mean over the organs
         numbers = organ.inside[:BATCH]
         images = _images(organ.view, numbers).to(device)
         model(images, organ.masks[None, numbers].long().to(device), images)
