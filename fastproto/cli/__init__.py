@@ -21,13 +21,10 @@ DESCRIPTION = "Segment an organ nobody trained for, in CT and MR, from one annot
 EXAMPLE = """\
 example:
   fastproto phantom --out phantom-ct --patients 8
-  fastproto train --data phantom-ct --holdout-classes spleen gallbladder \\
-      --holdout-cases ct_006 ct_007 --steps 400 --image-size 128 --out run
-  fastproto register --model run --image phantom-ct/images/ct_000.nii.gz \\
-      --label phantom-ct/labels/ct_000.nii.gz --labels spleen=2 gallbladder=9 -o organs.task
-  fastproto segment --model run --task organs.task -i phantom-ct/images/ct_007.nii.gz \\
-      -o results --overlay
-  fastproto evaluate --prediction results --truth phantom-ct --labels spleen=2 gallbladder=9"""
+  fastproto segment --example phantom-ct/images/ct_000.nii.gz phantom-ct/labels/ct_000.nii.gz \\
+      --classes spleen "left kidney" -i phantom-ct/images -o results
+  fastproto evaluate --prediction results --truth phantom-ct --labels spleen=2 "left kidney=4"
+  fastproto train --data phantom-ct --model base --minutes 10 --out run"""
 
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130

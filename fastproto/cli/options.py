@@ -84,6 +84,22 @@ def runtime(args: argparse.Namespace) -> Iterator[torch.device]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def progress_bar(title: str, unit: str) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal; yields what moves it: ``advance(done, total)``, with a loss or not."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit=unit, leave=False, disable=None) as bar:
+
+        def advance(done: int, total: int, loss: float | None = None) -> None:
+            bar.total = total
+            if loss is not None:
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(done - bar.n)
+
+        yield advance
+
+
 def add_series_option(parser: argparse.ArgumentParser) -> None:
     """``--series``."""
     parser.add_argument(
@@ -119,8 +135,17 @@ def add_label_options(parser: argparse._ActionsContainer) -> None:
         nargs="+",
         metavar="TABLE",
         help="names of the label values: a JSON file ({'1': 'liver'}, {'liver': 1} or a "
-        "dataset.json), or NAME=VALUE pairs such as liver=1",
+        "dataset.json), or NAME=VALUE pairs such as liver=1 (default: those of the data set that "
+        "the label map is in)",
     )
+
+
+def labels_beside(label: Path) -> dict[int, str] | None:
+    """The label table of the data set that a label map is in; None where there is none."""
+    table = label.absolute().parent.parent / "dataset.json"
+    if label.absolute().parent.name in ("labels", "labelsTr") and table.is_file():
+        return read_labels([str(table)])
+    return None
 
 
 def read_labels(items: Sequence[str]) -> dict[int, str]:

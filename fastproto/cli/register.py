@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastproto.cli.options import (
     Subparsers,
@@ -13,22 +14,25 @@ from fastproto.cli.options import (
     add_runtime_options,
     add_series_option,
     choose_classes,
+    labels_beside,
     new_parser,
     positive,
+    progress_bar,
     read_labels,
     runtime,
 )
 from fastproto.errors import LabelError
 
 if TYPE_CHECKING:
-    from fastproto.data.volume import Volume
     from fastproto.nn.base import FewShotModel
     from fastproto.segmentation import Task
 
 EXAMPLE = """\
-  fastproto register --model run --image phantom-ct/images/ct_000.nii.gz \\
-      --label phantom-ct/labels/ct_000.nii.gz --labels spleen=2 gallbladder=9 -o organs.task
-  fastproto segment --model run --task organs.task -i phantom-ct/images/ct_007.nii.gz -o results"""
+  fastproto register --image phantom-ct/images/ct_000.nii.gz \\
+      --label phantom-ct/labels/ct_000.nii.gz --classes spleen "left kidney" -o organs.task
+  fastproto segment --task organs.task -i phantom-ct/images/ct_007.nii.gz -o results"""
+
+POOR_DICE = 0.5  # expected Dice below which an organ was not learned
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -38,10 +42,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "register",
         run,
         help="turn one annotated scan into a small, reusable task file",
-        description="Learn the organs drawn in one scan. Nothing is trained: the model encodes a "
-        "few annotated slices, and what it found is kept in a file of a few megabytes that "
-        "`fastproto segment` uses for any number of scans. The file holds no image, no path and "
-        "no patient data. It works with the model it was made with and no other.",
+        description="Learn the organs drawn in one scan: the model encodes a few annotated slices "
+        "and is adapted to them in a short training. What comes of it is kept in a file that "
+        "`fastproto segment` uses for any number of scans, and that works with the model it was "
+        "made with and no other. Slices left out of it say how well it will do. The file holds no "
+        "path and no name, but a picture of the scan at low resolution unless --prior is box.",
         example=EXAMPLE,
     )
     add_model_option(parser)
@@ -51,7 +56,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--label", type=Path, required=True, metavar="MASK", help="label map on the scan's grid"
     )
-    add_support_options(parser)
+    add_example_options(parser)
     add_series_option(parser)
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="TASK", help="task file to write"
@@ -63,10 +68,10 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     """``--model`` and ``--backend``."""
     parser.add_argument(
         "--model",
-        type=Path,
-        required=True,
+        default="base",
         metavar="RUN",
-        help="run folder of `fastproto train`, or its model.safetensors",
+        help="run folder of `fastproto train`, or its model.safetensors "
+        "(default: %(default)s, the model that comes with the package)",
     )
     parser.add_argument(
         "--backend",
@@ -75,64 +80,125 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_support_options(parser: argparse._ActionsContainer) -> None:
-    """What to take from the annotated scan: ``--labels``, ``--classes``, ``--slices``."""
+def add_example_options(parser: argparse._ActionsContainer) -> None:
+    """What to take from an annotated scan, and how. What is left out is None."""
     add_label_options(parser)
     parser.add_argument(
         "--classes",
         nargs="+",
         metavar="ORGAN",
-        help="register only these names or values; what else is drawn counts as background. "
-        "Default: the NAME=VALUE pairs of --labels, or else everything drawn",
+        help="learn only these names or values; what else is drawn counts as background "
+        "(default: the NAME=VALUE pairs of --labels, or else everything drawn)",
     )
     parser.add_argument(
         "--slices",
         type=positive,
-        default=10,
         metavar="N",
-        help="slices to learn from, spread evenly over every organ, of which each gets at least "
-        "one; as many slices without organs show what else there is (default: %(default)s)",
+        help="slices of every organ to learn from, spread evenly over it; a few beyond its ends "
+        "come on top (default: 12)",
+    )
+    parser.add_argument(
+        "--adapt",
+        type=_steps,
+        metavar="STEPS",
+        help="training steps on the annotated scan, 0 for none; auto: as many as a few minutes "
+        "allow (default: auto)",
+    )
+    parser.add_argument(
+        "--prior",
+        choices=("box", "affine", "deformable"),
+        help="how an organ's place is carried over to another scan: by the box of the body, or by "
+        "registration of the two scans (default: affine)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Register the scan and write the task."""
-    from fastproto.data.volume import read_volume
     from fastproto.segmentation import load_model
 
     with runtime(args) as device:
         model = load_model(args.model, backend=args.backend).to(device)
-        image = read_volume(args.image, series=args.series)
-        task = register_support(model, image, args.label, args)
+        task = learn_example(model, args.image, args.label, args, series=args.series)
     task.save(args.output)
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
-    names = {0: "background", **task.labels}
-    for (value, name), count in zip(names.items(), task.prototypes.counts()[0], strict=True):
-        print(f"  {value:3d}  {name:<24} {count:5d} prototypes")
     return 0
 
 
-def register_support(
-    model: FewShotModel, image: Volume, label_path: Path, args: argparse.Namespace
+def learn_example(
+    model: FewShotModel,
+    image: Path,
+    label: Path,
+    args: argparse.Namespace,
+    *,
+    series: str | None = None,
 ) -> Task:
-    """Register one annotated scan as ``args`` of `add_support_options` say."""
-    from fastproto.data.volume import read_label
+    """Register one annotated scan as ``args`` of `add_example_options` say, and report on it."""
+    from fastproto.data.volume import check_labels, read_label, read_volume
     from fastproto.segmentation import register
 
+    mask = read_label(label)
     labels = read_labels(args.labels) if args.labels else None
+    if labels is None and (known := labels_beside(label)) is not None:
+        labels = {value: known.get(value, f"label {value}") for value in check_labels(mask)}
     classes = None
     if args.classes:
         classes = _chosen(args.classes, labels)
-    elif labels and "=" in args.labels[0]:
+    elif labels and args.labels and "=" in args.labels[0]:
         classes = list(labels)
-    return register(
-        model,
-        image,
-        read_label(label_path),
-        labels=labels,
-        classes=classes,
-        slices=args.slices,
-    )
+    options: dict[str, Any] = {"adapt": "auto"}
+    options |= {
+        name: value
+        for name in ("slices", "adapt", "prior")
+        if (value := getattr(args, name)) is not None
+    }
+    with progress_bar("adapting", "step") as advance:
+        task = register(
+            model,
+            read_volume(image, series=series),
+            mask,
+            labels=labels,
+            classes=classes,
+            progress=advance,
+            **options,
+        )
+    print(_report(task, image))
+    for organ in task.organs:
+        if organ.expected_dice is not None and organ.expected_dice < POOR_DICE:
+            print(
+                f"fastproto: warning: {organ.name}: the network could not learn this organ from "
+                f"this scan (Dice {organ.expected_dice:.2f} in slices left out); "
+                "expect poor results",
+                file=sys.stderr,
+            )
+    return task
+
+
+def _report(task: Task, image: Path) -> str:
+    """What was learned, organ by organ."""
+    steps = task.adapted_steps
+    adapted = f"adapted in {steps} steps" if steps else "without adaptation"
+    lines = [
+        f"learned from {image}, {adapted}:",
+        f"{'label':>7}  {'organ':<24} {'slices':>6} {'prototypes':>10} {'field of view':>13} "
+        f"{'expected Dice':>13}",
+    ]
+    for organ in task.organs:
+        prototypes = sum(map(sum, organ.prototypes.counts()))
+        expected = "-" if organ.expected_dice is None else f"{organ.expected_dice:.2f}"
+        lines.append(
+            f"{organ.value:>7}  {organ.name:<24} {len(organ.slices):>6} {prototypes:>10} "
+            f"{f'{organ.side:.0f} mm':>13} {expected:>13}"
+        )
+    return "\n".join(lines)
+
+
+def _steps(text: str) -> int | str:
+    """Parse a number of steps or "auto", for argparse."""
+    if text == "auto":
+        return text
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: auto, or a number from 0")
+    return int(text)
 
 
 def _chosen(items: list[str], labels: dict[int, str] | None) -> list[int]:
@@ -143,6 +209,6 @@ def _chosen(items: list[str], labels: dict[int, str] | None) -> list[int]:
         raise LabelError(
             "--classes",
             found=", ".join(names),
-            allowed="label values, or names that --labels explains",
+            allowed="label values, or names that --labels or a dataset.json explains",
         )
     return [int(item) for item in items]

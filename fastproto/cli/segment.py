@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastproto segment``: find a task's organs in new scans."""
+"""``fastproto segment``: find the organs of an annotated scan in new scans."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from fastproto.cli.options import (
     add_series_option,
     new_parser,
     positive,
+    progress_bar,
     runtime,
 )
-from fastproto.cli.register import add_model_option, add_support_options, register_support
+from fastproto.cli.register import add_example_options, add_model_option, learn_example
 from fastproto.errors import ArgumentError, InputError, VolumeError
 
 if TYPE_CHECKING:
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
     from fastproto.segmentation import Segmentation, Task
 
 EXAMPLE = """\
-  fastproto segment --model run --task organs.task -i phantom-ct/images/ct_007.nii.gz \\
-      -o ct_007-organs.nii.gz
-  fastproto segment --model run --task organs.task -i phantom-ct/images -o results --overlay
-  fastproto segment --model run --support-image phantom-ct/images/ct_000.nii.gz \\
-      --support-label phantom-ct/labels/ct_000.nii.gz -i phantom-ct/images -o results"""
+  fastproto phantom --out phantom-ct --patients 8
+  fastproto segment --example phantom-ct/images/ct_000.nii.gz phantom-ct/labels/ct_000.nii.gz \\
+      --classes spleen "left kidney" -i phantom-ct/images -o results
+  fastproto segment --task organs.task -i phantom-ct/images/ct_007.nii.gz -o ct_007.nii.gz"""
 
 EXIT_SOME_FAILED = 2
+
+_EXAMPLE_OPTIONS = ("labels", "classes", "slices", "adapt")  # which a task file has decided on
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -43,24 +45,32 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "segment",
         run,
-        help="find a task's organs in new scans",
-        description="Segment one scan, a DICOM series, or every scan of a folder. The result has "
-        "the grid of its scan (size, spacing, origin, direction) and the label values of the "
-        "annotated scan. Where one scan of a folder fails, the others still go on.",
+        help="find the organs of an annotated scan in new scans",
+        description="Segment one scan, a DICOM series, or every scan of a folder, as an annotated "
+        "scan shows. The result has the grid of its scan (size, spacing, origin, direction) and "
+        "the label values of the annotated scan. Where one scan of a folder fails, the others "
+        "still go on.",
         example=EXAMPLE,
     )
     add_model_option(parser)
     source = parser.add_argument_group("what to find (one of the two)")
     source.add_argument(
-        "--task", type=Path, metavar="TASK", help="task file of `fastproto register`"
+        "--example",
+        nargs=2,
+        action="append",
+        type=Path,
+        metavar=("SCAN", "MASK"),
+        help="annotated scan and its label map, learned on the spot; given more than once, all "
+        "examples count alike",
     )
     source.add_argument(
-        "--support-image", type=Path, metavar="SCAN", help="annotated scan: register it on the spot"
+        "--task",
+        action="append",
+        type=Path,
+        metavar="TASK",
+        help="task file of `fastproto register`; can be given more than once as well",
     )
-    source.add_argument(
-        "--support-label", type=Path, metavar="MASK", help="label map of the annotated scan"
-    )
-    add_support_options(source)
+    add_example_options(parser.add_argument_group("how to learn an example"))
     parser.add_argument(
         "-i",
         "--input",
@@ -86,20 +96,27 @@ def add_parser(subparsers: Subparsers) -> None:
         "3-D files open in every viewer, and only one organ at a time needs to be loaded",
     )
     parser.add_argument(
-        "--overlay", action="store_true", help="also write OUT.png: slices with coloured organs"
+        "--uncertainty",
+        action="store_true",
+        help="also write OUT-uncertainty.nii.gz: how undecided every voxel is, in bits",
+    )
+    parser.add_argument(
+        "--overlay",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write OUT.png as well: slices with coloured organs",
     )
     parser.add_argument(
         "--batch-size",
         type=positive,
         metavar="N",
-        help="slices at once (default: as many as suit the number of organs)",
+        help="slices at once (default: 8)",
     )
     add_runtime_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Segment all scans; report those that fail and go on with the next."""
-    from fastproto.data.volume import read_volume
     from fastproto.segmentation import Task, load_model
 
     _check_source(args)
@@ -107,15 +124,15 @@ def run(args: argparse.Namespace) -> int:
     with runtime(args) as device:
         model = load_model(args.model, backend=args.backend).to(device)
         if args.task:
-            task = Task.load(args.task)
-            task.check_model(model, name=args.task)
+            tasks = [Task.load(path) for path in args.task]
+            for task, path in zip(tasks, args.task, strict=True):
+                task.check_model(model, name=path)
         else:
-            support = read_volume(args.support_image)
-            task = register_support(model, support, args.support_label, args)
+            tasks = [learn_example(model, image, label, args) for image, label in args.example]
         failed = 0
         for scan, output in jobs:
             try:
-                _segment_scan(model, task, scan, output, args)
+                _segment_scan(model, tasks, scan, output, args)
             except InputError as error:
                 if len(jobs) == 1:
                     raise
@@ -211,80 +228,79 @@ def stem(path: Path) -> str:
 
 
 def _segment_scan(
-    model: FewShotModel, task: Task, scan: Path, output: Path, args: argparse.Namespace
+    model: FewShotModel, tasks: Sequence[Task], scan: Path, output: Path, args: argparse.Namespace
 ) -> None:
     from dataclasses import replace
 
-    from tqdm import tqdm
-
     from fastproto.data.volume import read_volume, write_volume
     from fastproto.segmentation import segment_volume, write_overlay
+    from fastproto.segmentation.postprocess import uncertainty
 
     started = time.perf_counter()
+    names = {value: name for task in tasks for value, name in task.labels.items()}
     volume = read_volume(scan, series=args.series)
-    with tqdm(desc=stem(scan), unit="slice", leave=False, disable=None) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar(stem(scan), "slice") as advance:
         result = segment_volume(
             model,
-            task,
+            tasks,
             volume,
             batch_size=args.batch_size,
-            probabilities=args.probabilities,
+            probabilities=args.probabilities or args.uncertainty,
+            prior=args.prior,
             progress=advance,
         )
     write_volume(output, result.labels, like=volume)
     base = output.parent / stem(output)
-    if result.probabilities is not None:
-        for value, probability in result.probabilities.items():
-            name = re.sub(r"[^\w-]+", "_", task.labels[value])
+    if args.probabilities:
+        for value, probability in (result.probabilities or {}).items():
+            name = re.sub(r"[^\w-]+", "_", names[value])
             folder = base.with_name(f"{base.name}-probabilities")
             write_volume(folder / f"{value}-{name}.nii.gz", probability, like=volume)
+    if args.uncertainty:
+        entropy = uncertainty((result.probabilities or {}).values())
+        write_volume(base.with_name(f"{base.name}-uncertainty.nii.gz"), entropy, like=volume)
     if args.overlay:
         write_overlay(
             base.with_name(f"{base.name}.png"),
             volume,
             replace(volume, array=result.labels, path=output),
-            task.preprocessing,
-            task.labels,
+            tasks[0].preprocessing,
+            names,
         )
     seconds = time.perf_counter() - started
-    print(f"{scan} -> {output} ({_describe(task, result, volume)}; {seconds:.1f} s)")
+    print(f"{scan} -> {output} ({_describe(names, result, volume)}; {seconds:.1f} s)")
+    warnings = [f"{names[value]} is probably not in this scan" for value in result.absent()]
+    if result.prior.fallback:
+        warnings.append(f"not registered, only body boxes were compared ({result.prior.fallback})")
+    for warning in warnings:
+        print(f"fastproto: warning: {scan}: {warning}", file=sys.stderr)
 
 
-def _describe(task: Task, result: Segmentation, volume: Volume) -> str:
+def _describe(names: dict[int, str], result: Segmentation, volume: Volume) -> str:
     """The volume of every organ in the result, for the line that reports a scan."""
     import math
 
     millilitres = math.prod(volume.spacing) / 1000
     return ", ".join(
         f"{name} {(result.labels == value).sum() * millilitres:.1f} ml"
-        for value, name in task.labels.items()
+        for value, name in names.items()
     )
 
 
 def _check_source(args: argparse.Namespace) -> None:
-    """Exactly one of a task file and an annotated scan with its label map."""
-    if args.task and (args.support_image or args.support_label):
+    """Either task files or annotated scans with their label maps."""
+    if bool(args.task) == bool(args.example):
         raise ArgumentError(
-            "--task",
-            found="a task file and an annotated scan",
-            allowed="--task, or --support-image with --support-label",
+            "--example",
+            found="task files and annotated scans" if args.task else "nothing to find",
+            allowed="--example SCAN MASK, or --task TASK",
         )
-    if args.task and (args.labels or args.classes):
+    given = [name for name in _EXAMPLE_OPTIONS if getattr(args, name) is not None]
+    if args.task and given:
         raise ArgumentError(
-            "--labels and --classes",
-            found="that they are given with --task",
-            allowed="them with --support-image; a task file has its own labels",
-        )
-    if not args.task and not (args.support_image and args.support_label):
-        raise ArgumentError(
-            "--task",
-            found="neither a task file nor an annotated scan with its label map",
-            allowed="--task, or --support-image with --support-label",
+            ", ".join(f"--{name}" for name in given),
+            found="that it is given with --task",
+            allowed="it with --example; a task file has learned already",
         )
 
 

@@ -10,14 +10,16 @@ from typing import Any
 
 from fastproto.cli.options import Subparsers, add_runtime_options, new_parser, runtime
 from fastproto.errors import ArgumentError
+from fastproto.training.config import AUTO, TrainConfig
 
 EXAMPLE = """\
+  fastproto train --data scans-ct more/scans-mr --model base --minutes 60 --out run
   fastproto phantom --out phantom-ct --patients 8
   fastproto train --data phantom-ct --holdout-classes spleen gallbladder \\
-      --holdout-cases ct_006 ct_007 --steps 400 --image-size 128 --out run
-  fastproto train --data phantom-ct --superpixel-fraction 1 --steps 400 --out run-without-labels
+      --holdout-cases ct_006 ct_007 --minutes 5 --out run
   fastproto train --out run --resume"""
 
+_UNLIMITED = 10**9  # steps, where minutes decide
 # Options that only steer the command; all others are fields of `TrainConfig`.
 _NOT_CONFIGURATION = ("run", "verbose", "device", "threads", "settings", "resume")
 
@@ -28,16 +30,31 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "train",
         run,
-        help="train a model on labelled organs, or without labels",
-        description="Train a model that segments from examples. It learns on the base classes; "
-        "held-out classes are never a foreground and held-out cases are never read, so that both "
-        "can measure it afterwards. The run folder gets model.safetensors, the training state, "
-        "log.jsonl and config.json. Ctrl-C is safe: --resume goes on from the last checkpoint.",
+        help="train a model on scans of your own, without labels or with some",
+        description="Train a model that segments from examples. It needs no label: it learns to "
+        "find pieces of tissue (supervoxels) again in neighbouring slices. Where a data set has "
+        "labels, a share of the training is on them; held-out classes are never a foreground and "
+        "held-out cases are never read, so that both can measure it afterwards. The run folder "
+        "gets model.safetensors, the training state, log.jsonl and config.json. Ctrl-C is safe: "
+        "--resume goes on from the last checkpoint.",
         example=EXAMPLE,
         argument_default=argparse.SUPPRESS,
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="DIR", help="data set: dataset.json with images and labels")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="folders of scans, or data sets: dataset.json with images, and labels or not; CT and "
+        "MR may be mixed",
+    )
+    data.add_argument(
+        "--label-fraction",
+        type=float,
+        metavar="SHARE",
+        help="share of the episodes that is drawn from labels, where there are some; 0 never looks "
+        f"at a label {_default('label_fraction')}",
+    )
     data.add_argument(
         "--holdout-classes",
         dest="holdout",
@@ -63,34 +80,56 @@ def add_parser(subparsers: Subparsers) -> None:
         help="case ids for the validation Dice, not trained on",
     )
     data.add_argument(
-        "--superpixel-fraction",
-        type=float,
-        metavar="SHARE",
-        help="share of episodes made of superpixels instead of labels; 1 needs no label at all "
-        "(default: 0)",
-    )
-    data.add_argument(
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="side of the slices the network sees (default: 256)",
+        help=f"side of the network's images; auto: {AUTO['image_size'][0]} on a GPU, "
+        f"{AUTO['image_size'][1]} on a CPU {_default('image_size')}",
     )
     data.add_argument(
-        "--plane", choices=("axial", "coronal", "sagittal"), help="slices (default: axial)"
+        "--plane",
+        choices=("axial", "coronal", "sagittal"),
+        help="slices to learn from; with axial ones, those of the other planes as well "
+        f"{_default('plane')}",
     )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--out", dest="output", required=True, metavar="RUN", help="run folder to write"
     )
-    training.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default: 10000)")
     training.add_argument(
-        "--learning-rate", type=float, metavar="RATE", help="peak of the schedule (default: 3e-4)"
+        "--model",
+        dest="start",
+        metavar="RUN",
+        help="model to go on from: base, a run folder or a model.safetensors; it decides on the "
+        "network (default: from scratch)",
     )
     training.add_argument(
-        "--shots", type=int, metavar="N", help="support slices per class (default: 1)"
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="end after so many minutes instead of after a number of steps; with --steps as well, "
+        "whichever comes first",
     )
     training.add_argument(
-        "--encoder", metavar="NAME", help="resnet18, 34, 50 or 101 (default: resnet34)"
+        "--steps", type=int, metavar="N", help=f"optimiser steps {_default('steps')}"
+    )
+    training.add_argument(
+        "--batch", type=int, metavar="N", help=f"episodes in a step {_default('batch')}"
+    )
+    training.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        help=f"peak of the schedule {_default('learning_rate')}",
+    )
+    training.add_argument(
+        "--shots", type=int, metavar="N", help=f"support slices per class {_default('shots')}"
+    )
+    training.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help=f"resnet18, 34, 50, 101 or auto: {AUTO['encoder'][0]} on a GPU, "
+        f"{AUTO['encoder'][1]} on a CPU {_default('encoder')}",
     )
     training.add_argument(
         "--weights",
@@ -98,14 +137,16 @@ def add_parser(subparsers: Subparsers) -> None:
         help="encoder weights to start from: a safetensors or torchvision file, or imagenet to "
         "download them (default: from scratch)",
     )
-    training.add_argument("--seed", type=int, metavar="N", help="of weights and episodes")
+    training.add_argument(
+        "--seed", type=int, metavar="N", help=f"of weights and episodes {_default('seed')}"
+    )
     training.add_argument(
         "--set",
         dest="settings",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="any other field of fastproto.training.TrainConfig, such as cycle=0.5",
+        help="any other field of fastproto.training.TrainConfig, such as absent_fraction=0.1",
     )
     training.add_argument(
         "--resume",
@@ -122,21 +163,29 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and say where the model is."""
-    from fastproto.training import TrainConfig, train
+    from fastproto.training import train
 
     values: dict[str, Any] = {}
     if args.resume:
         values = TrainConfig.load(Path(args.output, "config.json")).to_dict()
-    values |= {name: value for name, value in vars(args).items() if name not in _NOT_CONFIGURATION}
+    given = {name: value for name, value in vars(args).items() if name not in _NOT_CONFIGURATION}
+    if "minutes" in given and not args.resume:
+        given.setdefault("steps", _UNLIMITED)
+    values |= given
     values |= _settings(args.settings)
     if args.device != "auto":
         values["device"] = args.device
     if "data" not in values:
-        raise ArgumentError("--data", found="nothing", allowed="a data set folder")
+        raise ArgumentError("--data", found="nothing", allowed="folders of scans")
     with runtime(args):
         folder = train(TrainConfig.from_dict(values), resume=args.resume)
     print(f"{folder}: model.safetensors, log.jsonl")
     return 0
+
+
+def _default(name: str) -> str:
+    """What ``TrainConfig`` takes where the option is absent, for its help."""
+    return f"(default: {TrainConfig.__dataclass_fields__[name].default})"
 
 
 def _class(text: str) -> str | int:

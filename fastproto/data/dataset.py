@@ -93,8 +93,8 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
       {"0": "CT"} and ``labels`` {"liver": 1}; or the older ``modality``, ``labels`` {"1": "liver"}
       and ``training`` [{"image": ..., "label": ...}]. One channel only.
 
-    A folder without ``dataset.json``, ``images`` and ``imagesTr`` is a plain folder of scans without
-    labels, all CT or all MR by the first one's values.
+    A folder without ``dataset.json``, ``images`` and ``imagesTr`` is a plain folder of scans
+    without labels, all CT or all MR by the first one's values.
 
     Cases need no label map, but a label map needs its case; ``labels`` may name none.
 

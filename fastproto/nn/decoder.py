@@ -121,7 +121,7 @@ class UpBlock(nn.Module):
         self, up_channels: int, skip_channels: int, out_channels: int, *, double: bool = True
     ):
         super().__init__()
-        self.double = double
+        self.doubles_skip = double
         self.norm_up = nn.BatchNorm2d(up_channels)
         self.norm_skip = nn.BatchNorm2d(skip_channels)
         self.conv_up = nn.Conv2d(up_channels, out_channels, 3, padding=1)
@@ -133,7 +133,7 @@ class UpBlock(nn.Module):
         Without ``double`` the skip is ``[B, C', 2h, 2w]`` too.
         """
         up = self.conv_up(self.norm_up(up).relu_())
-        if self.double:
+        if self.doubles_skip:
             skip = _double_norm_relu_conv(skip, self.norm_skip, self.conv_skip.weight)
         else:
             skip = self.conv_skip(self.norm_skip(skip).relu_())

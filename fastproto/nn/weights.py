@@ -64,10 +64,12 @@ def load_state(
 ) -> None:
     """``load_state_dict``, saying which file is at fault and how.
 
+    Floating tensors take the module's own floating type: a file may hold weights in half precision.
     Batch counters (``num_batches_tracked``) may be missing, as in old torchvision files.
 
     Raises:
-        CheckpointError: Keys are missing or unknown, or a shape differs.
+        CheckpointError: Keys are missing or unknown, a shape differs, or numbers are not floating
+            where the module's are.
     """
     expected = module.state_dict()
     fix = "The file belongs to another architecture; use the one that it was written for."
@@ -86,11 +88,12 @@ def load_state(
             path, found=found, allowed=f"the keys of {_describe(module)}", fix=fix
         )
     for key, value in state.items():
-        if value.shape != expected[key].shape:
+        wanted = expected[key]
+        if value.shape != wanted.shape or value.is_floating_point() != wanted.is_floating_point():
             raise CheckpointError(
                 path,
-                found=f"{key} of shape {list(value.shape)}",
-                allowed=f"{list(expected[key].shape)}, as in {_describe(module)}",
+                found=f"{key} of shape {list(value.shape)}, {value.dtype}",
+                allowed=f"{list(wanted.shape)}, {wanted.dtype}, as in {_describe(module)}",
                 fix=fix,
             )
     module.load_state_dict(state, strict=False)

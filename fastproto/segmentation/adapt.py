@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from fastproto.training.episodes import Draw, EpisodeSource
 
 BATCH = 4
 LEARNING_RATE = 3e-4
-BACKGROUND_WEIGHT = 0.2
+BACKGROUND_WEIGHT = 0.5
 SHOTS, QUERIES = 2, 2
-ANYWHERE = 0.3  # share of the query slices that are drawn from the whole scan
+ANYWHERE = 0.3  # share of the query slices that are drawn from anywhere around the organ
+REACH_MM = 30.0  # how far around it
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ class AnnotatedOrgan:
         """Those of ``slices`` that show the organ."""
         return [number for number in self.slices if self.masks[number].any()]
 
+    @cached_property
+    def region(self) -> list[int]:
+        """``slices`` and all slices without the organ that lie at most ``REACH_MM`` from it."""
+        holding = self.masks.flatten(1).any(dim=1).nonzero().flatten().tolist()
+        reach = round(REACH_MM / self.view.spacing[0])
+        near = range(max(holding[0] - reach, 0), min(holding[-1] + reach + 1, len(self.masks)))
+        empty = [number for number in near if number not in holding]
+        return sorted({*self.slices, *empty})
+
 
 class AnnotatedEpisodes(EpisodeSource):
     """Episodes whose support and query are slices of the annotated scan, one organ at a time.
@@ -57,7 +68,7 @@ class AnnotatedEpisodes(EpisodeSource):
         seed: See ``EpisodeSource``, as the remaining options.
     """
 
-    def __init__(self, organs: Sequence[AnnotatedOrgan], seed: int, **options: object):
+    def __init__(self, organs: Sequence[AnnotatedOrgan], seed: int, **options: Any):
         super().__init__(seed, shots=SHOTS, queries=QUERIES, **options)
         self.organs = list(organs)
         self._pictures: dict[tuple[int, int], Tensor] = {}
@@ -73,7 +84,7 @@ class AnnotatedEpisodes(EpisodeSource):
         chosen = [choice(organ.inside) for _ in range(self.shots)]
         for _ in range(self.queries):
             anywhere = float(torch.rand(1, generator=generator)) < ANYWHERE
-            chosen.append(choice(organ.slices if anywhere else organ.inside))
+            chosen.append(choice(organ.region if anywhere else organ.inside))
         cuts = []
         side = organ.view.view.side
         scale = 1.25 ** (2 * float(torch.rand(1, generator=generator)) - 1)
@@ -126,7 +137,7 @@ def adapt_model(
     device = next(model.parameters()).device
     adapted = copy.deepcopy(model).eval()
     if device.type == "cpu":
-        adapted = adapted.to(memory_format=torch.channels_last)
+        adapted = adapted.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = {
         name: parameter
         for name, parameter in adapted.named_parameters()
@@ -155,8 +166,6 @@ def adapt_model(
         optimizer.step()
         optimizer.zero_grad()
         if progress is not None:
-            progress(step + 1, steps, float(total))
+            progress(step + 1, steps, total.item())
     adapted.requires_grad_(True)
     return adapted, {name: value.detach().cpu().half() for name, value in trained.items()}
-
-

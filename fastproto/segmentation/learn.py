@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from fastproto.segmentation.task import Organ, Task
 MARGIN_MM = 30.0  # of the field of view around an organ
 DIAMETERS = 4.0  # least side of the field of view, in diameters of the organ's largest slice
 AROUND = 2  # slices beyond either end of an organ that show what it ends in
+AUTO_STEPS = {"cpu": 60, "cuda": 150}  # of adaptation, by the kind of device
 _LEFT_OUT = 3  # every third of the chosen slices checks what the others taught
 _BIASES = np.arange(-4.0, 4.01, 0.25)
 
@@ -43,7 +45,7 @@ def register(
     slices: int | Sequence[int] = 12,
     preprocessing: Preprocessing | None = None,
     prior: str = "affine",
-    adapt: int = 0,
+    adapt: int | Literal["auto"] = 0,
     seed: int = 0,
     progress: Callable[[int, int, float], object] | None = None,
 ) -> Task:
@@ -64,7 +66,8 @@ def register(
         preprocessing: Replaces the model's own.
         prior: How the task will find the place of the organs in another scan: "box", "affine" or
             "deformable", see `fastproto.segmentation.prior`.
-        adapt: Training steps on the annotated scan; 0 for none.
+        adapt: Training steps on the annotated scan; 0 for none, "auto" for ``AUTO_STEPS``. What
+            they taught is kept where it finds more in the slices left out.
         seed: Of the adaptation.
         progress: Called after each step of it with the steps done, the steps in all and the loss.
 
@@ -75,26 +78,27 @@ def register(
     """
     if isinstance(slices, int) and slices < 1:
         raise ArgumentError("slices", found=str(slices), allowed="a whole number above 0")
+    device = next(model.parameters()).device
+    steps = AUTO_STEPS.get(device.type, AUTO_STEPS["cuda"]) if adapt == "auto" else adapt
+    if not isinstance(steps, int) or steps < 0:
+        raise ArgumentError("adapt", found=repr(adapt), allowed='"auto", or a number from 0')
     preprocessing = preprocessing or model_preprocessing(model, guess_modality(image))
     prepared = preprocessing.prepare(image)
     names = _choose_labels(label, labels, classes)
-    annotated = [
-        annotate(prepared, label, value, name, slices) for value, name in names.items()
-    ]
+    annotated = [annotate(prepared, label, value, name, slices) for value, name in names.items()]
     atlas = Atlas.make(
         image, label, list(names), preprocessing.modality, prior, plane=preprocessing.plane
     )
     organs = tuple(_learn(model, organ) for organ in annotated)
-    weights: dict[str, Tensor] = {}
-    if adapt > 0:
-        training = [replace(organ, slices=_split(organ)[0]) for organ in annotated]
-        learner, weights = adapt_model(model, training, adapt, seed=seed, progress=progress)
-        after = tuple(_learn(learner, organ) for organ in annotated)
-        if _expected(after) > _expected(organs):
-            organs = after
-        else:
-            weights = {}
-    return Task(organs, preprocessing, atlas, model.fingerprint(), weights)
+    task = Task(organs, preprocessing, atlas, model.fingerprint())
+    if steps == 0 or not any(_split(organ)[1] for organ in annotated):
+        return task  # nothing could show that it helped
+    training = [replace(organ, slices=_split(organ)[0]) for organ in annotated]
+    learner, weights = adapt_model(model, training, steps, seed=seed, progress=progress)
+    after = tuple(_learn(learner, organ) for organ in annotated)
+    if _expected(after) <= _expected(organs):
+        return task
+    return replace(task, organs=after, weights=weights, adapted_steps=steps)
 
 
 def model_preprocessing(model: FewShotModel, modality: str) -> Preprocessing:
@@ -147,20 +151,29 @@ def annotate(
             fix="Use a model trained at a larger image size, or leave this label out.",
         )
     occupied = np.flatnonzero(present)
-    chosen = spread(occupied, slices) if isinstance(slices, int) else sorted(set(slices))
-    around: list[int] = []
     if isinstance(slices, int):
-        step = max(1, round(len(occupied) / max(len(chosen), 1)))
+        chosen = spread(occupied, slices)
+        step = max(1, round(len(occupied) / len(chosen)))
         for number in range(1, AROUND + 1):
-            around += [occupied[0] - number * step, occupied[-1] + number * step]
-    used = sorted({*chosen, *(int(n) for n in around if 0 <= n < len(prepared))})
-    return AnnotatedOrgan(value, name, view, masks, tuple(used))
+            chosen += [int(occupied[0]) - number * step, int(occupied[-1]) + number * step]
+        chosen = [number for number in chosen if 0 <= number < len(prepared)]
+    else:
+        chosen = [int(number) for number in slices]
+        within = chosen and 0 <= min(chosen) <= max(chosen) < len(prepared)
+        if not within or not present[chosen].any():
+            raise ArgumentError(
+                "slices",
+                found=_listed(chosen),
+                allowed=f"0 to {len(prepared) - 1}, and some of those with {name!r} among them: "
+                f"{_listed(occupied.tolist())}",
+            )
+    return AnnotatedOrgan(value, name, view, masks, tuple(sorted(set(chosen))))
 
 
 def _expected(organs: Sequence[Organ]) -> float:
-    """Mean Dice in the slices left out; 0 without any, so that adaptation needs proof."""
+    """Mean Dice in the slices left out, over the organs that have some."""
     known = [organ.expected_dice for organ in organs if organ.expected_dice is not None]
-    return sum(known) / len(known) if known else 0.0
+    return sum(known) / len(known)
 
 
 def _split(organ: AnnotatedOrgan) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -178,9 +191,7 @@ def _learn(model: FewShotModel, organ: AnnotatedOrgan) -> Organ:
     if left_out:
         scores = score_slices(model, known, organ.view, left_out, left_out)
         bias, expected = _fit_bias(scores, organ.masks[list(left_out)])
-    return replace(
-        _encode(model, organ, organ.slices), bias=bias, expected_dice=expected
-    )
+    return replace(_encode(model, organ, organ.slices), bias=bias, expected_dice=expected)
 
 
 @torch.inference_mode()
@@ -192,9 +203,8 @@ def _encode(model: FewShotModel, organ: AnnotatedOrgan, slices: Sequence[int]) -
         organ.masks[list(slices)][:, None].long().to(device),
         num_classes=2,
     )
-    return Organ(
-        organ.value, organ.name, organ.view.view.side, tuple(slices), prototypes.trim().to("cpu")
-    )
+    known = prototypes.trim().to("cpu", torch.float16).to(dtype=torch.float32)  # as in a file
+    return Organ(organ.value, organ.name, organ.view.view.side, tuple(slices), known)
 
 
 def _fit_bias(scores: Tensor, masks: Tensor) -> tuple[float, float]:

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done to an organ's voxels after the decision; each step is worth its line in a table."""
+"""What is done to the voxels after the decision; each step is worth its line in a table."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, special
 
 PIECE = 0.2  # share of the largest piece below which another one is dropped
 
 
-def clean(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """Drop small pieces, fill holes.
+def clean(mask: np.ndarray) -> np.ndarray:
+    """Keep the largest piece of an organ and those at least a fifth as large; fill their holes.
 
     Args:
-        mask: ``[n, h, w]`` bool, one organ.
-        distance: Signed distance to its expected place in mm, negative inside.
-
-    Returns:
-        A new mask: the piece with the most voxels near the expected place, pieces at least a fifth
-        as large, and the holes of each slice.
+        mask: ``[n, h, w]`` bool, one organ; holes are those of a slice.
     """
     pieces, count = ndimage.label(mask)
     if count == 0:
@@ -30,3 +28,22 @@ def clean(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
         if section.any():
             result[index] = ndimage.binary_fill_holes(section)
     return result
+
+
+def uncertainty(probabilities: Iterable[np.ndarray]) -> np.ndarray:
+    """How undecided every voxel is between the organs and the background.
+
+    Args:
+        probabilities: Of every organ against the background alone, all of one shape.
+
+    Returns:
+        Entropy in bits, float32: 0 where one of them is certain, 1 where an organ is as likely as
+        the background, at most log2 of the number of organs and 1.
+    """
+    total: Any = np.float32(1)  # the odds of the background are 1
+    weighted: Any = np.float32(0)
+    for probability in probabilities:
+        odds = probability / (1 - probability).clip(min=1e-6)
+        total = total + odds
+        weighted = weighted + special.xlogy(odds, odds)
+    return np.maximum((np.log(total) - weighted / total) / np.float32(np.log(2)), 0)

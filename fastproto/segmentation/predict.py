@@ -3,7 +3,8 @@
 
 Every organ is looked for in its own field of view, by the prototypes of the annotated slices that
 lie nearest. Its log odds against the background and those of its place add up; where several organs
-claim a voxel, the largest sum has it.
+claim a voxel, the largest sum has it. With several annotated scans, an organ's log odds are the
+mean of those by each.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fastproto.data.preprocessing import FieldOfView, PreparedVolume
 from fastproto.data.volume import Volume
-from fastproto.errors import ArgumentError
+from fastproto.errors import ArgumentError, LabelError
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.postprocess import clean
 from fastproto.segmentation.prior import Prior, locate
@@ -27,6 +28,7 @@ from fastproto.segmentation.task import Organ, Task
 NEAREST = 3  # annotated slices that a query slice is compared with
 BATCH = 8  # slices at once
 MARGIN_MM = 40.0  # how far beyond its expected place an organ is looked for
+ABSENT = 0.5  # mean probability by the network alone below which an organ is probably not there
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,37 @@ class Segmentation(NamedTuple):
 
     Args:
         labels: ``[Z, Y, X]``, the label values of the task, in the smallest unsigned type.
-        probabilities: Label value -> ``[Z, Y, X]`` float32, the background left out; or None.
-        prior: Where the organs were expected.
+        probabilities: Label value -> ``[Z, Y, X]`` float32, the organ's probability against the
+            background; or None.
+        prior: Where the organs were expected, by the first of several tasks.
+        confidence: Label value -> mean probability that the network alone, without the place, gives
+            the voxels found; 0 where none were.
     """
 
     labels: np.ndarray
     probabilities: dict[int, np.ndarray] | None
     prior: Prior
+    confidence: dict[int, float]
+
+    def absent(self) -> list[int]:
+        """Organs that are probably not in the scan: none found, or the network saw none there."""
+        return [value for value, mean in self.confidence.items() if mean < ABSENT]
+
+
+class Claim(NamedTuple):
+    """Where one organ may be.
+
+    Args:
+        value: Its label value.
+        box: Canonical slices, rows and columns.
+        odds: Its log odds against the background, float32, of the box's shape.
+        network: The network's part of them.
+    """
+
+    value: int
+    box: tuple[slice, ...]
+    odds: Tensor
+    network: Tensor
 
 
 class Evidence(NamedTuple):
@@ -81,7 +107,7 @@ class Evidence(NamedTuple):
 
 def segment_volume(
     model: FewShotModel,
-    task: Task,
+    task: Task | Sequence[Task],
     volume: Volume,
     *,
     batch_size: int | None = None,
@@ -94,27 +120,71 @@ def segment_volume(
 
     Args:
         model: The model ``task`` was registered with.
-        task: The organs to find.
+        task: The organs to find; or several tasks, each of another annotated scan.
         volume: The scan; its values are not changed.
         batch_size: Slices per forward pass; None takes ``BATCH``.
         probabilities: Also return every organ's probability, 4 bytes per voxel and organ.
         prior: How to find the place of the organs: "box", "affine" or "deformable", as far as the
             task can serve it; None takes that.
         fusion: How network and prior are weighed; None takes what was chosen for the prior's kind.
-        progress: Called after each batch with the slices done so far and the slices in all.
+        progress: Called after each batch with the slices done so far and the slices in all, as far
+            as is known: those of another task are counted when their turn comes.
 
     Raises:
-        CheckpointError: ``task`` was registered with another model.
+        CheckpointError: A task was registered with another model.
+        LabelError: Tasks that name a label differently.
     """
-    task.check_model(model)
-    model = task.adapted(model)
-    located = locate(task.atlas, volume, prior)
-    fusion = fusion or FUSIONS[located.kind]
-    prepared = task.preprocessing.prepare(volume)
-    found = gather(
-        model, task, prepared, located, batch_size=batch_size or BATCH, progress=progress
-    )
-    return decide(task, volume, prepared, located, found, fusion, probabilities=probabilities)
+    tasks = [task] if isinstance(task, Task) else list(task)
+    check_tasks(tasks, model)
+    prepared = tasks[0].preprocessing.prepare(volume)
+    priors = [locate(task.atlas, volume, prior) for task in tasks]
+    claims = []
+    done = 0
+
+    def advance(now: int, total: int) -> None:
+        if progress is not None:
+            progress(done + now, done + total)
+
+    for task, located in zip(tasks, priors, strict=True):
+        found = gather(
+            task.adapted(model),
+            task,
+            prepared,
+            located,
+            batch_size=batch_size or BATCH,
+            progress=advance,
+        )
+        done += sum(len(evidence.scores) for evidence in found)
+        claims.append(weigh(task, found, fusion or FUSIONS[located.kind]))
+    return settle(volume, prepared, priors[0], average(claims), probabilities=probabilities)
+
+
+def check_tasks(tasks: Sequence[Task], model: FewShotModel) -> None:
+    """Raise unless ``model`` can use all of ``tasks`` together.
+
+    Raises:
+        ArgumentError: None at all, or slices prepared in different ways.
+        CheckpointError: A task was registered with another model.
+        LabelError: Tasks that name a label differently.
+    """
+    if not tasks:
+        raise ArgumentError("task", found="no task", allowed="one task or several")
+    names: dict[int, str] = {}
+    for task in tasks:
+        task.check_model(model)
+        if task.preprocessing != tasks[0].preprocessing:
+            raise ArgumentError(
+                "task",
+                found=f"tasks of {task.preprocessing} and of {tasks[0].preprocessing}",
+                allowed="annotated scans of one modality, prepared alike",
+            )
+        for value, name in task.labels.items():
+            if names.setdefault(value, name) != name:
+                raise LabelError(
+                    "task",
+                    found=f"label {value} as {names[value]!r} and as {name!r}",
+                    allowed="one name for each value in all annotated scans",
+                )
 
 
 def gather(
@@ -129,7 +199,7 @@ def gather(
     """The evidence for every organ of ``task``; ``model`` is the adapted one."""
     if batch_size < 1:
         raise ArgumentError("batch_size", found=str(batch_size), allowed="a whole number above 0")
-    positions = prior.slice_positions()
+    positions = prior.slice_positions().tolist()
     boxes = []
     for index in range(len(task.organs)):
         own = prior.only(index)
@@ -179,29 +249,89 @@ def decide(
     *,
     probabilities: bool = False,
 ) -> Segmentation:
-    """One label map from the evidence for all organs."""
-    values = [organ.value for organ in task.organs]
-    dtype = np.min_scalar_type(max(values))
+    """One label map from the evidence for all organs of one task."""
+    claims = list(weigh(task, found, fusion).values())
+    return settle(volume, prepared, prior, claims, probabilities=probabilities)
+
+
+def weigh(task: Task, found: Sequence[Evidence], fusion: Fusion) -> dict[int, Claim]:
+    """What the evidence for every organ of a task adds up to, by label value."""
+    return {
+        organ.value: Claim(
+            organ.value,
+            evidence.box,
+            fusion(evidence.scores, evidence.distance, organ.bias),
+            evidence.scores + organ.bias,
+        )
+        for organ, evidence in zip(task.organs, found, strict=True)
+    }
+
+
+def average(claims: Sequence[dict[int, Claim]]) -> list[Claim]:
+    """Mean log odds of every organ over the tasks that know it.
+
+    Where a task did not look, its log odds are the lowest that its prior gives.
+    """
+    result = []
+    for value in dict.fromkeys(value for part in claims for value in part):
+        known = [part[value] for part in claims if value in part]
+        if len(known) == 1:
+            result += known
+            continue
+        box = tuple(
+            slice(min(side.start for side in sides), max(side.stop for side in sides))
+            for sides in zip(*(claim.box for claim in known), strict=True)
+        )
+        shape = [side.stop - side.start for side in box]
+        means = []
+        for part in ("odds", "network"):
+            mean = torch.zeros(shape)
+            for claim in known:
+                whole = torch.full(shape, -Fusion.limit)
+                inner = tuple(
+                    slice(own.start - side.start, own.stop - side.start)
+                    for own, side in zip(claim.box, box, strict=True)
+                )
+                whole[inner] = getattr(claim, part)
+                mean += whole
+            means.append(mean / len(known))
+        result.append(Claim(value, box, *means))
+    return result
+
+
+def settle(
+    volume: Volume,
+    prepared: PreparedVolume,
+    prior: Prior,
+    claims: Sequence[Claim],
+    *,
+    probabilities: bool = False,
+) -> Segmentation:
+    """One label map from the claims of all organs."""
+    dtype = np.min_scalar_type(max(claim.value for claim in claims))
     labels = np.zeros(volume.array.shape, dtype)
     best = np.zeros(volume.array.shape, np.float32)
     seen, best_seen = prepared.to_canonical(labels), prepared.to_canonical(best)
     organs = {}
-    for organ, evidence in zip(task.organs, found, strict=True):
-        odds = fusion(evidence.scores, evidence.distance, organ.bias).numpy()
-        box = evidence.box
+    for claim in claims:
+        odds, box = claim.odds.numpy(), claim.box
         wins = odds > best_seen[box]
         best_seen[box][wins] = odds[wins]
-        seen[box][wins] = organ.value
+        seen[box][wins] = claim.value
         if probabilities:
             whole = np.zeros(volume.array.shape, np.float32)
-            prepared.to_canonical(whole)[box] = 1 / (1 + np.exp(-odds))
-            organs[organ.value] = whole
-    for organ, evidence in zip(task.organs, found, strict=True):
-        mask = seen[evidence.box] == organ.value
-        kept = clean(mask, evidence.distance.numpy())
-        seen[evidence.box][mask & ~kept] = 0
-        seen[evidence.box][kept & (seen[evidence.box] == 0)] = organ.value
-    return Segmentation(labels, organs if probabilities else None, prior)
+            prepared.to_canonical(whole)[box] = claim.odds.sigmoid().numpy()
+            organs[claim.value] = whole
+    confidence = {}
+    for claim in claims:
+        part = seen[claim.box]  # a view
+        mask = part == claim.value
+        kept = clean(mask)
+        part[mask & ~kept] = 0
+        part[kept & (part == 0)] = claim.value
+        inside = claim.network[torch.from_numpy(part == claim.value)]
+        confidence[claim.value] = float(inside.sigmoid().mean()) if len(inside) else 0.0
+    return Segmentation(labels, organs if probabilities else None, prior, confidence)
 
 
 @torch.inference_mode()

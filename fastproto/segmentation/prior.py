@@ -25,15 +25,21 @@ from fastproto.segmentation.alignment import (
     Picture,
     align_affine,
     align_boxes,
+    align_deformable,
+    best_start,
     body_box,
     correlation,
     make_picture,
+    volume_box,
 )
 
 KINDS = ("box", "affine", "deformable")
 
 _MAP_SIDE = 48  # voxels of a distance map, at most, along each axis
 _SEARCH_SIDE = 40  # points along each axis of a query, at which organs are looked for
+_BODY_VOXELS = 100_000
+_DETAIL_VOXELS = 300_000
+_SURROUNDINGS_MM = 25.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,7 @@ class DistanceMap:
         values = np.where(
             inside, -_surface_distance(inside, step), _surface_distance(~inside, step)
         )
+        values = values.astype(np.float16).astype(np.float32)  # as in a task file
         return cls(values, (low + (pool - 1) / 2) * spacing - 2 * step, step)
 
     @property
@@ -102,8 +109,8 @@ class DistanceMap:
 class Atlas:
     """What a task keeps of the annotated scan to find the same organs elsewhere.
 
-    With "affine" and "deformable" it holds ``picture``, a low-resolution image of the patient: it
-    is as much patient data as the scan. With "box" it holds the organs' shapes and no image.
+    With "affine" and "deformable" it holds ``pictures`` of the patient: that is image content, as
+    much patient data as the scan. With "box" it holds the organs' shapes and no image.
 
     Attributes:
         kind: The most elaborate alignment it can serve: "box", "affine" or "deformable".
@@ -113,7 +120,8 @@ class Atlas:
         maps: A distance map for each of them.
         body: [2, 3] mm, the box of the body.
         slice_spacing: In mm.
-        picture: The scan at low resolution; None with "box".
+        pictures: The body at low resolution and, finer, the organs and what surrounds them; none
+            with "box".
     """
 
     kind: str
@@ -123,7 +131,7 @@ class Atlas:
     maps: tuple[DistanceMap, ...]
     body: np.ndarray
     slice_spacing: float
-    picture: Picture | None
+    pictures: tuple[Picture, ...]
 
     @classmethod
     def make(
@@ -154,10 +162,11 @@ class Atlas:
                     label.name, found=f"no voxel of label {value}", allowed="labels that occur"
                 )
             maps.append(DistanceMap.of_mask(mask, spacing))
-        box = body_box(seen, modality)
-        picture = None if kind == "box" else make_picture(seen, modality, box)
+        body = body_box(seen, modality)
+        around = _around(maps).clip(*volume_box(seen))
+        pictures = () if kind == "box" else _pictures(seen, modality, (body, around))
         return cls(
-            kind, modality, plane, tuple(values), tuple(maps), box, float(spacing[0]), picture
+            kind, modality, plane, tuple(values), tuple(maps), body, float(spacing[0]), pictures
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -166,13 +175,12 @@ class Atlas:
             f"distance.{index}": torch.from_numpy(map_.values.astype(np.float16))
             for index, map_ in enumerate(self.maps)
         }
-        if self.picture is not None:
-            found["picture"] = torch.from_numpy(self.picture.array)
+        for index, picture in enumerate(self.pictures):
+            found[f"picture.{index}"] = torch.from_numpy(picture.array)
         return found
 
     def to_dict(self) -> dict[str, Any]:
         """What is small, as JSON takes it."""
-        picture = self.picture
         return {
             "kind": self.kind,
             "modality": self.modality,
@@ -181,7 +189,7 @@ class Atlas:
             "maps": [[map_.first.tolist(), map_.step.tolist()] for map_ in self.maps],
             "body": self.body.tolist(),
             "slice_spacing": self.slice_spacing,
-            "picture": None if picture is None else [picture.first.tolist(), picture.step],
+            "pictures": [[picture.first.tolist(), picture.step] for picture in self.pictures],
         }
 
     @classmethod
@@ -198,11 +206,11 @@ class Atlas:
                 )
                 for index, (first, step) in enumerate(fields["maps"])
             ]
+            pictures = [
+                Picture(tensors[f"picture.{index}"].numpy(), np.array(first), float(step))
+                for index, (first, step) in enumerate(fields["pictures"])
+            ]
             _check_kind(fields["kind"], KINDS)
-            picture = None
-            if fields["kind"] != "box":
-                first, step = fields["picture"]
-                picture = Picture(tensors["picture"].numpy(), np.array(first), float(step))
             atlas = cls(
                 fields["kind"],
                 fields["modality"],
@@ -211,10 +219,12 @@ class Atlas:
                 tuple(maps),
                 np.array(fields["body"], dtype=float).reshape(2, 3),
                 float(fields["slice_spacing"]),
-                picture,
+                tuple(pictures),
             )
             if len(atlas.values) != len(maps) or any(map_.values.ndim != 3 for map_ in maps):
                 raise ValueError(f"{len(maps)} distance maps for {len(atlas.values)} organs")
+            if len(pictures) != (0 if atlas.kind == "box" else 2):
+                raise ValueError(f"{len(pictures)} pictures for kind {atlas.kind}")
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(
                 "atlas", found=f"unusable fields ({error})", allowed="what Atlas.to_dict gives"
@@ -229,8 +239,8 @@ class Prior:
     Attributes:
         kind: The alignment used.
         fallback: Why it is "box" although more was asked for; None where it is not.
-        quality: Normalised cross-correlation of the two scans after alignment, -1 to 1; NaN with
-            an atlas that holds no picture.
+        quality: Normalised cross-correlation of the two scans around the organs after alignment, -1
+            to 1; NaN with "box".
         values: Label values of the organs.
         maps: A distance map in this scan for each of them.
         alignment: From this scan to the annotated one.
@@ -336,8 +346,7 @@ class Prior:
         """
         points = np.repeat(self.body.mean(axis=0)[None], self.shape[0], axis=0)
         points[:, 0] = np.arange(self.shape[0]) * self.spacing[0]
-        affine = Alignment(self.alignment.matrix, self.alignment.offset)
-        return affine(points)[:, 0] / self.atlas_spacing
+        return self.alignment.affine()(points)[:, 0] / self.atlas_spacing
 
     def label_map(self) -> np.ndarray:
         """The prior alone as a segmentation: ``[Z, Y, X]`` label values, in the file's axes."""
@@ -371,15 +380,11 @@ def locate(atlas: Atlas, volume: Volume, kind: str | None = None) -> Prior:
     body = body_box(seen, atlas.modality)
     alignment = align_boxes(body, atlas.body)
     fallback, quality = None, float("nan")
-    if atlas.picture is not None:
-        picture = make_picture(seen, atlas.modality, body, atlas.picture.step)
-        quality = correlation(picture, atlas.picture, alignment)
-        if kind != "box":
-            try:
-                alignment = align_affine(picture, atlas.picture, alignment)
-                quality = correlation(picture, atlas.picture, alignment)
-            except RuntimeError as error:
-                kind, fallback = "box", str(error).splitlines()[-1]
+    if kind != "box":
+        try:
+            alignment, quality = _align(atlas, seen, body, alignment, kind)
+        except RuntimeError as error:
+            kind, fallback = "box", str(error).splitlines()[-1]
     spacing = np.array(seen.spacing[::-1])
     return Prior(
         kind,
@@ -395,6 +400,37 @@ def locate(atlas: Atlas, volume: Volume, kind: str | None = None) -> Prior:
         body,
         atlas.slice_spacing,
     )
+
+
+def _align(
+    atlas: Atlas, seen: Volume, body: np.ndarray, boxes: Alignment, kind: str
+) -> tuple[Alignment, float]:
+    """The alignment of a canonical volume and its quality; RuntimeError where there is none."""
+    whole, detail = atlas.pictures
+    query = make_picture(seen, atlas.modality, body, _BODY_VOXELS, whole.step)
+    alignment = align_affine(query, whole, best_start(query, whole, boxes))
+    around = alignment.box_in_query(_around(atlas.maps)).clip(*volume_box(seen))
+    if not (around[1] > around[0]).all():
+        raise RuntimeError("the organs lie outside the scan")
+    query = make_picture(seen, atlas.modality, around, _DETAIL_VOXELS, detail.step)
+    alignment = align_affine(query, detail, alignment)
+    if kind == "deformable":
+        alignment = align_deformable(query, detail, alignment)
+    return alignment, correlation(query, detail, alignment)
+
+
+def _pictures(seen: Volume, modality: str, boxes: Sequence[np.ndarray]) -> tuple[Picture, ...]:
+    budgets = (_BODY_VOXELS, _DETAIL_VOXELS)
+    return tuple(
+        make_picture(seen, modality, box, budget)
+        for box, budget in zip(boxes, budgets, strict=True)
+    )
+
+
+def _around(maps: Sequence[DistanceMap]) -> np.ndarray:
+    """[2, 3] mm, the box of all organs and what surrounds them."""
+    low = np.min([map_.first for map_ in maps], axis=0) - _SURROUNDINGS_MM
+    return np.stack([low, np.max([map_.last for map_ in maps], axis=0) + _SURROUNDINGS_MM])
 
 
 def _carry(

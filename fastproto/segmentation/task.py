@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastproto.data.preprocessing import Preprocessing
@@ -27,6 +26,8 @@ from fastproto.nn.base import FewShotModel
 from fastproto.nn.weights import read_safetensors, write_safetensors
 from fastproto.segmentation.prior import Atlas
 
+BASE = "base"  # what the package's own model is called
+BASE_FILE = Path(__file__).resolve().parents[1] / "models" / "base.safetensors"
 FORMAT = "fastproto-task-2"
 MAX_LABEL = 2**16 - 1  # as in `read_label`
 
@@ -63,7 +64,8 @@ class Task:
         preprocessing: How the annotated scan was made into slices, and every scan will be.
         atlas: Where the organs lay in the annotated scan.
         fingerprint: `FewShotUNet.fingerprint` of the model the task was made with.
-        weights: The model's weights that were adapted to the annotated scan.
+        weights: The model's weights that were adapted to the annotated scan, in half precision.
+        adapted_steps: Training steps behind them; 0 where there are none.
     """
 
     organs: tuple[Organ, ...]
@@ -71,6 +73,7 @@ class Task:
     atlas: Atlas
     fingerprint: str
     weights: dict[str, Tensor] = field(default_factory=dict)
+    adapted_steps: int = 0
 
     @property
     def labels(self) -> dict[int, str]:
@@ -127,6 +130,7 @@ class Task:
             "preprocessing": self.preprocessing.to_dict(),
             "atlas": self.atlas.to_dict(),
             "fingerprint": self.fingerprint,
+            "adapted_steps": self.adapted_steps,
         }
         write_safetensors(Path(path), tensors, header)
 
@@ -160,6 +164,7 @@ class Task:
                 Atlas.from_parts(_below("atlas.", tensors), header["atlas"]),
                 str(header["fingerprint"]),
                 _below("weights.", tensors),
+                int(header["adapted_steps"]),
             )
             if not organs or task.atlas.values != tuple(task.labels):
                 raise ValueError(f"an atlas of {task.atlas.values} for organs {[*task.labels]}")
@@ -194,21 +199,27 @@ def load_model(path: str | Path, *, backend: str | None = None) -> FewShotUNet:
     """Load a trained model from its file or from the run folder that holds it.
 
     Args:
-        path: ``model.safetensors`` or a folder written by `fastproto.training.train`.
+        path: ``model.safetensors``, a folder written by `fastproto.training.train`, or the text
+            ``"base"`` for the model that comes with the package.
         backend: Backend of ``proto_attention``, or None for the best one that can run.
 
     Raises:
         CheckpointError: The file is missing, damaged, unsafe or of another architecture.
     """
-    path = Path(path)
+    if path == BASE:
+        path, found = BASE_FILE, "no base model in this installation"
+        fix = "Install a package that has one, or train a model with `fastproto train`."
+    else:
+        path, found = Path(path), "no such file"
+        fix = f"Train one with `fastproto train`, or take the package's own, {BASE!r}."
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
         raise CheckpointError(
             path,
-            found="no such file",
+            found=found,
             allowed="a model.safetensors, or the run folder that holds one",
-            fix="Train one with `fastproto train`.",
+            fix=fix,
         )
     model = FewShotUNet.load(path)
     model.backend = backend

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class AugmentParams:
     @classmethod
     def cat(cls, parts: Sequence[AugmentParams]) -> AugmentParams:
         """The parameters of several batches as those of one; all drawn by one ``Augmentation``."""
-        joined = {}
+        joined: dict[str, Any] = {}
         for field in ("matrix", "shift", "noise", "gamma", "gain", "offset", "grain"):
             values = [getattr(part, field) for part in parts]
             joined[field] = None if values[0] is None else torch.cat(values)

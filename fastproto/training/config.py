@@ -44,6 +44,12 @@ NETWORK = (
     *("encoder", "output_stride", "image_size"),
     *("temperature", "mask_threshold", "append_global"),
 )
+# What "auto" is on a GPU and on a CPU.
+AUTO: dict[str, tuple[Any, Any]] = {
+    "encoder": ("resnet34", "resnet18"),
+    "output_stride": (16, 8),
+    "image_size": (256, 128),
+}
 # What may differ between a run and its continuation: none of it changes a computed number.
 _FREE_ON_RESUME = ("data", "output", "checkpoint_every", "progress", "tensorboard")
 
@@ -86,8 +92,8 @@ class TrainConfig:
         output_stride: Pixels of a cell at the bottleneck, 8 or 16; "auto" is 16 on a GPU, 8 on a
             CPU, where images are small.
         weights: Encoder weights to start from: None, "imagenet" or a file.
-        start: A trained model to go on from, a file or run folder; it decides on encoder, output
-            stride, image size and how CT is normalised.
+        start: A trained model to go on from, a file, a run folder or "base", the package's own; it
+            decides on encoder, output stride, image size and how CT is normalised.
         temperature: Softmax temperature over prototypes, no unit.
         mask_threshold: Share of a bottleneck cell that a class must cover to give a prototype,
             0 to 1.
@@ -185,7 +191,8 @@ class TrainConfig:
         for name in _SWITCHES:
             _check(name, isinstance(getattr(self, name), bool), self, "true or false")
         for name, choices in _CHOICES.items():
-            _check(name, getattr(self, name) in choices, self, f"one of {', '.join(map(str, choices))}")
+            allowed = ", ".join(map(str, choices))
+            _check(name, getattr(self, name) in choices, self, f"one of {allowed}")
         for name in _AT_LEAST_ONE:
             _check(name, _is_integer(getattr(self, name), 1), self, "an integer of at least 1")
         for name in _NOT_NEGATIVE:
@@ -252,12 +259,12 @@ class TrainConfig:
 
     def resolved(self, *, gpu: bool) -> TrainConfig:
         """With every "auto" of the network's size replaced by what suits the device."""
-        choice = {"encoder": "resnet34", "output_stride": 16, "image_size": 256}
-        if not gpu:
-            choice = {"encoder": "resnet18", "output_stride": 8, "image_size": 128}
-        return replace(
-            self, **{k: value for k, value in choice.items() if getattr(self, k) == "auto"}
-        )
+        choice: dict[str, Any] = {
+            name: on_gpu if gpu else on_cpu
+            for name, (on_gpu, on_cpu) in AUTO.items()
+            if getattr(self, name) == "auto"
+        }
+        return replace(self, **choice)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What makes this another run than ``other``, a ``to_dict``: "name: old -> new"."""

@@ -264,12 +264,12 @@ class LabelEpisodes(EpisodeSource):
 
         picked = [(self.store.cases[support_case], s) for s in support]
         picked += [(self.store.cases[query_case], s) for s in query]
-        cuts = []
-        for number, (case, position) in enumerate(picked):
+        cuts: list[Cut] = []
+        for case, position in picked:
             assert case.labels is not None
             label = _renumber(case.labels[position], chosen)
             centre, own = field_of_view(case, label, generator)
-            side = own if number == 0 else side  # one scale an episode, the first slice's
+            side = cuts[0].side if cuts else own  # one scale an episode, the first slice's
             cuts.append(_cut(case, position, label, _nudge(case, centre, side, generator), side))
         return Draw(
             cuts,
@@ -286,11 +286,11 @@ class SupervoxelEpisodes(EpisodeSource):
     """Episodes without labels: the foregrounds are supervoxels, everything else is background.
 
     A scan, one of its planes, a scale and a supervoxel are drawn, each uniformly; then a support
-    slice in which the supervoxel is large and, as organs are, no cloud of pixels; and a query slice at most two slices or 10 mm away. In a
-    share of the episodes the query is any slice of the scan instead, mostly one without the
-    supervoxel. The field of view is two to eight times as wide as the supervoxel, so that pieces
-    of every size are seen at every scale. With more ways, the other supervoxels are large in the
-    same support slice.
+    slice in which the supervoxel is large and, as organs are, no cloud of pixels; and a query slice
+    at most two slices or 10 mm away. In a share of the episodes the query is any slice of the scan
+    instead, mostly one without the supervoxel. The field of view is two to eight times as wide as
+    the supervoxel, so that pieces of every size are seen at every scale. With more ways, the other
+    supervoxels are large in the same support slice.
 
     Args:
         store: Slices with ``regions``; labels are not looked at.
@@ -332,6 +332,8 @@ class SupervoxelEpisodes(EpisodeSource):
                 continue
             first = 1 + _choice(range(count), generator)
             seen = _large(areas[:, first])
+            if not seen:  # it lay in slices that were dropped
+                continue
             position = _choice(seen, generator)
             if _compactness(case.region(scale, position) == first) < _COMPACT:
                 continue
@@ -472,7 +474,7 @@ def _compactness(mask: Tensor) -> float:
 
 def _large(pixels: np.ndarray) -> list[int]:
     """The positions at which a supervoxel shows a large part of its largest cross-section."""
-    return np.flatnonzero(pixels >= _LARGE * pixels.max()).tolist()
+    return np.flatnonzero(pixels >= max(_LARGE * pixels.max(), 1)).tolist()
 
 
 def _positions_of(

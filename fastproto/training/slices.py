@@ -81,9 +81,9 @@ class CaseSlices:
         complete = self.numbers == list(range(len(self.numbers)))
         if not complete or max(self.spacing) > _ISOTROPIC * min(self.spacing):
             return
-        for axes in _VIEWS.values():
+        for plane, axes in _VIEWS.items():
             yield CaseSlices(
-                self.id,
+                f"{self.id} {plane}",
                 list(range(self.images.shape[axes[0]])),
                 self.images.permute(axes),
                 None if self.labels is None else self.labels.permute(axes),
@@ -187,16 +187,16 @@ class SliceStore:
                 if case.id in found
             ]
         kept = []
-        for case in whole:
-            keep = torch.ones(len(case), dtype=torch.bool)
-            if case.labels is not None:
+        for slices in whole:
+            keep = torch.ones(len(slices), dtype=torch.bool)
+            if slices.labels is not None:
                 if holding is not None:
-                    keep &= _holds(case.labels, holding)
-                keep &= ~_holds(case.labels, without)
+                    keep &= _holds(slices.labels, holding)
+                keep &= ~_holds(slices.labels, without)
             if labels == "unused":
-                case = dataclasses.replace(case, labels=None)
+                slices = dataclasses.replace(slices, labels=None)
             if keep.any():
-                kept.append(case.only(keep))
+                kept.append(slices.only(keep))
         if not kept:
             raise DatasetError(
                 dataset.root,

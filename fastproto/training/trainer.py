@@ -60,6 +60,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     folder = Path(config.output)
     state = folder / "state.safetensors"
     device = _device(config.device)
+    asked = config
     config = config.resolved(gpu=device.type == "cuda")
     saved = _saved_run(config, folder, state, resume)
     start = None
@@ -75,6 +76,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     data = read_training_data(config, device, preprocessing)
     if config.progress:
         print(f"fastproto: {data.summary}; {_network(config)} on {device}", file=sys.stderr)
+        if saved is None and start is None and device.type == "cpu" and config != asked:
+            print(
+                "fastproto: a network and images small enough for a CPU were chosen; encoder, "
+                "output_stride and image_size choose others",
+                file=sys.stderr,
+            )
     if saved is not None and saved["slices"] != data.slices:
         raise CheckpointError(
             state,
@@ -93,7 +100,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             **{name: getattr(config, name) for name in FewShotUNet.config_keys},
         )
         # Channels last: a third faster on CPUs, and what tensor cores want.
-        model = model.to(device, memory_format=torch.channels_last)
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate,

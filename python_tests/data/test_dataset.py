@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fastproto.data import Dataset, open_dataset
+from fastproto.data import Dataset, Volume, open_dataset, write_volume
 from fastproto.errors import DatasetError, LabelError
 
 PLAIN = {
@@ -109,10 +110,7 @@ class TestPlainLayout:
     @pytest.mark.parametrize(
         "labels",
         [
-            None,
-            {},
             ["liver"],
-            {"0": "background"},
             {"1": ""},
             {"1": None},
             {"one": "liver"},
@@ -127,6 +125,12 @@ class TestPlainLayout:
     )
     def test_unusable_labels(self, plain: Path, labels: Any):
         refused(changed(plain, labels=labels), "dataset.json", "labels")
+
+    @pytest.mark.parametrize("labels", [None, {}, {"0": "background"}])
+    def test_labels_may_be_left_out(self, plain: Path, labels: Any):
+        dataset = open_dataset(changed(plain, labels=labels))
+        assert dataset.labels == {}
+        assert len(dataset.cases) == 2
 
     @pytest.mark.parametrize("cases", ["a.1", [1], [""], {"a": 1}])
     def test_unusable_cases(self, plain: Path, cases: Any):
@@ -200,6 +204,41 @@ class TestNnunetLayout:
     ])  # fmt: skip
     def test_unusable_list(self, nnunet: Path, training: Any):
         refused(changed(nnunet, training=training), "dataset.json", "training")
+
+
+class TestPlainFolder:
+    """Scans and nothing else."""
+
+    @staticmethod
+    def write(folder: Path, name: str, least: float) -> None:
+        array = np.zeros((8, 8, 8), np.float32)
+        array[0] = least
+        write_volume(folder / f"{name}.nii.gz", array, like=Volume(array))
+
+    @pytest.mark.parametrize(("least", "modality"), [(-1000.0, "ct"), (0.0, "mr")])
+    def test_every_volume_is_a_case(self, tmp_path: Path, least: float, modality: str):
+        folder = tmp_path / "scans"
+        for name in ("b", "a.1"):
+            self.write(folder, name, least)
+        (folder / "notes.txt").write_text("not a scan")
+        (folder / ".hidden.nii.gz").write_bytes(b"")
+        dataset = open_dataset(folder)
+        assert (dataset.name, dataset.modality, dataset.labels) == ("scans", modality, {})
+        assert [case.id for case in dataset.cases] == ["a.1", "b"]
+        assert all(case.label is None for case in dataset.cases)
+
+    def test_scans_of_one_name(self, tmp_path: Path):
+        self.write(tmp_path, "a", 0.0)
+        (tmp_path / "a.mha").write_bytes(b"")
+        refused(tmp_path, "'a' twice")
+
+    def test_a_folder_without_scans(self, tmp_path: Path):
+        (tmp_path / "notes.txt").write_text("not a scan")
+        refused(tmp_path, "dataset.json", "no such file")
+
+    def test_a_data_set_that_lost_its_description(self, plain: Path):
+        (plain / "dataset.json").unlink()
+        refused(plain, "dataset.json", "no such file")
 
 
 class TestSelection:

@@ -47,7 +47,10 @@ def test_training_free_baseline_shares_the_encoder() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert baseline.encoder is unet.encoder
     assert not baseline.training
-    assert baseline.config == {**unet.config, "output_stride": 16}
+    assert baseline.config == unet.config
+    coarse, fine = (FewShotUNet("resnet18", output_stride=stride) for stride in (16, 8))
+    assert PrototypeNet.from_unet(coarse).encoder.output_stride == 16
+    assert PrototypeNet.from_unet(fine).encoder.output_stride == 8
     images, masks = torch.randn(1, 1, 3, 32, 48), torch.zeros(1, 1, 32, 48, dtype=torch.long)
     masks[..., :20] = 1
     with torch.no_grad():

@@ -17,8 +17,9 @@ CHANNELS = (6, 5, 7, 8, 9)
 class LiteralBlock(nn.Module):
     """``Conv3x3(ReLU(BN(Cat(up, skip))))`` with the merged weights of an ``UpBlock``."""
 
-    def __init__(self, block: UpBlock):
+    def __init__(self, block: UpBlock, scale: int):
         super().__init__()
+        self.scale = scale
         up, skip = block.conv_up, block.conv_skip
         channels = up.in_channels + skip.in_channels
         self.norm = nn.BatchNorm2d(channels, dtype=up.weight.dtype)
@@ -35,28 +36,37 @@ class LiteralBlock(nn.Module):
         self.conv.load_state_dict({"weight": weight, "bias": up.bias})
 
     def forward(self, up: Tensor, skip: Tensor) -> Tensor:
-        skip = F.interpolate(skip, scale_factor=2, mode="bilinear", align_corners=False)
+        if self.scale > 1:
+            skip = F.interpolate(
+                skip, scale_factor=self.scale, mode="bilinear", align_corners=False
+            )
         return self.conv(F.relu(self.norm(torch.cat([up, skip], dim=1))))
 
 
 class LiteralDecoder(nn.Module):
     """One class map at a time through TransConv, skips, bilinear x2 and the 1x1 convolution."""
 
-    def __init__(self, split: UNetDecoder):
+    def __init__(self, split: UNetDecoder, output_stride: int = 16):
         super().__init__()
-        lift = split.lift_feat
+        lift, scale = split.lift_feat, output_stride // 8
         self.lift1 = nn.ConvTranspose2d(
-            2 * lift.in_channels, lift.out_channels, 2, stride=2, dtype=lift.weight.dtype
+            2 * lift.in_channels, lift.out_channels, scale, stride=scale, dtype=lift.weight.dtype
         )
         weight = torch.cat([lift.weight, split.lift_proto.weight], dim=0)
         self.lift1.load_state_dict({"weight": weight, "bias": lift.bias})
         self.lift2, self.lift3, self.head = split.lift2, split.lift3, split.head
         self.blocks = nn.ModuleList(
-            LiteralBlock(block) for block in (split.up1, split.up2, split.up3, split.up4)
+            LiteralBlock(block, factor)
+            for block, factor in (
+                (split.up1, scale),
+                (split.up2, 2),
+                (split.up3, 2),
+                (split.up4, 2),
+            )
         )
 
     def forward(self, enhanced: Tensor, skips: list[Tensor]) -> Tensor:
-        """Y ``[B*K, 2D, h, w]`` and the skips, repeated K times -> ``[B*K, 1, 16h, 16w]``."""
+        """Y ``[B*K, 2D, h, w]``, the skips repeated K times -> ``[B*K, 1, stride*h, stride*w]``."""
         f1, f2, f3, f4 = skips
         x = self.blocks[0](self.lift1(enhanced), f4)
         x = self.blocks[1](self.lift2(x), f3)
@@ -66,19 +76,20 @@ class LiteralDecoder(nn.Module):
 
 
 def random_inputs(
-    batch: int, classes: int, height: int, width: int
+    batch: int, classes: int, height: int, width: int, output_stride: int = 16
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     feat = torch.randn(batch, CHANNELS[4], height, width, dtype=torch.float64)
     enhanced = torch.randn(batch, classes, CHANNELS[4], height, width, dtype=torch.float64)
+    sizes = (8, 4, 2, 1) if output_stride == 16 else (4, 2, 1, 1)
     skips = [
         torch.randn(batch, c, height * n, width * n, dtype=torch.float64) + 3
-        for c, n in zip(CHANNELS[:4], (8, 4, 2, 1), strict=True)
+        for c, n in zip(CHANNELS[:4], sizes, strict=True)
     ]
     return feat, enhanced, skips
 
 
-def random_decoder() -> UNetDecoder:
-    decoder = UNetDecoder(CHANNELS).double()
+def random_decoder(output_stride: int = 16) -> UNetDecoder:
+    decoder = UNetDecoder(CHANNELS, output_stride).double()
     for module in decoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 2)
@@ -90,11 +101,13 @@ def random_decoder() -> UNetDecoder:
     return decoder
 
 
+@pytest.mark.parametrize("output_stride", [16, 8])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("batch", "classes", "size"), [(1, 2, (2, 3)), (2, 3, (1, 2))])
 @pytest.mark.parametrize("chunk", [1, 2**22])
 def test_equals_the_literal_formulation(
     monkeypatch: pytest.MonkeyPatch,
+    output_stride: int,
     training: bool,
     batch: int,
     classes: int,
@@ -103,15 +116,15 @@ def test_equals_the_literal_formulation(
 ) -> None:
     monkeypatch.setattr(decoder_module, "_CHUNK", {"cpu": chunk, "cuda": chunk})
     torch.manual_seed(0)
-    split = random_decoder().train(training)
-    literal = LiteralDecoder(split).train(training)
-    feat, enhanced, skips = random_inputs(batch, classes, *size)
+    split = random_decoder(output_stride).train(training)
+    literal = LiteralDecoder(split, output_stride).train(training)
+    feat, enhanced, skips = random_inputs(batch, classes, *size, output_stride)
     leaves = [feat, enhanced, *skips]
     for leaf in leaves:
         leaf.requires_grad_()
 
     found = split(feat, enhanced, skips)
-    assert found.shape == (batch, classes, 16 * size[0], 16 * size[1])
+    assert found.shape == (batch, classes, output_stride * size[0], output_stride * size[1])
     joint = torch.cat([feat.unsqueeze(1).expand_as(enhanced), enhanced], dim=2).flatten(0, 1)
     repeated = [skip.repeat_interleave(classes, dim=0) for skip in skips]
     expected = literal(joint, repeated).view_as(found)
@@ -126,11 +139,12 @@ def test_equals_the_literal_formulation(
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-def test_gradients_of_the_weights() -> None:
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_gradients_of_the_weights(output_stride: int) -> None:
     torch.manual_seed(0)
-    split = random_decoder()
-    literal = LiteralDecoder(split)
-    feat, enhanced, skips = random_inputs(2, 2, 1, 1)
+    split = random_decoder(output_stride)
+    literal = LiteralDecoder(split, output_stride)
+    feat, enhanced, skips = random_inputs(2, 2, 1, 1, output_stride)
     found = split(feat, enhanced, skips)
     found.square().sum().backward()
     grads = {name: p.grad for name, p in split.named_parameters()}
@@ -159,12 +173,13 @@ def test_gradients_of_the_weights() -> None:
         check(grads[f"up{number}.conv_up.bias"], block.conv.bias.grad)
 
 
-def test_running_statistics_are_updated_once() -> None:
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_running_statistics_are_updated_once(output_stride: int) -> None:
     """... although the backward pass computes the normalisation again."""
     torch.manual_seed(0)
-    split = random_decoder().train()
-    literal = LiteralDecoder(split).train()
-    feat, enhanced, skips = random_inputs(2, 2, 2, 2)
+    split = random_decoder(output_stride).train()
+    literal = LiteralDecoder(split, output_stride).train()
+    feat, enhanced, skips = random_inputs(2, 2, 2, 2, output_stride)
     split(feat, enhanced, skips).sum().backward()
     joint = torch.cat([feat.unsqueeze(1).expand_as(enhanced), enhanced], dim=2).flatten(0, 1)
     literal(joint, [skip.repeat_interleave(2, dim=0) for skip in skips])

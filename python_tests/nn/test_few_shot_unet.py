@@ -235,6 +235,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert loaded.config == model.config
     assert loaded.config == {
         "encoder": "resnet18",
+        "output_stride": 16,
         "temperature": 0.1,
         "mask_threshold": 0.25,
         "append_global": True,
@@ -251,6 +252,32 @@ def test_save_and_load(tmp_path: Path) -> None:
     model.save(path)
     assert FewShotUNet.load(path).fingerprint() == changed
     assert FewShotUNet.load(path).extra == {}
+
+
+def test_output_stride_8_doubles_the_cells(tmp_path: Path) -> None:
+    model = FewShotUNet("resnet18", output_stride=8).eval()
+    images, masks = torch.randn(1, 1, 3, 30, 44), blobs(1, 1, 2, 30, 44)
+    with torch.no_grad():
+        features = model.encode(images)
+        logits = model(images, masks, images)
+    assert features.bottleneck.shape[-2:] == (4, 6)
+    assert logits.shape == (1, 1, 2, 30, 44)
+    model.save(tmp_path / "model.safetensors")
+    loaded = FewShotUNet.load(tmp_path / "model.safetensors")
+    assert loaded.config["output_stride"] == 8
+    with torch.no_grad():
+        assert torch.equal(loaded(images, masks, images), logits)
+
+
+def test_a_file_from_before_there_was_a_choice_of_stride(
+    tmp_path: Path, model: FewShotUNet
+) -> None:
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    tensors, header = read_safetensors(path)
+    del header["config"]["output_stride"]
+    write_safetensors(path, tensors, header)
+    assert FewShotUNet.load(path).config == model.config
 
 
 def test_files_of_something_else(tmp_path: Path, model: FewShotUNet) -> None:
@@ -336,6 +363,7 @@ def test_bad_prototypes(model: FewShotUNet) -> None:
     ("options", "subject"),
     [
         ({"encoder": "unet"}, "encoder"),
+        ({"output_stride": 32}, "output_stride"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"mask_threshold": 1.0}, "mask_threshold"),

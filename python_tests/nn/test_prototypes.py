@@ -274,3 +274,17 @@ def test_bad_prototypes() -> None:
     for feat in (torch.ones(2, 1, 2, 1, 1), torch.ones(1, 1, 3, 1, 1)):
         with pytest.raises(ArgumentError, match="prototypes"):
             prototype_scores(feat, prototypes, temperature=0.1)
+
+
+def test_pick_joins_the_bags_of_several_episodes() -> None:
+    """Row n of the prototypes is the number n: bags 0, 1 | 2, 3, none | 4."""
+    protos = torch.arange(5.0)[:, None]
+    offsets = torch.tensor([0, 1, 2, 4, 4, 5, 5], dtype=torch.int32)
+    prototypes = Prototypes(protos, offsets, 2)
+    assert prototypes.counts() == [[1, 1], [2, 0], [1, 0]]
+    picked = prototypes.pick([([2, 1], [0]), ([1], [1, 2]), ([], [])])
+    assert picked.episodes == 3
+    assert picked.num_classes == 2
+    assert picked.protos.flatten().tolist() == [4, 2, 3, 1, 2, 3]
+    assert picked.offsets.tolist() == [0, 3, 4, 6, 6, 6, 6]
+    assert picked.offsets.dtype == torch.int32

@@ -191,6 +191,39 @@ def test_load_state_names_the_module() -> None:
         load_state(nn.Linear(2, 2), {"weight": torch.ones(2, 2), "scale": torch.ones(2)}, "file")
 
 
+def test_load_state_casts_between_floating_types() -> None:
+    torch.manual_seed(0)
+    module = nn.BatchNorm1d(3)
+    half = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in {**module.state_dict(), "weight": torch.randn(3)}.items()
+    }
+    load_state(module, half, "file")
+    assert module.weight.dtype == torch.float32
+    assert torch.equal(module.weight, half["weight"].float())
+    for name, value in (("weight", torch.ones(3, dtype=torch.int8)), ("num_batches_tracked", 1.0)):
+        with pytest.raises(CheckpointError, match=rf"file: found {name} of shape .*torch\."):
+            load_state(module, {**half, name: torch.as_tensor(value)}, "file")
+
+
+def test_a_model_in_half_precision_is_float32_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FewShotUNet("resnet18").half()
+    model.save(tmp_path / "half.safetensors", {"note": 1})
+    loaded = FewShotUNet.load(tmp_path / "half.safetensors")
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32, torch.int64}
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name].to(value.dtype), value), name
+    loaded.save(tmp_path / "whole.safetensors", loaded.extra)
+    again = FewShotUNet.load(tmp_path / "whole.safetensors")
+    assert again.fingerprint() == loaded.fingerprint()
+    content = bytearray((tmp_path / "half.safetensors").read_bytes())
+    content[-1] ^= 4
+    (tmp_path / "half.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum"):
+        FewShotUNet.load(tmp_path / "half.safetensors")
+
+
 def test_imagenet_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny data set on disk and a store of synthetic slices in memory."""
+"""A tiny data set on disk, and stores of synthetic slices in memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,5 +38,23 @@ def store() -> SliceStore:
             labels[0, 40:48, 40:48] = 4
         images = (100.0 * number + torch.arange(12)).view(12, 1, 1).expand(12, SIZE, SIZE)
         numbers = [2 * i if name == "b" else i for i in range(12)]
-        cases.append(CaseSlices(name, numbers, images.half(), labels, threshold=0.0))
+        cases.append(CaseSlices(name, numbers, images.half(), labels))
     return SliceStore(cases)
+
+
+@pytest.fixture
+def pieces() -> CaseSlices:
+    """A patient whose body is halves of quarters: two scales of supervoxels.
+
+    Of the 24 slices of 40 x 32 pixels, of 4 x 2 x 2 mm, 2 to 20 show four finest supervoxels 1..4;
+    the second scale joins 1 with 2 and 3 with 4. Supervoxel 4 begins in slice 12, where 3 ends.
+    Every pixel of an image is its slice.
+    """
+    regions = torch.zeros(24, 40, 32, dtype=torch.int16)
+    regions[2:20, 4:20, 4:16] = 1
+    regions[2:20, 4:20, 16:28] = 2
+    regions[2:12, 20:36, 4:28] = 3
+    regions[12:20, 20:36, 4:28] = 4
+    parents = np.array([[0, 1, 2, 3, 4], [0, 1, 1, 2, 2]], np.int16)
+    images = torch.arange(24.0).view(24, 1, 1).expand(24, 40, 32).half()
+    return CaseSlices("p", list(range(24)), images, None, (4.0, 2.0, 2.0), regions, parents)

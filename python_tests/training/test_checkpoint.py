@@ -45,6 +45,36 @@ def test_a_restored_run_goes_on_to_the_same_bits(tmp_path: Path):
         assert torch.equal(value, other.state_dict()[name]), name
 
 
+def test_moments_lie_in_memory_as_their_parameters(tmp_path: Path):
+    """Also where these are channels last: the fused optimiser reads both side by side."""
+
+    def convolutions(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        walk(model, optimizer, steps)
+        return model, optimizer
+
+    def walk(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+            model(images).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = convolutions(2)
+    save_state(tmp_path / "state.safetensors", model, optimizer, {})
+    walk(model, optimizer, 3)
+    other, other_optimizer = convolutions(0)
+    load_state(tmp_path / "state.safetensors", other, other_optimizer)
+    moments = other_optimizer.state[other.weight]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert moments[name].stride() == other.weight.stride()
+    assert moments["step"].shape == ()
+    walk(other, other_optimizer, 3)
+    assert torch.equal(model.weight, other.weight)
+
+
 def test_a_state_before_the_first_step_has_no_moments(tmp_path: Path):
     model, optimizer = trained(steps=0)
     save_state(tmp_path / "s.safetensors", model, optimizer, {})

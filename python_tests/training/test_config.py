@@ -12,29 +12,38 @@ from pathlib import Path
 import pytest
 
 from fastproto.errors import ArgumentError
-from fastproto.training.config import TrainConfig
+from fastproto.training.config import NETWORK, TrainConfig
 
 
 def test_json_round_trip(tmp_path: Path):
     config = TrainConfig(
-        data=tmp_path / "data", output="run", holdout=["liver", 3], validation_cases=("a",), ways=2
-    )
+        data=[str(tmp_path / "a"), "b"], output="run", holdout=["liver", 3],
+        validation_cases=("a",), ways=2, minutes=1.5, start=tmp_path / "model.safetensors",
+    )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert TrainConfig.load(tmp_path / "config.json") == config
     assert config.holdout == ("liver", 3)
+    assert config.start == str(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("data", ["scans", Path("scans"), ["scans"], ("scans",)])
+def test_one_folder_of_scans_may_stand_alone(data: object):
+    assert TrainConfig(data=data, output="o").data == ("scans",)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("steps", 0), ("steps", 1.5), ("steps", True), ("ways", 0), ("batch", -1),
      ("learning_rate", 0), ("learning_rate", math.nan), ("clip_norm", 0), ("ce", -1),
-     ("superpixel_fraction", 1.1), ("mask_threshold", -0.1), ("plane", "oblique"),
-     ("precision", "float16"), ("superpixel_source", "volume"), ("seed", -1),
-     ("min_pixels", 0), ("temperature", "warm")],
+     ("label_fraction", 1.1), ("absent_fraction", -0.1), ("mask_threshold", -0.1), ("gap", -1),
+     ("plane", "oblique"), ("precision", "float16"), ("seed", -1), ("min_pixels", 0),
+     ("temperature", "warm"), ("minutes", 0), ("minutes", math.inf), ("minutes", "ten"),
+     ("image_size", 0), ("image_size", "large"), ("output_stride", 32), ("store_size", 0),
+     ("data", ())],
 )  # fmt: skip
 def test_values_out_of_range_are_named(name: str, value: object):
     with pytest.raises(ArgumentError, match=f"^{name}: found "):
-        TrainConfig(data="d", output="o", **{name: value})
+        TrainConfig(**{"data": "d", "output": "o", name: value})
 
 
 def test_contradictions_are_refused():
@@ -54,11 +63,35 @@ def test_unreadable_files_are_refused(tmp_path: Path, text: str):
         TrainConfig.load(path)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "network"), [(True, ("resnet34", 16, 256)), (False, ("resnet18", 8, 128))]
+)
+def test_auto_suits_the_device(gpu: bool, network: tuple[str, int, int]):
+    config = TrainConfig(data="d", output="o")
+    assert (config.encoder, config.output_stride, config.image_size) == ("auto",) * 3
+    found = config.resolved(gpu=gpu)
+    assert (found.encoder, found.output_stride, found.image_size) == network
+    assert found.resolved(gpu=not gpu) == found
+    chosen = TrainConfig(data="d", output="o", encoder="resnet50", output_stride=8, image_size=64)
+    assert chosen.resolved(gpu=gpu) == chosen
+
+
 def test_differences_name_what_changes_the_numbers():
     old = TrainConfig(data="d", output="o")
     new = TrainConfig(data="e", output="p", progress=False, seed=4, steps=20)
-    assert new.differences(old.to_dict()) == ["steps: 10000 -> 20", "seed: 0 -> 4"]
+    assert new.differences(old.to_dict()) == ["steps: 5000 -> 20", "seed: 0 -> 4"]
     assert old.differences(json.loads(json.dumps(old.to_dict()))) == []
+
+
+def test_a_model_to_go_on_from_decides_on_the_network():
+    old = TrainConfig(data="d", output="o", start="base")
+    new = TrainConfig(data="d", output="o", start="base", encoder="resnet50", image_size=64)
+    assert new.differences(old.to_dict()) == []
+    fresh = TrainConfig(data="d", output="o", encoder="resnet50", image_size=64)
+    assert [text.split(":")[0] for text in fresh.differences(old.to_dict())] == [
+        "image_size", "encoder", "start"
+    ]  # fmt: skip
+    assert set(NETWORK) >= {"image_size", "encoder"}
 
 
 def test_a_configuration_needs_no_torch(tmp_path: Path):
@@ -77,12 +110,14 @@ def test_a_configuration_needs_no_torch(tmp_path: Path):
         ("classes", 3),
         ("holdout", "spleen"),
         ("holdout_cases", [1]),
+        ("data", [1]),
         ("augment", "no"),
+        ("all_planes", 1),
         ("encoder", "vgg"),
         ("mask_threshold", 1.0),
     ],
 )
 def test_values_of_a_wrong_type_are_refused_by_name(name, value):
     with pytest.raises(ArgumentError) as caught:
-        TrainConfig(data="d", output="o", **{name: value})
+        TrainConfig(**{"data": "d", "output": "o", name: value})
     assert caught.value.subject == name

@@ -1,31 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Episodes: right slices, right classes, the same every time."""
+"""Episodes: right slices, right classes, right fields of view, the same every time."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
+from fastproto.data import Preprocessing, Volume
 from fastproto.errors import ArgumentError, DatasetError, LabelError
-from fastproto.training.augment import Augmentation
+from fastproto.training.augment import Augmentation, Cut
 from fastproto.training.episodes import (
+    Draw,
     Episode,
+    EpisodeSource,
     LabelEpisodes,
     MixedEpisodes,
-    SuperpixelEpisodes,
+    SupervoxelEpisodes,
     episode_generator,
+    field_of_view,
 )
 from fastproto.training.slices import CaseSlices, SliceStore
 
 COUNT = 60
+SIZE = 32
 
 
-def origins(images: torch.Tensor) -> list[tuple[int, int]]:
-    """(patient, position) of each slice of an unaugmented [1, n, 3, H, W]."""
-    values = images[0, :, 0, 0, 0].int().tolist()
-    return [divmod(value, 100) for value in values]
+def labels_source(store: SliceStore, classes: list[int], seed: int = 0, **options) -> LabelEpisodes:
+    return LabelEpisodes(store, classes, seed, size=SIZE, **options)
+
+
+def pieces_source(case: CaseSlices, seed: int = 0, **options) -> SupervoxelEpisodes:
+    return SupervoxelEpisodes(SliceStore([case]), seed, size=SIZE, **options)
+
+
+def draws(source: EpisodeSource, count: int = COUNT) -> list[Draw]:
+    return [source.draw(episode_generator(source.seed, index)) for index in range(count)]
+
+
+def origin(cut: Cut) -> tuple[int, int]:
+    """(patient, position) of a slice of ``store``."""
+    return divmod(int(cut.image[0, 0]), 100)
 
 
 def equal(a: Episode, b: Episode) -> bool:
@@ -33,30 +52,18 @@ def equal(a: Episode, b: Episode) -> bool:
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
-@pytest.fixture
-def textured() -> SliceStore:
-    """One patient whose slices hold a body of four tissues, growing slice by slice, and noise."""
-    generator = torch.Generator().manual_seed(0)
-    images = 0.01 * torch.randn(6, 64, 64, generator=generator)
-    for i in range(1, 6):
-        images[i, 8:32, 8 : 30 + i] += 1
-        images[i, 8:32, 30 + i : 56] += 2
-        images[i, 32:56, 8 : 30 + i] += 3
-        images[i, 32:56, 30 + i : 56] += 4
-    return SliceStore([CaseSlices("p", list(range(6)), images.half(), None, threshold=0.5)])
-
-
-def test_an_episode_is_a_function_of_seed_and_index(store: SliceStore):
-    def source(seed: int) -> LabelEpisodes:
-        return LabelEpisodes(store, [1, 2, 3], seed, augmentation=Augmentation())
-
-    first, again, other = source(0), source(0), source(1)
-    later = first.episode(7)
-    for index in (3, 7):
-        assert equal(first.episode(index), again.episode(index))
-    assert equal(first.episode(7), later)
-    assert not equal(first.episode(3), first.episode(7))
-    assert not equal(first.episode(3), other.episode(3))
+def test_an_episode_is_a_function_of_seed_and_index(store: SliceStore, pieces: CaseSlices):
+    for make in (
+        lambda seed: labels_source(store, [1, 2, 3], seed, augmentation=Augmentation()),
+        lambda seed: pieces_source(pieces, seed, augmentation=Augmentation()),
+    ):
+        first, again, other = make(0), make(0), make(1)
+        later = first.episode(7)
+        for index in (3, 7):
+            assert equal(first.episode(index), again.episode(index))
+        assert equal(first.episode(7), later)
+        assert not equal(first.episode(3), first.episode(7))
+        assert not equal(first.episode(3), other.episode(3))
 
 
 def test_generators_of_neighbouring_episodes_differ():
@@ -65,10 +72,11 @@ def test_generators_of_neighbouring_episodes_differ():
 
 
 def test_a_batch_is_its_episodes_side_by_side(store: SliceStore):
-    source = LabelEpisodes(store, [1, 2], 0, shots=2, queries=2, augmentation=Augmentation())
+    source = labels_source(store, [1, 2], shots=2, queries=2, augmentation=Augmentation())
     batch = source.batch([4, 9])
-    assert batch.support_images.shape == (2, 2, 3, 48, 48)
-    assert batch.query_masks.shape == (2, 2, 48, 48)
+    assert batch.support_images.shape == (2, 2, 3, SIZE, SIZE)
+    assert batch.query_masks.shape == (2, 2, SIZE, SIZE)
+    assert torch.equal(batch.support_images[:, :, 0], batch.support_images[:, :, 2])
     for i, index in enumerate((4, 9)):
         alone = source.episode(index)
         assert torch.equal(batch.support_images[i], alone.support_images[0])
@@ -76,177 +84,361 @@ def test_a_batch_is_its_episodes_side_by_side(store: SliceStore):
         assert alone.description in batch.description
 
 
-def test_support_and_query_are_of_different_patients_where_there_are_two(store: SliceStore):
-    source = LabelEpisodes(store, [1, 2, 3], 0)
-    seen = set()
-    for index in range(COUNT):
-        episode = source.episode(index)
-        ((patient, position),) = origins(episode.support_images)
-        ((other, query_position),) = origins(episode.query_images)
-        label = int(episode.description.split("class ")[1].split(",")[0])
-        seen.add((label, patient, other))
-        if label == 3:
-            assert (patient, other) == (2, 2)
-            assert position != query_position
-        else:
-            assert patient != other
-        # a slice of the class, and its mask is that class and nothing else
-        assert position in range(label, label + 8)
-        expected = store.cases[patient].labels[position] == label
-        assert torch.equal(episode.support_masks[0, 0], expected.long())
-    assert len({label for label, _, _ in seen}) == 3
-    assert {(a, b) for _, a, b in seen if a != b} == {
-        (a, b) for a in range(3) for b in range(3) if a != b
-    }
+class TestFieldOfView:
+    @staticmethod
+    def case(height: int, width: int, spacing: tuple[float, float, float]) -> CaseSlices:
+        return CaseSlices("p", [0], torch.zeros(1, height, width), None, spacing)
+
+    @staticmethod
+    def drawn(case: CaseSlices, label: torch.Tensor, count: int = 400):
+        views = [field_of_view(case, label, episode_generator(0, i)) for i in range(count)]
+        return torch.tensor([centre for centre, _ in views]), torch.tensor([s for _, s in views])
+
+    def test_sides_are_two_to_eight_diameters(self):
+        case = self.case(400, 300, (3.0, 1.0, 2.0))
+        label = torch.zeros(400, 300, dtype=torch.uint8)
+        label[100:160, 50:80] = 1  # 60 mm by 60 mm
+        diameter = 2 * math.sqrt(60 * 60 / math.pi)
+        centres, sides = self.drawn(case, label)
+        assert 2 * diameter <= sides.min() < 2.05 * diameter
+        assert 7.8 * diameter < sides.max() <= 8 * diameter
+        # as often from two to four diameters as from four to eight
+        assert (sides < 4 * diameter).float().mean() == pytest.approx(0.5, abs=0.08)
+        away = (centres - torch.tensor([130.0, 130.0])) / sides[:, None]
+        assert away.abs().max() <= 0.25 + 1e-5
+        assert away.min() < -0.24
+        assert away.max() > 0.24
+
+    def test_a_dot_is_seen_in_at_least_24_stored_pixels(self):
+        case = self.case(400, 300, (3.0, 1.0, 2.0))
+        label = torch.zeros(400, 300, dtype=torch.uint8)
+        label[100, 50] = 1
+        _, sides = self.drawn(case, label)
+        assert sides.unique().tolist() == [24 * 2.0]
+
+    def test_no_side_is_longer_than_a_tenth_more_than_the_slice(self):
+        case = self.case(100, 50, (3.0, 1.0, 1.5))
+        label = torch.ones(100, 50, dtype=torch.uint8)
+        _, sides = self.drawn(case, label)
+        assert sides.tolist() == pytest.approx([110.0] * len(sides))
+
+    def test_without_foreground_it_lies_in_the_middle(self):
+        case = self.case(100, 60, (3.0, 1.0, 1.5))
+        centres, sides = self.drawn(case, torch.zeros(100, 60, dtype=torch.uint8))
+        assert (centres - torch.tensor([50.0, 45.0])).abs().max() <= 0.25 * sides.max()
+
+    def test_slices_of_an_episode_share_scale_and_nearly_place(self, pieces: CaseSlices):
+        for draw in draws(pieces_source(pieces, shots=2, queries=2, planes=False)):
+            first, *others = draw.cuts
+            assert first.extent == (80.0, 64.0)
+            for cut in others:
+                assert cut.side == first.side
+                for here, there in zip(cut.centre, first.centre, strict=True):
+                    assert abs(here - there) <= 2 * 0.1 * first.side + 1e-4
+
+    def test_as_little_as_can_be_leaves_the_slice(self, pieces: CaseSlices):
+        for draw in draws(pieces_source(pieces)):
+            for cut in draw.cuts:
+                for place, extent in zip(cut.centre, cut.extent, strict=True):
+                    low, high = place - cut.side / 2, place + cut.side / 2
+                    if cut.side <= extent:
+                        assert -1e-3 <= low <= high <= extent + 1e-3
+                    else:
+                        assert low <= 1e-3
+                        assert high >= extent - 1e-3
 
 
-def test_query_lies_within_a_sixth_of_the_extent(store: SliceStore):
-    source = LabelEpisodes(store, [1], 0)
-    distances = []
-    for index in range(COUNT):
-        episode = source.episode(index)
-        ((_, position),) = origins(episode.support_images)
-        ((_, query_position),) = origins(episode.query_images)
-        distances.append(abs(position - query_position))
-    assert max(distances) <= 8 / 6 + 1
-    assert len(set(distances)) > 1
+class TestLabelEpisodes:
+    def test_support_and_query_are_of_different_patients_where_there_are_two(
+        self, store: SliceStore
+    ):
+        seen = set()
+        for draw in draws(labels_source(store, [1, 2, 3])):
+            support, query = draw.cuts
+            (patient, position), (other, query_position) = origin(support), origin(query)
+            label = int(draw.description.split("class ")[1].split(",")[0])
+            seen.add((label, patient, other))
+            if label == 3:
+                assert (patient, other) == (2, 2)
+                assert position != query_position
+            else:
+                assert patient != other
+            # a slice of the class, and its mask is that class and nothing else
+            assert position in range(label, label + 8)
+            expected = store.cases[patient].labels[position] == label
+            assert torch.equal(support.label, expected.to(torch.uint8))
+        assert len({label for label, _, _ in seen}) == 3
+        assert {(a, b) for _, a, b in seen if a != b} == {
+            (a, b) for a in range(3) for b in range(3) if a != b
+        }
+
+    def test_the_class_is_in_the_field_of_view(self, store: SliceStore):
+        source = labels_source(store, [1, 2, 3])
+        for index in range(COUNT):
+            episode = source.episode(index)
+            assert episode.support_masks.eq(1).sum() > 10
+            assert episode.query_masks.eq(1).sum() > 10
+
+    def test_query_lies_within_a_sixth_of_the_extent(self, store: SliceStore):
+        distances = []
+        for draw in draws(labels_source(store, [1])):
+            (_, position), (_, query_position) = map(origin, draw.cuts)
+            distances.append(abs(position - query_position))
+        assert max(distances) <= 8 / 6 + 1
+        assert len(set(distances)) > 1
+
+    def test_shots_are_spread_over_the_extent(self, store: SliceStore):
+        for draw in draws(labels_source(store, [1], shots=4), 10):
+            positions = [origin(cut)[1] for cut in draw.cuts[:4]]
+            assert [(position - 1) // 2 for position in positions] == [0, 1, 2, 3]
+
+    def test_more_ways_share_the_support_patient(self, store: SliceStore):
+        source = labels_source(store, [1, 2, 3], ways=3, shots=2, queries=3)
+        for draw in draws(source, 10):
+            assert len(draw.cuts) == 9
+            assert {origin(cut)[0] for cut in draw.cuts[:6]} == {2}
+            assert torch.stack([c.label for c in draw.cuts[:6]]).unique().tolist() == [0, 1, 2, 3]
+            assert any((cut.label == 1).any() for cut in draw.cuts[6:])
+        assert source.episode(0).num_classes == 4
+
+    def test_ways_are_renumbered_in_the_order_of_the_description(self, store: SliceStore):
+        orders = set()
+        for draw in draws(labels_source(store, [1, 2], ways=2), 20):
+            chosen = draw.description.split("class ")[1].split(", support")[0]
+            orders.add(chosen)
+            patient, position = origin(draw.cuts[0])
+            labels = store.cases[patient].labels[position]
+            expected = torch.zeros_like(labels)
+            for number, label in enumerate(map(int, chosen.split(", ")), start=1):
+                expected[labels == label] = number
+            assert torch.equal(draw.cuts[0].label, expected)
+        assert orders == {"1, 2", "2, 1"}
+
+    def test_held_out_classes_are_never_foreground(self, store: SliceStore):
+        with pytest.raises(ArgumentError, match="held out"):
+            labels_source(store, [1, 2], excluded=[2])
+        for draw in draws(labels_source(store, [1, 3], excluded=[2])):
+            for cut in draw.cuts:
+                patient, position = origin(cut)
+                held_out = store.cases[patient].labels[position] == 2
+                assert not cut.label[held_out].any()
+
+    def test_classes_without_slices_enough_are_left_out(self, store: SliceStore):
+        assert labels_source(store, [1, 4]).classes == [1]
+        assert labels_source(store, [1, 3], shots=8).classes == [1]
+        with pytest.raises(LabelError, match="none of"):
+            labels_source(store, [4])
+        with pytest.raises(LabelError, match="81 pixels"):
+            labels_source(store, [1, 2], min_pixels=81)
+        assert labels_source(store, [1, 2], min_pixels=80).classes == [1, 2]
+
+    def test_arguments_are_checked(self, store: SliceStore, pieces: CaseSlices):
+        with pytest.raises(ArgumentError, match="at most 3"):
+            labels_source(store, [1, 2, 3], ways=4)
+        with pytest.raises(ArgumentError, match="shots: "):
+            labels_source(store, [1], shots=0)
+        with pytest.raises(ArgumentError, match="foreground labels"):
+            labels_source(store, [0, 1])
+        with pytest.raises(DatasetError, match="slices without labels"):
+            labels_source(SliceStore([pieces]), [1])
+
+    def test_names_and_slice_numbers_are_in_the_description(self, store: SliceStore):
+        description = labels_source(store, [1], names={1: "liver"}).episode(0).description
+        assert description.startswith("episode 0: class 1 (liver), support ")
+        assert " slice " in description
 
 
-def test_shots_are_spread_over_the_extent(store: SliceStore):
-    source = LabelEpisodes(store, [1], 0, shots=4)
-    for index in range(10):
-        positions = [position for _, position in origins(source.episode(index).support_images)]
-        assert [(position - 1) // 2 for position in positions] == [0, 1, 2, 3]
+def parse(draw: Draw) -> tuple[int, int, list[int], list[int]]:
+    """Supervoxel, scale, support and query slices of the description; one way."""
+    what, support, query = (
+        draw.description.removeprefix("supervoxel ").replace(", query ", ", support ")
+    ).split(", support ")
+    number, scale = what.split(" of ")
+    slices = ([int(n) for n in part.split(" slice ")[1].split(", ")] for part in (support, query))
+    return int(number), int(scale), *slices
 
 
-def test_more_ways_share_the_support_patient(store: SliceStore):
-    source = LabelEpisodes(store, [1, 2, 3], 0, ways=3, shots=2, queries=3)
-    for index in range(10):
-        episode = source.episode(index)
-        assert episode.num_classes == 4
-        assert episode.support_images.shape[1] == 6
-        assert {patient for patient, _ in origins(episode.support_images)} == {2}
-        assert episode.support_masks.unique().tolist() == [0, 1, 2, 3]
-        assert 1 in episode.query_masks
+class TestSupervoxelEpisodes:
+    def test_every_supervoxel_is_drawn_in_every_slice_that_shows_it(self, pieces: CaseSlices):
+        source = pieces_source(pieces, planes=False)
+        drawn = Counter()
+        for draw in draws(source, 3000):
+            number, scale, (support,), (query,) = parse(draw)
+            drawn[scale, number, support] += 1
+            for cut, position in zip(draw.cuts, (support, query), strict=True):
+                expected = pieces.region(scale, position) == number
+                assert torch.equal(cut.label, expected.to(torch.uint8))
+                assert cut.image.eq(position).all()
+        extents = {1: (2, 20), 2: (2, 20), 3: (2, 12), 4: (12, 20)}
+        expected = {(0, n, z) for n, extent in extents.items() for z in range(*extent)}
+        expected |= {(1, n, z) for n in (1, 2) for z in range(2, 20)}
+        assert drawn.keys() == expected
+        # Scales are drawn alike, and so are the supervoxels of one.
+        share = Counter()
+        for (scale, number, _), count in drawn.items():
+            share[scale, number] += count / 3000
+        assert [share[0, n] for n in range(1, 5)] == pytest.approx([1 / 8] * 4, abs=0.03)
+        assert [share[1, n] for n in (1, 2)] == pytest.approx([1 / 4] * 2, abs=0.03)
 
+    def test_a_slice_that_hardly_shows_it_is_no_support(self, pieces: CaseSlices):
+        assert pieces.regions is not None
+        pieces.regions[19, 4:20, 4:16] = 0
+        pieces.regions[19, 4:10, 4:13] = 1  # 54 of 192 pixels, 0.28
+        pieces.regions[18, 4:20, 4:16] = 0
+        pieces.regions[18, 4:10, 4:14] = 1  # 60 pixels, 0.31
+        seen = {
+            support
+            for draw in draws(pieces_source(pieces, planes=False, absent=0), 1500)
+            for number, scale, (support,), (query,) in [parse(draw)]
+            if (number, scale) == (1, 0)
+            for support in (support, query)
+        }
+        assert 18 in seen
+        assert 19 not in seen
 
-def test_ways_are_renumbered_in_the_order_of_the_description(store: SliceStore):
-    source = LabelEpisodes(store, [1, 2], 0, ways=2)
-    orders = set()
-    for index in range(20):
-        episode = source.episode(index)
-        chosen = episode.description.split("class ")[1].split(", support")[0]
-        orders.add(chosen)
-        (patient, position), _ = origins(episode.support_images)
-        labels = store.cases[patient].labels[position].long()
-        expected = torch.zeros_like(labels)
-        for number, label in enumerate(map(int, chosen.split(", ")), start=1):
-            expected[labels == label] = number
-        assert torch.equal(episode.support_masks[0, 0], expected)
-    assert orders == {"1, 2", "2, 1"}
+    @pytest.mark.parametrize(
+        ("spacing", "gap", "reach"),
+        [(4.0, 10.0, 2), (4.0, 12.0, 3), (2.0, 10.0, 5), (9.0, 10.0, 2)],
+    )
+    def test_support_and_query_lie_within_the_gap_or_two_slices(
+        self, pieces: CaseSlices, spacing: float, gap: float, reach: int
+    ):
+        case = dataclasses.replace(pieces, spacing=(spacing, 2.0, 2.0))
+        steps = set()
+        for draw in draws(pieces_source(case, planes=False, absent=0, gap=gap), 300):
+            _, _, (support,), (query,) = parse(draw)
+            steps.add(query - support)
+        assert steps == set(range(-reach, reach + 1)) - {0}
 
+    def test_distances_are_those_of_the_scan_where_slices_were_dropped(self, pieces: CaseSlices):
+        keep = torch.arange(24) % 3 == 0
+        case = pieces.only(keep)
+        for draw in draws(pieces_source(case, absent=0)):  # 12 mm between those that are left
+            _, _, (support,), (query,) = parse(draw)
+            assert query == support
+        for draw in draws(pieces_source(case, absent=0, gap=12.0)):
+            _, _, (support,), (query,) = parse(draw)
+            assert abs(query - support) == 3
 
-def test_held_out_classes_are_never_foreground(store: SliceStore):
-    with pytest.raises(ArgumentError, match="held out"):
-        LabelEpisodes(store, [1, 2], 0, excluded=[2])
-    source = LabelEpisodes(store, [1, 3], 0, excluded=[2])
-    for index in range(COUNT):
-        episode = source.episode(index)
-        for masks, images in (
-            (episode.support_masks, episode.support_images),
-            (episode.query_masks, episode.query_images),
-        ):
-            ((patient, position),) = origins(images)
-            held_out = store.cases[patient].labels[position] == 2
-            assert not masks[0, 0][held_out].any()
+    @pytest.mark.parametrize("absent", [0.0, 0.4, 1.0])
+    def test_a_share_of_the_queries_is_any_slice_of_the_scan(
+        self, pieces: CaseSlices, absent: float
+    ):
+        source = pieces_source(pieces, planes=False, absent=absent, queries=2)
+        far, without = [], []
+        for draw in draws(source, 500):
+            _, _, (support,), queries = parse(draw)
+            far += [abs(query - support) > 2 for query in queries]
+            without += [not cut.label.any() for cut in draw.cuts[1:]]
+        # Of 24 slices some 20 are further than two slices away.
+        assert sum(far) / len(far) == pytest.approx(absent * 19.5 / 24, abs=0.05)
+        if absent == 0:
+            assert not any(without)
+        if absent == 1:
+            assert sum(without) / len(without) > 0.3
 
-
-def test_classes_without_slices_enough_are_left_out(store: SliceStore):
-    assert LabelEpisodes(store, [1, 4], 0).classes == [1]
-    assert LabelEpisodes(store, [1, 3], 0, shots=8).classes == [1]
-    with pytest.raises(LabelError, match="none of"):
-        LabelEpisodes(store, [4], 0)
-    with pytest.raises(LabelError, match="81 pixels"):
-        LabelEpisodes(store, [1, 2], 0, min_pixels=81)
-    assert LabelEpisodes(store, [1, 2], 0, min_pixels=80).classes == [1, 2]
-
-
-def test_arguments_are_checked(store: SliceStore):
-    with pytest.raises(ArgumentError, match="at most 3"):
-        LabelEpisodes(store, [1, 2, 3], 0, ways=4)
-    with pytest.raises(ArgumentError, match="shots: "):
-        LabelEpisodes(store, [1], 0, shots=0)
-    with pytest.raises(ArgumentError, match="foreground labels"):
-        LabelEpisodes(store, [0, 1], 0)
-    with pytest.raises(ArgumentError, match="source: "):
-        SuperpixelEpisodes(store, 0, source="volume")
-
-
-def test_names_and_slice_numbers_are_in_the_description(store: SliceStore):
-    description = LabelEpisodes(store, [1], 0, names={1: "liver"}).episode(0).description
-    assert description.startswith("episode 0: class 1 (liver), support ")
-    assert " slice " in description
-
-
-def test_every_superpixel_is_drawn_and_the_empty_slice_never(textured: SliceStore):
-    source = SuperpixelEpisodes(textured, 0)
-    case = textured.cases[0]
-    drawn = set()
-    for index in range(1500):
-        draw = source.draw(episode_generator(0, index))
-        number, position = (
-            int(draw.description.split(word)[1].split(",")[0]) for word in ("superpixel ", "slice ")
+    def test_clouds_of_pixels_are_not_drawn(self, pieces: CaseSlices):
+        assert pieces.regions is not None
+        scattered = torch.rand(24, 16, 12, generator=episode_generator(0, 0)) < 0.5
+        pieces.regions[:, 4:20, 4:16][scattered] = 2  # supervoxel 1 is a cloud now
+        numbers = Counter(
+            (scale, number)
+            for draw in draws(pieces_source(pieces, planes=False), 400)
+            for number, scale, _, _ in [parse(draw)]
         )
-        drawn.add((position, number))
-        expected = (case.superpixels(position) == number).to(torch.uint8)
-        assert torch.equal(draw.labels, torch.stack([expected, expected]))
-    assert drawn == {
-        (position, number)
-        for position in range(1, 6)
-        for number in range(1, int(case.superpixels(position).max()) + 1)
-    }
-    assert not case.superpixels(0).any()
+        assert (0, 1) not in numbers
+        assert {(0, 3), (0, 4), (1, 1), (1, 2)} <= numbers.keys()
 
+    def test_supervoxels_of_dropped_slices_are_not_drawn(self, pieces: CaseSlices):
+        case = pieces.only(torch.arange(24) < 12)  # without any of supervoxel 4
+        for draw in draws(pieces_source(case, planes=False), 200):
+            assert parse(draw)[:2] != (4, 0)
+            assert draw.cuts[0].label.any()
 
-def test_support_and_query_of_one_slice_are_augmented_differently(textured: SliceStore):
-    episode = SuperpixelEpisodes(textured, 0, augmentation=Augmentation()).episode(0)
-    assert not torch.equal(episode.support_images, episode.query_images)
-    assert not torch.equal(episode.support_masks, episode.query_masks)
+    def test_more_shots_and_ways(self, pieces: CaseSlices):
+        source = pieces_source(pieces, planes=False, ways=2, shots=2, absent=0)
+        for draw in draws(source, 30):
+            assert len(draw.cuts) == 5
+            what = draw.description.removeprefix("supervoxel ").split(" of ")[0]
+            first, second = map(int, what.split(", "))
+            assert first != second
+            assert draw.cuts[0].label.unique().tolist() == [0, 1, 2]
+            positions = [int(cut.image[0, 0]) for cut in draw.cuts]
+            assert all(abs(p - positions[0]) <= 2 for p in positions)
+        episode = source.episode(0)
+        assert episode.support_masks.shape == (1, 4, SIZE, SIZE)
+        assert episode.num_classes == 3
 
-
-def test_neighbours_are_one_supervoxel(textured: SliceStore):
-    source = SuperpixelEpisodes(textured, 0, source="neighbours", ways=2)
-    steps = set()
-    for index in range(COUNT):
-        episode = source.episode(index)
-        support, query = (
-            int(part.split("slice ")[1]) for part in episode.description.split(", query ")
+    def test_too_few_supervoxels_are_an_error(self, pieces: CaseSlices):
+        with pytest.raises(DatasetError, match="fewer than 50"):
+            pieces_source(pieces, ways=50).episode(0)
+        empty = dataclasses.replace(
+            pieces, regions=torch.zeros_like(pieces.regions), parents=np.zeros((1, 1), np.int16)
         )
-        steps.add(query - support)
-        for label in (1, 2):
-            mine = episode.support_masks[0, 0] == label
-            theirs = episode.query_masks[0, 0] == label
-            assert (mine & theirs).sum() / (mine | theirs).sum() > 0.5
-    assert steps == {-1, 1}
+        with pytest.raises(DatasetError, match="100 slices in a row"):
+            pieces_source(empty).episode(0)
+
+    def test_support_and_query_are_augmented_differently(self, pieces: CaseSlices):
+        single = pieces.only(torch.arange(24) == 5)
+        plain = pieces_source(single, absent=0)
+        support, query = plain.draw(episode_generator(0, 0)).cuts
+        assert torch.equal(support.label, query.label)
+        assert support.centre != query.centre
+        episode = pieces_source(single, absent=0, augmentation=Augmentation()).episode(0)
+        assert not torch.equal(episode.support_images, episode.query_images)
+        assert not torch.equal(episode.support_masks, episode.query_masks)
+
+    def test_all_planes_are_drawn_upright(self):
+        """A patient whose head is bright: in the other planes it is on top."""
+        volume = Volume(np.zeros((30, 30, 30), np.float32), spacing=(2.0, 2.0, 2.0))
+        volume.array[:] = np.arange(30)[:, None, None]
+        regions = np.zeros((30, 30, 30), np.int16)
+        regions[4:26, 4:26, 4:26] = 1
+        regions[20:26, 4:26, 4:26] = 2
+        case = CaseSlices(
+            "p", list(range(30)), torch.from_numpy(volume.array).half(), None, (2.0,) * 3,
+            torch.from_numpy(regions), np.array([[0, 1, 2]], np.int16),
+        )  # fmt: skip
+        prepared = Preprocessing("mr", image_size=30, crop=False, plane="coronal").prepare(volume)
+        assert prepared.images(0, 1)[0, 0, 0, 0] > prepared.images(0, 1)[0, 0, -1, 0]
+        source = pieces_source(case, absent=0)
+        planes = Counter()
+        for draw in draws(source, 300):
+            text = draw.description.split("support p ")[1]
+            plane = text.split(" ")[0].replace("slice", "axial")
+            planes[plane] += 1
+            for cut in draw.cuts:
+                if plane == "axial":
+                    continue
+                assert cut.image[0, 0] == 29
+                assert cut.image[-1, 0] == 0
+                # the supervoxel in the head is on top, and within the field of view
+                row = (cut.label == 1).any(dim=1).nonzero().float().mean() * 2
+                if draw.description.startswith("supervoxel 2"):
+                    assert row < 20
+                else:
+                    assert row > 20
+                assert abs(row - cut.centre[0]) <= 0.5 * cut.side + 1
+        assert planes.keys() == {"axial", "coronal", "sagittal"}
+        assert min(planes.values()) > 300 / 3 * 0.7
+        for draw in draws(pieces_source(case, planes=False)):
+            assert "al slice" not in draw.description
+
+    def test_a_case_with_three_planes_is_drawn_as_often_as_one_with_one(self, pieces: CaseSlices):
+        thick = dataclasses.replace(pieces, id="thick", spacing=(8.0, 2.0, 2.0))
+        source = SupervoxelEpisodes(SliceStore([pieces, thick]), 0, size=SIZE)
+        share = sum("support thick" in draw.description for draw in draws(source, 400)) / 400
+        assert share == pytest.approx(0.5, abs=0.07)
 
 
-def test_slices_that_are_not_adjacent_are_no_neighbours(textured: SliceStore):
-    textured.cases[0].numbers = [0, 2, 4, 6, 8, 10]
-    with pytest.raises(DatasetError, match="100 slices in a row"):
-        SuperpixelEpisodes(textured, 0, source="neighbours").episode(0)
-    with pytest.raises(DatasetError, match="fewer than 50"):
-        SuperpixelEpisodes(textured, 0, ways=50).episode(0)
-
-
-def test_superpixels_are_computed_once(textured: SliceStore):
-    case = textured.cases[0]
-    assert case.superpixels(3) is case.superpixels(3)
-
-
-def test_mixed_episodes_come_from_both_in_proportion(store: SliceStore, textured: SliceStore):
-    labels = LabelEpisodes(store, [1, 2], 5)
-    mixed = MixedEpisodes(labels, SuperpixelEpisodes(textured, 5), 0.25)
-    descriptions = [mixed.draw(episode_generator(5, i)).description for i in range(200)]
-    share = sum("superpixel" in text for text in descriptions) / 200
-    assert 0.15 < share < 0.35
-    assert MixedEpisodes(labels, labels, 0.0).seed == 5
+def test_mixed_episodes_come_from_all_by_their_weights(store: SliceStore, pieces: CaseSlices):
+    labels = labels_source(store, [1, 2], 5, queries=2, augmentation=Augmentation())
+    regions = pieces_source(pieces, 5, queries=2, augmentation=Augmentation())
+    mixed = MixedEpisodes([labels, regions], [3.0, 1.0])
+    share = sum("supervoxel" in draw.description for draw in draws(mixed, 400)) / 400
+    assert share == pytest.approx(0.25, abs=0.06)
+    for name in ("seed", "size", "shots", "ways", "queries", "augmentation", "device"):
+        assert getattr(mixed, name) == getattr(labels, name), name
+    assert mixed.batch(range(4)).query_images.shape == (4, 2, 3, SIZE, SIZE)
+    alone = MixedEpisodes([labels, regions], [0.0, 2.0])
+    assert all("supervoxel" in draw.description for draw in draws(alone))

@@ -4,16 +4,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from fastproto.data import Preprocessing, open_dataset, read_label, read_volume
+from fastproto.data import Preprocessing, Volume, open_dataset, read_label, read_volume
 from fastproto.errors import DatasetError
-from fastproto.training.slices import SliceStore
+from fastproto.training.slices import CaseSlices, SliceStore
+from fastproto.training.supervoxels import Supervoxels
 
 PREPROCESSING = Preprocessing("ct", image_size=32, mean=-50.0, std=100.0)
+
+
+def halves(volumes: Mapping[str, tuple[np.ndarray, object]]) -> dict[str, Supervoxels]:
+    """Stands in for ``all_supervoxels``: the upper and the lower half of every slice."""
+    found = {}
+    for case, (image, _) in volumes.items():
+        finest = np.ones(image.shape, np.int16)
+        finest[:, image.shape[1] // 2 :] = 2
+        found[case] = Supervoxels(finest, np.array([[0, 1, 2], [0, 1, 1]], np.int16), (1.0, 2.0))
+    return found
 
 
 def test_slices_are_those_of_the_prepared_volume(phantom: Path):
@@ -32,6 +45,18 @@ def test_slices_are_those_of_the_prepared_volume(phantom: Path):
     )
     assert case.label is not None
     assert torch.equal(kept.labels, prepared.labels(read_label(case.label)))
+    assert kept.spacing == (prepared.spacing[0], prepared.pixel_size, prepared.pixel_size)
+    assert kept.extent == pytest.approx((prepared.view.side, prepared.view.side))
+
+
+def test_no_pixel_is_finer_than_the_scans_own(phantom: Path):
+    dataset = open_dataset(phantom)
+    case = dataset.cases[0]
+    fine = dataclasses.replace(PREPROCESSING, image_size=512)
+    (kept,) = SliceStore.build(dataset, [case], fine).cases
+    native = read_volume(case.image).spacing[0]
+    assert kept.images.shape[1] == kept.images.shape[2] <= 64
+    assert native * 0.97 < kept.spacing[1] <= native * 1.001
 
 
 def test_only_wanted_slices_are_kept(phantom: Path):
@@ -51,18 +76,95 @@ def test_only_wanted_slices_are_kept(phantom: Path):
         assert not (after.labels == 2).any()
 
 
-def test_without_labels_none_are_kept(phantom: Path):
+def test_labels_needed_wanted_or_unused(phantom: Path):
     dataset = open_dataset(phantom)
-    store = SliceStore.build(dataset, dataset.cases[:1], PREPROCESSING, False, without=[2])
+    labelled, bare = dataset.cases[0], dataclasses.replace(dataset.cases[1], label=None)
+    store = SliceStore.build(dataset, [labelled], PREPROCESSING, "unused", without=[2])
     assert store.cases[0].labels is None
     assert len(store) < 16
+    first, second = SliceStore.build(dataset, [labelled, bare], PREPROCESSING, "wanted").cases
+    assert first.labels is not None
+    assert second.labels is None
+    assert len(SliceStore.build(dataset, [bare], PREPROCESSING, "unused")) == 16
+    with pytest.raises(DatasetError, match=f"case {bare.id}: found no label map"):
+        SliceStore.build(dataset, [bare], PREPROCESSING)
+    with pytest.raises(DatasetError, match=f"case {bare.id}: found no label map"):
+        SliceStore.build(dataset, [bare], PREPROCESSING, "unused", without=[2])
 
 
-def test_missing_labels_and_empty_stores_are_errors(phantom: Path):
+def test_a_store_without_slices_is_an_error(phantom: Path):
     dataset = open_dataset(phantom)
-    unlabelled = dataclasses.replace(dataset.cases[0], label=None)
-    assert len(SliceStore.build(dataset, [unlabelled], PREPROCESSING, False)) == 16
-    with pytest.raises(DatasetError, match=f"case {unlabelled.id}: found no label map"):
-        SliceStore.build(dataset, [unlabelled], PREPROCESSING)
     with pytest.raises(DatasetError, match="no slice that can be used"):
         SliceStore.build(dataset, dataset.cases, PREPROCESSING, holding=[250])
+
+
+def test_supervoxels_are_found_in_whole_scans(phantom: Path):
+    dataset = open_dataset(phantom)
+    seen = {}
+
+    def find(volumes: Mapping[str, tuple[np.ndarray, object]]) -> dict[str, Supervoxels]:
+        seen.update(volumes)
+        found = halves(volumes)
+        del found["ct_001"]  # as where they cannot be found
+        return found
+
+    store = SliceStore.build(
+        dataset, dataset.cases, PREPROCESSING, "unused", find_regions=find, without=[2]
+    )
+    assert [case.id for case in store.cases] == ["ct_000", "ct_002"]
+    for case in store.cases:
+        image, spacing = seen[case.id]
+        assert image.shape == (16, 32, 32)
+        assert spacing == case.spacing
+        assert case.regions is not None
+        assert len(case.regions) == len(case) < 16
+        assert case.region(0, 0).unique().tolist() == [1, 2]
+        assert case.region(1, 0).unique().tolist() == [1]
+
+
+def test_areas_count_the_pixels_of_every_supervoxel(pieces: CaseSlices):
+    fine, coarse = pieces.areas
+    assert fine.shape == (24, 5)
+    assert coarse.shape == (24, 3)
+    for position in (0, 2, 11, 12, 19, 20):
+        for areas, scale in ((fine, 0), (coarse, 1)):
+            labels = pieces.region(scale, position).flatten()
+            expected = torch.bincount(labels, minlength=areas.shape[1])
+            assert areas[position].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("plane", ["coronal", "sagittal"])
+def test_other_planes_look_like_slices_prepared_in_them(plane: str):
+    rng = np.random.default_rng(0)
+    volume = Volume(rng.random((20, 20, 20), np.float32), spacing=(2.0, 2.0, 2.0))
+    labels = torch.from_numpy((volume.array > 0.5).astype(np.uint8))
+    axial, other = (
+        Preprocessing("mr", image_size=20, crop=False, plane=p).prepare(volume)
+        for p in ("axial", plane)
+    )
+    images = axial.images(0, 20)[:, 0]
+    case = CaseSlices("a", list(range(20)), images, labels, (2.0, 2.0, 2.0), labels, np.eye(2))
+    first, *rest = case.planes()
+    assert first is case
+    view = {"coronal": rest[0], "sagittal": rest[1]}[plane]
+    assert view.id == f"a {plane}"
+    assert view.upside_down
+    assert len(view) == 20
+    expected = other.images(0, 20)[:, 0]
+    truth = other.labels(dataclasses.replace(volume, array=labels.numpy()))
+    for number in range(20):
+        assert torch.equal(view.upright(view.images[number]), expected[number])
+        assert torch.equal(view.upright(view.labels[number]), truth[number])
+        assert torch.equal(view.upright(view.regions[number]), truth[number])
+
+
+def test_planes_keep_their_spacing_and_need_voxels_that_allow_them():
+    def case(spacing: tuple[float, float, float], numbers: list[int]) -> CaseSlices:
+        return CaseSlices("a", numbers, torch.zeros(4, 5, 6), None, spacing)
+
+    _, coronal, sagittal = case((2.5, 1.0, 1.5), [0, 1, 2, 3]).planes()
+    assert (coronal.images.shape, coronal.spacing) == ((5, 4, 6), (1.0, 2.5, 1.5))
+    assert (sagittal.images.shape, sagittal.spacing) == ((6, 4, 5), (1.5, 2.5, 1.0))
+    assert coronal.extent == (10.0, 9.0)
+    assert len(list(case((2.6, 1.0, 1.5), [0, 1, 2, 3]).planes())) == 1
+    assert len(list(case((2.5, 1.0, 1.5), [0, 1, 2, 5]).planes())) == 1
