@@ -110,8 +110,9 @@ def title_of(record: dict[str, Any]) -> str:
             f"{mean(minutes.values()) or 0:.0f} minutes"
         )
     tests = {case for cases in record["tests"].values() for case in cases}
-    annotated = record["annotated"]
-    one = annotated if isinstance(annotated, str) else " or ".join(annotated)
+    one = record["annotated"]
+    if isinstance(one, list):
+        tests, one = tests - set(one), " or ".join(one)
     return f"{record['data']}: {how}; {len(tests)} unseen patients, annotated: {one}"
 
 
