@@ -39,18 +39,20 @@ class Fusion:
     Args:
         network: Factor of the network's log odds; 0 leaves it out.
         prior: Factor of the prior's log odds; 0 leaves it out.
-        blur: Distance in mm over which the prior's odds fall by e.
+        blur: Distance over which the prior's odds fall by e, as a share of the organ's depth: of
+            the largest distance of a place inside to its surface.
         limit: Largest log odds of the prior, either way: no place is ever ruled out.
     """
 
     network: float = 1.0
     prior: float = 1.0
-    blur: float = 4.0
+    blur: float = 0.12
     limit: float = 4.0
 
     def __call__(self, scores: Tensor, distance: Tensor, organ: Organ) -> Tensor:
         """Log odds of an organ from the network's scores and the distance to its expected place."""
-        place = (distance / -self.blur).clamp(-self.limit, self.limit)
+        depth = -float(distance.min().clamp(max=-1.0))  # an organ beyond the scan has none
+        place = (distance / (-self.blur * depth)).clamp(-self.limit, self.limit)
         trust = self.network * (_trust(organ.expected_dice) if self.prior else 1.0)
         return trust * (scores + organ.bias) + self.prior * place
 
@@ -66,9 +68,9 @@ def _trust(expected_dice: float | None) -> float:
 
 
 FUSIONS = {
-    "box": Fusion(blur=12.0),
-    "affine": Fusion(blur=8.0),
-    "deformable": Fusion(blur=4.0),
+    "box": Fusion(blur=0.5),
+    "affine": Fusion(blur=0.25),
+    "deformable": Fusion(blur=0.12),
 }
 """By the kind of the prior; the sharper its place, the steeper its odds."""
 
