@@ -29,7 +29,7 @@ NEAREST = 3  # annotated slices that a query slice is compared with
 BATCH = 8  # slices at once
 # How far beyond its expected place an organ is looked for, by the kind of the prior.
 MARGINS_MM = {"box": 40.0, "affine": 30.0, "deformable": 25.0}
-ABSENT = 0.5  # mean probability by the network alone below which an organ is probably not there
+ABSENT = 0.15  # mean probability by the network alone below which an organ is probably not there
 
 
 @dataclass(frozen=True)
