@@ -113,7 +113,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--prior",
         choices=("box", "affine", "deformable"),
-        default="affine",
+        default="deformable",
         help="what network and prior use; all are measured alone (default: %(default)s)",
     )
     parser.add_argument(

@@ -108,7 +108,7 @@ def add_example_options(parser: argparse._ActionsContainer) -> None:
         "--prior",
         choices=("box", "affine", "deformable"),
         help="how an organ's place is carried over to another scan: by the box of the body, or by "
-        "registration of the two scans (default: affine)",
+        "registration of the two scans (default: deformable)",
     )
 
 

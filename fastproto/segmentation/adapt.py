@@ -167,5 +167,8 @@ def adapt_model(
         optimizer.zero_grad()
         if progress is not None:
             progress(step + 1, steps, total.item())
-    adapted.requires_grad_(True)
-    return adapted, {name: value.detach().cpu().half() for name, value in trained.items()}
+    changed = {name: value.detach().cpu().half() for name, value in trained.items()}
+    with torch.no_grad():  # as precise as a task file keeps them
+        for name, value in trained.items():
+            value.copy_(changed[name])
+    return adapted.requires_grad_(True), changed

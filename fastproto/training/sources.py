@@ -158,13 +158,11 @@ def read_training_data(
         else:
             sources += [source for source in (regions, labels) if source is not None]
         if config.validation_episodes > 0 and part.classes:
-            cases = part.validation_cases or part.cases
-            if part.validation_cases or not on_labels:
-                usable = all(case.label is not None for case in cases)
-                known = SliceStore.build(dataset, cases, stored) if usable else None
-            else:
-                known = store
-            if known is not None and (part.validation_cases or on_labels):
+            known = store if on_labels else None
+            if part.validation_cases:
+                usable = all(case.label is not None for case in part.validation_cases)
+                known = SliceStore.build(dataset, part.validation_cases, stored) if usable else None
+            if known is not None:
                 validation.append(
                     LabelEpisodes(known, part.classes, _VALIDATION_SEED, **label_options)
                 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,16 +15,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastproto.training.trainer as trainer
 from fastproto.data import Preprocessing
-from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError
+from fastproto.data.phantom import write_phantom
+from fastproto.errors import (
+    ArgumentError,
+    CheckpointError,
+    InputError,
+    OutputError,
+    TrainingError,
+)
 from fastproto.nn import FewShotUNet
 from fastproto.nn.weights import checksum, read_safetensors
 from fastproto.training import TrainConfig, train
+from fastproto.training.episodes import episode_generator
 from fastproto.training.trainer import episode_dice, learning_rate
 
 STEPS = 6
@@ -36,10 +46,14 @@ def configure(phantom: Path, output: Path, **changes: object) -> TrainConfig:
         output=str(output),
         holdout=("spleen",),
         validation_cases=("ct_002",),
-        superpixel_fraction=0.4,
+        label_fraction=0.6,
         min_pixels=5,
         image_size=32,
         encoder="resnet18",
+        output_stride=16,
+        align=1.0,
+        cycle=1.0,
+        batch=1,
         steps=STEPS,
         warmup_fraction=0.2,
         precision="float32",
@@ -103,7 +117,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 def test_the_run_folder(reference: Path, phantom: Path):
     assert {file.name for file in reference.iterdir()} == {
-        "config.json", "log.jsonl", "model.safetensors", "state.safetensors"
+        "config.json", "log.jsonl", "model.safetensors", "state.safetensors", "supervoxels"
     }  # fmt: skip
     assert TrainConfig.load(reference / "config.json") == configure(phantom, reference)
     log = records(reference)
@@ -118,7 +132,8 @@ def test_the_run_folder(reference: Path, phantom: Path):
 def test_the_model_is_ready_to_use(reference: Path):
     model = FewShotUNet.load(reference / "model.safetensors")
     assert model.extra["step"] == STEPS
-    assert Preprocessing.from_dict(model.extra["preprocessing"]).image_size == 32
+    assert model.extra["preprocessing"].keys() == {"ct"}
+    assert Preprocessing.from_dict(model.extra["preprocessing"]["ct"]).image_size == 32
     assert "spleen" in model.extra["holdout"].values()
     assert "spleen" not in model.extra["classes"].values()
     assert model.extra["training_cases"] == ["ct_000", "ct_001"]
@@ -215,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 def test_another_configuration_cannot_resume(phantom: Path, reference: Path):
     config = configure(phantom, reference, learning_rate=0.5, batch=2)
-    with pytest.raises(CheckpointError, match=r"batch: 1 -> 2; learning_rate: 0.0003 -> 0.5"):
+    with pytest.raises(CheckpointError, match=r"batch: 1 -> 2; learning_rate: 0.001 -> 0.5"):
         train(config, resume=True)
 
 
@@ -246,7 +261,7 @@ def test_batches_ways_shots_bfloat16_and_the_bar(
 ):
     config = configure(
         phantom, run, steps=1, batch=2, ways=2, shots=2, queries=2, precision="bfloat16",
-        superpixel_source="neighbours", superpixel_fraction=0.5, progress=True,
+        output_stride=8, label_fraction=0.5, progress=True,
     )  # fmt: skip
     train(config)
     assert math.isfinite(records(run)[0]["loss"])
@@ -255,14 +270,165 @@ def test_batches_ways_shots_bfloat16_and_the_bar(
     assert "validation_dice=" in bar
 
 
-def test_superpixels_need_no_label_maps(phantom: Path, run: Path, tmp_path: Path):
-    shutil.copytree(phantom / "images", tmp_path / "data" / "images")
-    shutil.copy(phantom / "dataset.json", tmp_path / "data")
-    config = configure(tmp_path / "data", run, steps=1, superpixel_fraction=1.0, holdout=())
+def test_it_says_in_a_line_what_it_does(
+    phantom: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trainer._Run, "go", lambda *_: None)
+    config = configure(phantom, run, progress=True, minutes=2.5, classes=("liver", "spine"))
     train(config)
+    said = capsys.readouterr().err
+    line = next(line for line in said.splitlines() if "learning" in line)
+    assert line.split("fastproto: ")[1] == (
+        "learning from 2 scans without labels (supervoxels) and, in 2, from the labels of liver, "
+        "spine; resnet18, output stride 16, images of 32 pixels, 1 episodes a step, 2.5 minutes "
+        "on cpu"
+    )
+    assert "small enough for a CPU" not in said
+    train(dataclasses.replace(config, encoder="auto", device="cpu", label_fraction=0.0))
+    said = capsys.readouterr().err
+    assert "fastproto: learning from 2 scans without labels (supervoxels); resnet18" in said
+    assert "small enough for a CPU were chosen; encoder, output_stride and image_size" in said
+
+
+def without_labels(phantom: Path, folder: Path) -> Path:
+    """The phantom's images alone, without a word about labels."""
+    shutil.copytree(phantom / "images", folder / "images")
+    description = json.loads((phantom / "dataset.json").read_text())
+    del description["labels"]
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
+
+
+def test_no_label_is_needed(phantom: Path, run: Path, tmp_path: Path):
+    data = without_labels(phantom, tmp_path / "data")
+    train(configure(data, run, steps=1, holdout=(), validation_cases=()))
     (record,) = records(run)
     assert record["loss"] > 0
     assert FewShotUNet.load(run / "model.safetensors").extra["classes"] == {}
+
+
+def test_no_label_is_looked_at_without_their_share(phantom: Path, run: Path, tmp_path: Path):
+    shutil.copytree(phantom, tmp_path / "data")
+    for label in (tmp_path / "data" / "labels").iterdir():
+        label.write_bytes(b"nobody reads this")
+    config = configure(tmp_path / "data", run, label_fraction=0.0, validation_cases=())
+    data = trainer.read_training_data(config, torch.device("cpu"))
+    assert data.validation is None
+    assert all("supervoxel" in data.training.episode(i).description for i in range(10))
+    assert data.extra["classes"] == {}
+
+
+def test_labels_have_their_share_of_the_episodes(phantom: Path, run: Path):
+    for share in (0.3, 1.0):
+        config = configure(phantom, run, label_fraction=share)
+        source = trainer.read_training_data(config, torch.device("cpu")).training
+        drawn = [source.draw(episode_generator(0, i)).description for i in range(200)]
+        found = sum("class " in text for text in drawn) / 200
+        assert found == pytest.approx(share, abs=0.1)
+
+
+def test_several_data_sets_of_both_modalities(phantom: Path, run: Path, tmp_path: Path):
+    """One with labels, one without, and a plain folder of a single scan."""
+    mr = write_phantom(tmp_path / "mr", patients=3, modality="mr", shape=(16, 64, 64))
+    bare = without_labels(mr, tmp_path / "bare")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    shutil.copy(phantom / "images" / "ct_001.nii.gz", plain / "one.nii.gz")
+    folders = tuple(map(str, (phantom, bare, plain)))
+    config = configure(phantom, run, data=folders, holdout_cases=("ct_001", "mr_000"))
+    data = trainer.read_training_data(config, torch.device("cpu"))
+    assert data.slices.keys() == {"ct_000", "mr_001", "mr_002", "one"}
+    assert data.extra["preprocessing"].keys() == {"ct", "mr"}
+    assert data.extra["preprocessing"]["ct"]["mean"] is not None
+    assert data.extra["training_cases"] == ["ct_000", "mr_001", "mr_002", "one"]
+    assert data.summary.startswith("learning from 4 scans without labels (supervoxels) and, in 1")
+    drawn = [data.training.draw(episode_generator(0, i)).description for i in range(300)]
+    for case, share in (("ct_", 1 / 3), ("mr_", 1 / 3), ("one", 1 / 3)):
+        found = sum(f"support {case}" in text for text in drawn) / 300
+        assert found == pytest.approx(share, abs=0.09), case
+    assert all("support ct_" in text for text in drawn if "class " in text)
+    assert "ct_002" in data.validation.episode(0).description
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"holdout": ("spleen", "heart")}, "heart"),
+        ({"classes": ("heart",)}, "heart"),
+        ({"classes": ("spleen", "liver")}, "base classes"),
+        ({"holdout_cases": ("ct_9",)}, "no case ct_9"),
+        ({"validation_cases": ("ct_9",)}, "no case ct_9"),
+        ({"holdout_cases": ("ct_000", "ct_001")}, "no case left"),
+    ],
+)
+def test_unknown_classes_and_cases_are_named(phantom: Path, changes: dict, message: str):
+    config = configure(phantom, Path("unused"), **changes)
+    with pytest.raises(InputError, match=message):
+        trainer.read_training_data(config, torch.device("cpu"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock is ten seconds after the last; a step looks twice."""
+    ticks = itertools.count(step=10.0)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+
+
+@pytest.mark.usefixtures("clock")
+def test_minutes_end_the_run_and_its_schedule(phantom: Path, run: Path):
+    config = configure(phantom, run, minutes=1.0, steps=1000, label_fraction=1.0)
+    train(config)
+    log = [record for record in records(run) if "loss" in record]
+    assert [record["step"] for record in log] == [1, 2, 3, 4, 5, 6]
+    for record in log:
+        done = max((record["step"] - 1) / 6, record["step"] / 1000)
+        assert record["learning_rate"] == pytest.approx(learning_rate(config, done))
+    assert records(run)[-1].keys() == {"step", "validation_dice"}
+    assert FewShotUNet.load(run / "model.safetensors").extra["step"] == 6
+    train(config, resume=True)  # the time is up
+    assert [record for record in records(run) if "loss" in record] == log
+
+
+@pytest.mark.usefixtures("clock")
+def test_minutes_go_on_from_a_checkpoint(phantom: Path, run: Path):
+    config = configure(phantom, run, minutes=1.0, steps=1000, label_fraction=1.0)
+    train_until_killed(config, 5)
+    train(config, resume=True)
+    steps = [record["step"] for record in records(run) if "loss" in record]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("clock")
+def test_steps_may_end_before_the_minutes(phantom: Path, run: Path):
+    train(configure(phantom, run, minutes=60.0, steps=2, label_fraction=1.0))
+    rates = [record["learning_rate"] for record in records(run) if "loss" in record]
+    assert len(rates) == 2
+    assert rates[-1] == pytest.approx(1e-3 * 0.01)
+
+
+def test_a_model_to_go_on_from(phantom: Path, reference: Path, run: Path, tmp_path: Path):
+    """It decides on the network; data of another modality may be new to it."""
+    mr = write_phantom(tmp_path / "mr", patients=1, modality="mr", shape=(16, 64, 64))
+    config = configure(
+        phantom, run, data=(str(phantom), str(mr)), start=str(reference), steps=4,
+        encoder="auto", image_size=64, output_stride=8, temperature=1.0,
+    )  # fmt: skip
+    train_until_killed(config, 1)
+    assert weights(run, "model") == weights(reference, "model")
+    train(config, resume=True)
+    old, new = (FewShotUNet.load(folder / "model.safetensors") for folder in (reference, run))
+    assert new.config == old.config
+    assert new.extra["step"] == 4
+    assert new.extra["preprocessing"]["ct"] == old.extra["preprocessing"]["ct"]
+    assert new.extra["preprocessing"]["mr"]["image_size"] == 32
+    written = TrainConfig.load(run / "config.json")
+    assert (written.encoder, written.image_size, written.output_stride) == ("resnet18", 32, 16)
+    assert records(run)[0]["loss"] != records(reference)[0]["loss"]
+
+
+def test_a_model_to_go_on_from_must_exist(phantom: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        train(configure(phantom, tmp_path / "run", start=str(tmp_path / "absent")))
 
 
 def test_setting_two_drops_slices_with_held_out_classes(phantom: Path):
@@ -292,13 +458,14 @@ def test_validation_is_the_same_for_every_seed(phantom: Path):
 
 
 def test_the_learning_rate_rises_and_falls():
-    config = TrainConfig(data="d", output="o", steps=100, warmup_fraction=0.1, learning_rate=2.0)
-    rates = [learning_rate(config, step) for step in range(1, 101)]
+    config = TrainConfig(data="d", output="o", warmup_fraction=0.1, learning_rate=2.0)
+    rates = [learning_rate(config, step / 100) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9] == 2.0
     assert rates[54] == pytest.approx(2.0 * (0.01 + 0.99 * 0.5))
     assert rates[-1] == pytest.approx(0.02)
     assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert learning_rate(config, 1.2) == pytest.approx(0.02)
 
 
 def test_episode_dice():
@@ -319,11 +486,13 @@ def test_an_unknown_device_is_named(phantom: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "holdout"), [("ixi_brain_mr", (4, 6, 7, 8)), ("openkbp_hn_ct", (1, 2))]
 )
-def test_episodes_of_real_scans(test_data: Path, name: str, holdout: tuple[int, ...]):
+def test_episodes_of_real_scans(
+    test_data: Path, tmp_path: Path, name: str, holdout: tuple[int, ...]
+):
     data = test_data / name
     cases = json.loads((data / "dataset.json").read_text())["cases"]
     config = configure(
-        data, Path("unused"), holdout=holdout, image_size=128, holdout_cases=tuple(cases[5:]),
+        data, tmp_path, holdout=holdout, image_size=128, holdout_cases=tuple(cases[5:]),
         validation_cases=tuple(cases[3:5]), validation_episodes=1,
     )  # fmt: skip
     read = trainer.read_training_data(config, torch.device("cpu"))
@@ -332,4 +501,5 @@ def test_episodes_of_real_scans(test_data: Path, name: str, holdout: tuple[int, 
     for episode in (read.training.batch(range(8)), read.validation.batch(range(8))):
         assert episode.support_images.isfinite().all()
         assert episode.support_images.abs().max() < 20
-        assert (episode.query_masks == 1).flatten(1).sum(1).min() > 0
+        assert (episode.support_masks == 1).flatten(1).sum(1).min() > 0
+    assert (episode.query_masks == 1).flatten(1).sum(1).min() > 0
