@@ -272,6 +272,7 @@ def test_the_command_measures_all_protocols_with_one_model(
 ) -> None:
     arguments = ["crossval", "--data", str(patients), "--out", str(tmp_path), "--device", "cpu"]
     arguments += ["--test-cases", "a", "b", "--annotated", "a", "--classes", "liver", "3"]
+    arguments += ["--methods", "fastproto", "prototypes", "registration"]
     arguments += ["--model", str(model_file), "--slices", "2"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
