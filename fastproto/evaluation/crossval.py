@@ -67,7 +67,8 @@ class CrossValidation:
         model: A model file or run folder, or "base", to use instead of training; "none" for methods
             that need none; None to train.
         more_data: Further data sets to train on.
-        training: Fields of `TrainConfig`. Unless they say so, training sees no label.
+        training: Fields of `TrainConfig`. Unless they say so, training sees no label. Cases to hold
+            out are held out beside the tests.
         methods: Of `fastproto.evaluation.methods.METHODS`.
         protocols: Of `fastproto.evaluation.protocol.PROTOCOLS`.
         z_margin: Which slices count in EP1 and EP2, see `counted_slices`.
@@ -422,7 +423,7 @@ def _model(
             "data": (str(dataset.root), *config.more_data),
             "output": str(folder),
             "holdout": tuple(round_.organs.values()),
-            "holdout_cases": tuple(round_.tests),
+            "holdout_cases": (*round_.tests, *config.training.get("holdout_cases", ())),
             "drop_excluded_slices": config.setting == 2,
             "device": config.device,
             "progress": config.progress,

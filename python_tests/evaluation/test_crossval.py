@@ -157,15 +157,17 @@ def trainings(monkeypatch: pytest.MonkeyPatch, model_file: Path) -> list:
 
 
 def test_setting_1_trains_once_for_each_fold(patients, tmp_path, threshold, trainings) -> None:
-    config = settings(patients, tmp_path, model=None, methods=("fastproto",))
+    training = {"training": {"holdout_cases": ["d"]}}
+    config = settings(patients, tmp_path, model=None, methods=("fastproto",), **training)
     summary = crossval(config)
-    assert [config.holdout_cases for config in trainings] == [("a", "b", "c"), tuple("cdea")]
+    assert [config.holdout_cases for config in trainings] == [tuple("abcd"), tuple("cdead")]
     for config in trainings:
         assert config.holdout == ("liver", "right kidney", "left kidney")
         assert not config.drop_excluded_slices
         assert config.label_fraction == 0
     assert summary["training_minutes"] == {"fold-0": 1.5, "fold-1": 1.5}
-    crossval(settings(patients, tmp_path, model=None, methods=("fastproto", "adapted")))
+    methods = ("fastproto", "adapted")
+    crossval(settings(patients, tmp_path, model=None, methods=methods, **training))
     assert len(trainings) == 2
 
 
