@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from fastproto.cli.options import Subparsers, add_runtime_options, new_parser, positive, runtime
+from fastproto.cli.register import steps
 
 EXAMPLE = """\
   fastproto phantom --out phantom-ct --patients 6
@@ -81,13 +82,20 @@ def add_parser(subparsers: Subparsers) -> None:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=["fastproto", "prototypes", "registration"],
-        help="fastproto; adapted: with adaptation to the annotated scan; prototypes: the same "
-        "encoder without a decoder; one-scan: the same network trained on the annotated scan "
-        "alone; registration: the annotated organs carried over (default: %(default)s)",
+        default=[name for name in METHODS if name != "one-scan"],
+        metavar="METHOD",
+        help="fastproto: without adaptation; adapted: with it; prototypes: the same encoder "
+        "without a decoder; one-scan: the same network trained on the annotated scan alone; "
+        "registration: the annotated organs carried over (default: all but one-scan)",
     )
     parser.add_argument(
-        "--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="(default: all)"
+        "--protocols",
+        nargs="+",
+        choices=PROTOCOLS,
+        default=PROTOCOLS,
+        metavar="PROTOCOL",
+        help="ep1: an annotated slice for each third of the organ; ep2: one slice for all of it; "
+        "whole: whole volumes (default: all)",
     )
     parser.add_argument(
         "--z-margin",
@@ -109,19 +117,31 @@ def add_parser(subparsers: Subparsers) -> None:
         help="what network and prior use; all are measured alone (default: %(default)s)",
     )
     parser.add_argument(
-        "--slices", type=positive, default=12, metavar="N", help="annotated slices of an organ"
+        "--slices",
+        type=positive,
+        default=12,
+        metavar="N",
+        help="annotated slices of an organ, for whole volumes (default: %(default)s)",
     )
     parser.add_argument(
-        "--adapt-steps", type=positive, default=100, metavar="N", help="of the method adapted"
+        "--adapt-steps",
+        type=steps,
+        default="auto",
+        metavar="N",
+        help="of the method adapted (default: %(default)s)",
     )
     parser.add_argument(
-        "--one-scan-steps", type=positive, default=300, metavar="N", help="of the method one-scan"
+        "--one-scan-steps",
+        type=positive,
+        default=300,
+        metavar="N",
+        help="of the method one-scan (default: %(default)s)",
     )
     training = parser.add_argument_group("training")
     training.add_argument(
         "--model",
         metavar="RUN",
-        help="use this model and train nothing; none: only methods without a model",
+        help="run folder, model file or base: train nothing; none: only registration",
     )
     training.add_argument(
         "--more-data", nargs="+", default=[], metavar="DIR", help="further data to train on"
@@ -140,7 +160,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the tables."""
-    from fastproto.cli.train import _settings
+    from fastproto.cli.train import read_settings
     from fastproto.errors import ArgumentError
     from fastproto.evaluation.crossval import CrossValidation, crossval
     from fastproto.evaluation.summary import summary_text
@@ -159,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
             annotated=() if args.annotated == ["all"] else tuple(args.annotated),
             model=args.model,
             more_data=tuple(args.more_data),
-            training=_settings(args.settings),
+            training=read_settings(args.settings),
             methods=tuple(args.methods),
             protocols=tuple(args.protocols),
             z_margin=None if args.z_margin == "all" else int(args.z_margin),

@@ -64,10 +64,11 @@ class CrossValidation:
         groups: Setting 2: organs that are held out together; one training for each group.
         annotated: Cases to learn from, each in turn; empty for every test case. Those that are no
             test cases may have been seen in training.
-        model: A model file or run folder to use instead of training; "none" for methods that need
-            none; None to train.
+        model: A model file or run folder, or "base", to use instead of training; "none" for methods
+            that need none; None to train.
         more_data: Further data sets to train on.
-        training: Fields of `TrainConfig`. Unless they say so, training sees no label.
+        training: Fields of `TrainConfig`. Unless they say so, training sees no label. Cases to hold
+            out are held out beside the tests.
         methods: Of `fastproto.evaluation.methods.METHODS`.
         protocols: Of `fastproto.evaluation.protocol.PROTOCOLS`.
         z_margin: Which slices count in EP1 and EP2, see `counted_slices`.
@@ -90,7 +91,7 @@ class CrossValidation:
     model: str | None = None
     more_data: tuple[str, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
-    methods: tuple[str, ...] = ("fastproto", "prototypes", "registration")
+    methods: tuple[str, ...] = ("fastproto", "adapted", "prototypes", "registration")
     protocols: tuple[str, ...] = ("ep1", "ep2", "whole")
     z_margin: int | None = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -415,12 +416,14 @@ def _model(
             folder.mkdir(parents=True, exist_ok=True)
             (folder.parent / "supervoxels").mkdir(exist_ok=True)
             kept.symlink_to(Path("..", "supervoxels"), target_is_directory=True)
-        defaults = {"label_fraction": 0.0, "validation_episodes": 0}
+        defaults: dict[str, Any] = {"label_fraction": 0.0, "validation_episodes": 0}
+        if "minutes" in config.training:
+            defaults["steps"] = 10**9  # the minutes decide
         fixed = {
             "data": (str(dataset.root), *config.more_data),
             "output": str(folder),
             "holdout": tuple(round_.organs.values()),
-            "holdout_cases": tuple(round_.tests),
+            "holdout_cases": (*round_.tests, *config.training.get("holdout_cases", ())),
             "drop_excluded_slices": config.setting == 2,
             "device": config.device,
             "progress": config.progress,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ class LearnedNetwork:
         example: To learn from.
         prior: Kind of prior of the variant "network + prior".
         slices: Annotated slices of an organ to use on whole volumes.
-        adapt: Steps of adaptation to the annotated scan, for whole volumes.
+        adapt: Steps of adaptation to the annotated scan, for whole volumes; see `register`.
         view: Field of view of EP1 and EP2: that of the "organ", which is larger than it and lies
             where the boxes of the two bodies say, or the whole "body".
     """
@@ -113,7 +113,7 @@ class LearnedNetwork:
         *,
         prior: str = "deformable",
         slices: int = 12,
-        adapt: int = 0,
+        adapt: int | Literal["auto"] = 0,
         view: str = "organ",
     ):
         self.model = model
@@ -243,7 +243,7 @@ def make_method(
     *,
     prior: str = "deformable",
     slices: int = 12,
-    adapt_steps: int = 100,
+    adapt_steps: int | Literal["auto"] = "auto",
     one_scan_steps: int = 300,
     view: str = "organ",
 ) -> Method:

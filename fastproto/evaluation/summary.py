@@ -106,8 +106,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if summary["quoted"]:
         table = [["quoted, not measured here", "setting 1", "setting 2", "source"]]
         for row in summary["quoted"]:
-            settings = [row[name] for name in ("setting_1", "setting_2")]
-            cells = ["-" if value is None else f"{value:.2f}" for value in settings]
+            cells = [f"{row[name]:.2f}" for name in ("setting_1", "setting_2")]
             table.append([row["method"], *cells, row["source"]])
         parts.append(text_table(table))
     return "\n\n".join(parts) + "\n"

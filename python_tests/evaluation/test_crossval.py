@@ -140,14 +140,14 @@ def test_results_of_other_settings_are_not_mixed(patients, tmp_path, threshold) 
 
 
 @pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch) -> list:
+def trainings(monkeypatch: pytest.MonkeyPatch, model_file: Path) -> list:
     """Training is noted, and gives an untrained model."""
     seen = []
 
     def train(config, *, resume):
         seen.append(config)
         folder = Path(config.output)
-        save_model(folder / "model.safetensors")
+        (folder / "model.safetensors").symlink_to(model_file)
         config_file = json.dumps(config.to_dict())
         (folder / "config.json").write_text(config_file, encoding="utf-8")
         (folder / "log.jsonl").write_text('{"step": 1, "seconds": 90.0}\n', encoding="utf-8")
@@ -157,15 +157,17 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def test_setting_1_trains_once_for_each_fold(patients, tmp_path, threshold, trainings) -> None:
-    config = settings(patients, tmp_path, model=None, methods=("fastproto",))
+    training = {"training": {"holdout_cases": ["d"]}}
+    config = settings(patients, tmp_path, model=None, methods=("fastproto",), **training)
     summary = crossval(config)
-    assert [config.holdout_cases for config in trainings] == [("a", "b", "c"), tuple("cdea")]
+    assert [config.holdout_cases for config in trainings] == [tuple("abcd"), tuple("cdead")]
     for config in trainings:
         assert config.holdout == ("liver", "right kidney", "left kidney")
         assert not config.drop_excluded_slices
         assert config.label_fraction == 0
     assert summary["training_minutes"] == {"fold-0": 1.5, "fold-1": 1.5}
-    crossval(settings(patients, tmp_path, model=None, methods=("fastproto", "adapted")))
+    methods = ("fastproto", "adapted")
+    crossval(settings(patients, tmp_path, model=None, methods=methods, **training))
     assert len(trainings) == 2
 
 
@@ -272,6 +274,7 @@ def test_the_command_measures_all_protocols_with_one_model(
 ) -> None:
     arguments = ["crossval", "--data", str(patients), "--out", str(tmp_path), "--device", "cpu"]
     arguments += ["--test-cases", "a", "b", "--annotated", "a", "--classes", "liver", "3"]
+    arguments += ["--methods", "fastproto", "prototypes", "registration"]
     arguments += ["--model", str(model_file), "--slices", "2"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
