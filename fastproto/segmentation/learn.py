@@ -30,7 +30,7 @@ from fastproto.segmentation.task import Organ, Task
 MARGIN_MM = 30.0  # of the field of view around an organ
 DIAMETERS = 4.0  # least side of the field of view, in diameters of the organ's largest slice
 AROUND = 2  # slices beyond either end of an organ that show what it ends in
-AUTO_STEPS = {"cpu": 100, "cuda": 150}  # of adaptation, by the kind of device
+AUTO_STEPS = {"cpu": 60, "cuda": 150}  # of adaptation, by the kind of device
 _LEFT_OUT = 3  # every third of the chosen slices checks what the others taught
 _BIASES = np.arange(-4.0, 4.01, 0.25)
 
