@@ -19,11 +19,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_RECORD = "No record in `benchmarks/results` yet."
-METRICS = {"dice": "Dice", "hd95": "HD95 mm", "assd": "ASSD mm", "nsd": "NSD 2 mm"}
 
 
 def newest(results: Path, name: str) -> list[dict[str, Any]]:
-    """The newest record of each result whose name begins with ``name``, by data set or machine."""
+    """The newest record of each result whose name begins with ``name``, a pattern of glob."""
     latest: dict[str, Path] = {}
     for path in sorted(results.glob(f"????-??-??-{name}*.json")):
         latest[path.stem[11:]] = path
@@ -53,43 +52,68 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def heldout(results: Path) -> str:
-    """Organs and patients that training never saw, per data set, beside the baseline."""
+# Protocol, method and variant of a cross-validation's result, and what its column is called.
+COLUMNS = {
+    ("whole", "fastproto", "network + prior"): "network + prior",
+    ("whole", "adapted", "network + prior"): "adapted network + prior",
+    ("whole", "fastproto", "network"): "network alone",
+    ("whole", "adapted", "network"): "adapted network alone",
+    ("whole", "registration", "box"): "prior alone: box",
+    ("whole", "registration", "affine"): "affine",
+    ("whole", "registration", "deformable"): "deformable",
+    ("whole", "prototypes", "network + prior"): "prototypes + prior",
+    ("whole", "one-scan", "network + prior"): "one-scan network + prior",
+    ("ep1", "fastproto", "network"): "EP1",
+    ("ep1", "prototypes", "network"): "EP1, prototypes",
+}
+
+
+def crossval(results: Path) -> str:
+    """Dice on organs and patients that training never saw, per data set, beside other methods."""
     blocks = []
-    for record in newest(results, "heldout"):
-        training, methods = record["training"], record["methods"]
-        columns = [(metric, "organ_slices", title) for metric, title in METRICS.items()]
-        columns.append(("dice", "all_slices", "Dice, all slices"))
-        lines = [
-            f"**{record['data']}**: trained on {', '.join(record['base_classes'])} "
-            f"({training['encoder']}, {training['steps']} steps at {training['image_size']} px, "
-            f"{record['training_minutes']:.0f} minutes). The organs below were annotated in one "
-            f"patient and segmented, one at a time, in {len(record['queries'])} patients training "
-            "never read. Each cell: fastproto / baseline (prototype scores and bilinear "
-            "upsampling, same encoder, no decoder), in the slices that hold the organ.",
-            "",
-            "| organ | " + " | ".join(title for *_, title in columns) + " |",
-            "|---" * (1 + len(columns)) + "|",
-        ]
-        means: dict[tuple[str, str], list[Any]] = {}
-        for index, row in enumerate(methods["fastproto"]["all_slices"]):
-            cells = []
-            for metric, counted, _ in columns:
-                values = [
-                    methods[name][counted][index][metric]["mean"]
-                    for name in ("fastproto", "baseline")
-                ]
-                means.setdefault((metric, counted), []).append(values)
-                cells.append(" / ".join(map(cell, values)))
-            lines.append(f"| {row['organ']} | " + " | ".join(cells) + " |")
-        dice = " | ".join(
-            " / ".join(cell(mean(column)) for column in zip(*values, strict=True))
-            if metric in ("dice", "nsd")
-            else ""
-            for (metric, _), values in means.items()
-        )
-        blocks.append("\n".join([*lines, f"| **mean** | {dice} |", "", provenance(record)]))
+    for record in newest(results, "*crossval-"):
+        found = {
+            (entry["protocol"], entry["method"], entry["variant"]): entry
+            for entry in record["results"]
+        }
+        used = {key: title for key, title in COLUMNS.items() if key in found}
+        organs = dict.fromkeys(o["organ"] for key in used for o in found[key]["organs"])
+        rows = []
+        for organ in organs:
+            scores = [{o["organ"]: o["dice"] for o in found[key]["organs"]} for key in used]
+            rows.append([organ, *(cell(s.get(organ, {}).get("mean")) for s in scores)])
+        rows.append(["**mean**"])
+        for key in used:
+            dice = found[key]["mean"]["dice"]
+            spread = "" if dice["std"] is None else f" ± {cell(dice['std'])}"
+            rows[-1].append(f"**{cell(dice['mean'])}**{spread}")
+        blocks += [table(title_of(record), ["organ", *used.values()], rows), provenance(record)]
+        if record["quoted"]:
+            columns = ["quoted, not measured here", "setting 1", "setting 2", "source"]
+            rows = [
+                [row["method"], cell(row["setting_1"]), cell(row["setting_2"]), row["source"]]
+                for row in record["quoted"]
+            ]
+            blocks.append(table(f"{record['data']}: published", columns, rows))
     return "\n\n".join(blocks) or NO_RECORD
+
+
+def title_of(record: dict[str, Any]) -> str:
+    """What was trained and tested, in one line."""
+    training, minutes = record["training"], record["training_minutes"]
+    how = f"{record['model']}, nothing trained"
+    if training:
+        share = training["label_fraction"]
+        labels = "without labels" if share == 0 else f"{share:.0%} of the episodes from labels"
+        how = (
+            f"{training['encoder']} at {training['image_size']} px, {labels}, "
+            f"{mean(minutes.values()) or 0:.0f} minutes"
+        )
+    tests = {case for cases in record["tests"].values() for case in cases}
+    one = record["annotated"]
+    if isinstance(one, list):
+        tests, one = tests - set(one), " or ".join(one)
+    return f"{record['data']}: {how}; {len(tests)} unseen patients, annotated: {one}"
 
 
 def memory(results: Path) -> str:
@@ -334,7 +358,7 @@ def gpu_goals(results: Path) -> str:
 
 Table = Callable[[Path], str]
 PAGES: dict[str, dict[str, Table]] = {
-    "README.md": {"heldout": heldout, "memory": memory},
+    "README.md": {"results": crossval, "memory": memory},
     "docs/performance.md": {
         "ceilings": ceilings,
         "float32": functools.partial(speed, dtype="float32", all_threads=True),

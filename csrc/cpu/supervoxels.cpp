@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kMaxVoxels = int64_t{1} << 28;
 constexpr int kKeys = 1 << 16;
 constexpr int64_t kRung = 3;
+constexpr size_t kAhead = 16;
 
 struct Direction {
   int64_t dz, dy, dx, offset;
@@ -94,6 +95,7 @@ class Forest {
  public:
   explicit Forest(int64_t n) : parent_(n, -1) {}
 
+  void prefetch(int64_t i) const { __builtin_prefetch(&parent_[i]); }
   int32_t root(int32_t i) {
     while (parent_[i] >= 0) {
       const int32_t up = parent_[i];
@@ -123,8 +125,7 @@ void supervoxels(const Supervoxels& o, const float* image, const bool* mask, int
   for (int64_t i = 0; i < voxels; ++i)
     if (mask[i] && !std::isfinite(image[i]))
       throw std::invalid_argument(
-          "image: found a NaN or infinite voxel within the mask; allowed: "
-          "finite numbers.");
+          "image: found a NaN or infinite voxel within the mask; allowed: finite numbers.");
   const auto dirs = directions(o);
 
   // Counting sort. `ends` holds where each key begins, and after filling, where it ends.
@@ -137,30 +138,39 @@ void supervoxels(const Supervoxels& o, const float* image, const bool* mask, int
     sorted[ends[key]++] = voxel << 4 | d;
   });
 
-  // First pass: join where the edge is no heavier than either side allows. Only edges between
-  // components are kept for the passes that follow, in place and in order.
+  // First pass: join where the edge is no heavier than either side allows, which is at most
+  // `scale` above the heaviest that joined. Only edges between components are kept for the passes
+  // that follow, in place and in order.
   Forest forest(voxels);
-  std::vector<float> allowed(voxels, static_cast<float>(o.scale));
-  const auto ends_of = [&](uint32_t edge) {
-    const auto i = static_cast<int32_t>(edge >> 4);
-    const auto j = static_cast<int32_t>(i + dirs[edge & 15].offset);
+  const auto scale = static_cast<float>(o.scale);
+  std::vector<float> allowed(voxels, scale);
+  const auto ends_of = [&](size_t at) {
+    if (at + kAhead < edges) {
+      const uint32_t soon = sorted[at + kAhead];
+      forest.prefetch(soon >> 4);
+      forest.prefetch((soon >> 4) + dirs[soon & 15].offset);
+    }
+    const auto i = static_cast<int32_t>(sorted[at] >> 4);
+    const auto j = static_cast<int32_t>(i + dirs[sorted[at] & 15].offset);
     return std::pair{forest.root(i), forest.root(j)};
   };
   size_t kept = 0, edge = 0;
-  for (int key = 0; key < kKeys; ++key) {
+  float heaviest = 0;
+  for (int key = 0; key < kKeys && weight_of(key) <= heaviest + scale; ++key) {
     const float weight = weight_of(key);
     for (; edge < ends[key]; ++edge) {
-      const auto [a, b] = ends_of(sorted[edge]);
+      const auto [a, b] = ends_of(edge);
       if (a == b) continue;
       if (weight <= allowed[a] && weight <= allowed[b]) {
         const int32_t joined = forest.join(a, b);
-        allowed[joined] = weight + static_cast<float>(o.scale / forest.size(joined));
+        allowed[joined] = weight + scale / static_cast<float>(forest.size(joined));
+        heaviest = weight;
       } else {
         sorted[kept++] = sorted[edge];
       }
     }
   }
-  edges = kept;
+  edges = std::copy(sorted.get() + edge, sorted.get() + edges, sorted.get() + kept) - sorted.get();
 
   // Second pass, from tiny minimum sizes up, each joining what is below it across the lightest
   // edges. In one go, whatever first grew beyond the size would swallow its small neighbours.
@@ -171,7 +181,7 @@ void supervoxels(const Supervoxels& o, const float* image, const bool* mask, int
       rung = std::min(rung * kRung, min_size);
       kept = 0;
       for (edge = 0; edge < edges; ++edge) {
-        const auto [a, b] = ends_of(sorted[edge]);
+        const auto [a, b] = ends_of(edge);
         if (a == b) continue;
         if (forest.size(a) < rung || forest.size(b) < rung)
           forest.join(a, b);

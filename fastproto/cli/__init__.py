@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from fastproto._version import __version__
-from fastproto.cli import evaluate, info, phantom, register, segment, train
+from fastproto.cli import crossval, evaluate, info, phantom, register, segment, train
 from fastproto.errors import InputError
 
 DESCRIPTION = "Segment an organ nobody trained for, in CT and MR, from one annotated scan."
@@ -61,6 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastproto {__version__}")
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
-    for command in (phantom, train, register, segment, evaluate, info):
+    for command in (phantom, train, register, segment, evaluate, crossval, info):
         command.add_parser(subparsers)
     return parser

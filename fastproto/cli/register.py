@@ -99,7 +99,7 @@ def add_example_options(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--adapt",
-        type=_steps,
+        type=steps,
         metavar="STEPS",
         help="training steps on the annotated scan, 0 for none; auto: as many as a few minutes "
         "allow (default: auto)",
@@ -108,7 +108,7 @@ def add_example_options(parser: argparse._ActionsContainer) -> None:
         "--prior",
         choices=("box", "affine", "deformable"),
         help="how an organ's place is carried over to another scan: by the box of the body, or by "
-        "registration of the two scans (default: affine)",
+        "registration of the two scans (default: deformable)",
     )
 
 
@@ -192,7 +192,7 @@ def _report(task: Task, image: Path) -> str:
     return "\n".join(lines)
 
 
-def _steps(text: str) -> int | str:
+def steps(text: str) -> int | str:
     """Parse a number of steps or "auto", for argparse."""
     if text == "auto":
         return text

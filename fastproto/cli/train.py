@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     if "minutes" in given and not args.resume:
         given.setdefault("steps", _UNLIMITED)
     values |= given
-    values |= _settings(args.settings)
+    values |= read_settings(args.settings)
     if args.device != "auto":
         values["device"] = args.device
     if "data" not in values:
@@ -193,7 +193,7 @@ def _class(text: str) -> str | int:
     return int(text) if text.isdigit() else text
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
+def read_settings(pairs: list[str]) -> dict[str, Any]:
     """``NAME=VALUE`` pairs; a value is JSON where it can be, else text."""
     settings: dict[str, Any] = {}
     for pair in pairs:

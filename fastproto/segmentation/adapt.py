@@ -21,9 +21,10 @@ from fastproto.training.episodes import Draw, EpisodeSource
 
 BATCH = 4
 LEARNING_RATE = 3e-4
-BACKGROUND_WEIGHT = 0.2
+BACKGROUND_WEIGHT = 0.5
 SHOTS, QUERIES = 2, 2
-ANYWHERE = 0.3  # share of the query slices that are drawn from the whole scan
+ANYWHERE = 0.3  # share of the query slices that are drawn from anywhere around the organ
+REACH_MM = 30.0  # how far around it
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class AnnotatedOrgan:
     def inside(self) -> list[int]:
         """Those of ``slices`` that show the organ."""
         return [number for number in self.slices if self.masks[number].any()]
+
+    @cached_property
+    def region(self) -> list[int]:
+        """``slices`` and all slices without the organ that lie at most ``REACH_MM`` from it."""
+        holding = self.masks.flatten(1).any(dim=1).nonzero().flatten().tolist()
+        reach = round(REACH_MM / self.view.spacing[0])
+        near = range(max(holding[0] - reach, 0), min(holding[-1] + reach + 1, len(self.masks)))
+        empty = [number for number in near if number not in holding]
+        return sorted({*self.slices, *empty})
 
 
 class AnnotatedEpisodes(EpisodeSource):
@@ -74,7 +84,7 @@ class AnnotatedEpisodes(EpisodeSource):
         chosen = [choice(organ.inside) for _ in range(self.shots)]
         for _ in range(self.queries):
             anywhere = float(torch.rand(1, generator=generator)) < ANYWHERE
-            chosen.append(choice(organ.slices if anywhere else organ.inside))
+            chosen.append(choice(organ.region if anywhere else organ.inside))
         cuts = []
         side = organ.view.view.side
         scale = 1.25 ** (2 * float(torch.rand(1, generator=generator)) - 1)
@@ -156,6 +166,9 @@ def adapt_model(
         optimizer.step()
         optimizer.zero_grad()
         if progress is not None:
-            progress(step + 1, steps, float(total.detach()))
-    adapted.requires_grad_(True)
-    return adapted, {name: value.detach().cpu().half() for name, value in trained.items()}
+            progress(step + 1, steps, total.item())
+    changed = {name: value.detach().cpu().half() for name, value in trained.items()}
+    with torch.no_grad():  # as precise as a task file keeps them
+        for name, value in trained.items():
+            value.copy_(changed[name])
+    return adapted.requires_grad_(True), changed

@@ -7,28 +7,39 @@ its first voxel. Where the scanner says the patient lay plays no part.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.ndimage
 import SimpleITK as sitk
+import torch
+from scipy.ndimage import map_coordinates
+from torch import Tensor
+from torch.nn import functional as F
 
 from fastproto.data.preprocessing import body_mask, linear_weights
 from fastproto.data.volume import Volume
 
-# A picture has about this many voxels, and no side longer than this.
-VOXELS = 400_000
-LONGEST_SIDE = 128
+LONGEST_SIDE = 128  # of a picture, in voxels
 CT_WINDOW = (-200.0, 300.0)  # HU; wider than the network's: fat and bone guide the alignment
 
-_BODY_GRID = 128
+_GRID = 128  # voxels a side, at most, to find the body in
+_SEARCH_MM = 20.0  # between the places along the slices at which the affine search may start
+_SEARCH_SIDE = 24  # voxels a side, about, to compare them
+_SCALES = (0.5, 2.0)  # what an affine map may do to lengths; anything beyond has gone astray
 _BINS = 32
 _SEED = 1
+
+# Deformation, coarse to fine: (voxels of the picture to a cell, steps).
+_LEVELS = ((4, 40), (2, 60))
+_RATE = 0.5  # cells a step
+_STIFFNESS = 2.0
+_EPS = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A scan at low resolution, as much of it as holds the body.
+    """A part of a scan at low resolution.
 
     Attributes:
         array: [n, h, w] uint8.
@@ -39,6 +50,18 @@ class Picture:
     array: np.ndarray
     first: np.ndarray
     step: float
+
+    def points(self, stride: int = 1) -> np.ndarray:
+        """[n, h, w, 3] positions of every ``stride``-th voxel in mm."""
+        sides = [np.arange(0, size, stride) for size in self.array.shape]
+        return np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1) * self.step + self.first
+
+    def at(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values at [..., 3] as float32, the border's beyond it; whether they lie within."""
+        index = np.moveaxis((points - self.first) / self.step, -1, 0)
+        values = map_coordinates(self.array, index, np.float32, order=1, mode="nearest")
+        last = np.array(self.array.shape).reshape(-1, *[1] * (index.ndim - 1)) - 0.5
+        return values, ((index >= -0.5) & (index <= last)).all(axis=0)
 
     def image(self) -> sitk.Image:
         """For SimpleITK, whose x, y, z are our columns, rows, slices."""
@@ -53,7 +76,7 @@ class Alignment:
     """Maps points of a query to points of the annotated scan.
 
     Attributes:
-        matrix, offset: [3, 3] and [3], the affine part.
+        matrix, offset: [3, 3] and [3] mm, the affine part.
         displacement: [3, n, h, w] in mm, added to a query's point before the affine part; or None.
         first, step: The displacement's grid, as a `Picture`'s.
     """
@@ -61,7 +84,7 @@ class Alignment:
     matrix: np.ndarray
     offset: np.ndarray
     displacement: np.ndarray | None = None
-    first: np.ndarray | None = None
+    first: np.ndarray | float = 0.0
     step: float = 1.0
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
@@ -69,11 +92,20 @@ class Alignment:
         if self.displacement is not None:
             index = np.moveaxis((points - self.first) / self.step, -1, 0)
             moved = [
-                scipy.ndimage.map_coordinates(component, index, order=1, mode="nearest")
-                for component in self.displacement
+                map_coordinates(part, index, order=1, mode="nearest") for part in self.displacement
             ]
             points = points + np.stack(moved, axis=-1)
         return points @ self.matrix.T + self.offset
+
+    def affine(self) -> Alignment:
+        """Without the displacement."""
+        return Alignment(self.matrix, self.offset)
+
+    def box_in_query(self, box: np.ndarray) -> np.ndarray:
+        """[2, 3] of the annotated scan -> the box around its place in the query, affine part."""
+        corners = np.array(list(itertools.product(*box.T)))
+        moved = np.linalg.solve(self.matrix, (corners - self.offset).T).T
+        return np.stack([moved.min(axis=0), moved.max(axis=0)])
 
     @property
     def scale(self) -> float:
@@ -86,19 +118,25 @@ def body_box(seen: Volume, modality: str) -> np.ndarray:
 
     A volume without a body gives its whole box.
     """
-    shape, spacing = np.array(seen.array.shape), np.array(seen.spacing[::-1])
-    steps = -(-shape // _BODY_GRID)
-    body = body_mask(seen.array[tuple(slice(None, None, step) for step in steps)], modality)
-    box = np.stack([-0.5 * spacing, (shape - 0.5) * spacing])
+    spacing = np.array(seen.spacing[::-1])
+    coarse, strides = _coarse(seen.array)
+    body = body_mask(coarse, modality)
+    box = volume_box(seen)
     for axis in range(3) if body.any() else ():
         hit = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
-        ends = np.array([hit[0] - 0.5, hit[-1] + 0.5]) * steps[axis] * spacing[axis]
+        ends = np.array([hit[0] - 0.5, hit[-1] + 0.5]) * strides[axis] * spacing[axis]
         box[:, axis] = ends.clip(*box[:, axis])
     return box
 
 
+def volume_box(seen: Volume) -> np.ndarray:
+    """[2, 3] mm, the first and the last corner of a canonical volume."""
+    shape, spacing = np.array(seen.array.shape), np.array(seen.spacing[::-1])
+    return np.stack([-0.5 * spacing, (shape - 0.5) * spacing])
+
+
 def make_picture(
-    seen: Volume, modality: str, box: np.ndarray, step: float | None = None
+    seen: Volume, modality: str, box: np.ndarray, voxels: int, step: float = 0.0
 ) -> Picture:
     """The part of a canonical volume within ``box`` [2, 3] mm as a `Picture`.
 
@@ -106,19 +144,20 @@ def make_picture(
         seen: The volume, in canonical orientation.
         modality: "ct": the window [-200, 300] HU. "mr": up to the 99.5 % value of the body.
         box: The part to show.
-        step: Voxel side in mm; None takes one that suits the box. It grows where the picture would
-            have too many voxels.
+        voxels: How many the picture has, about and at most.
+        step: Side of its voxels in mm; 0 takes the finest of the volume's own. It grows where there
+            would be too many of them.
     """
     spacing, sides = np.array(seen.spacing[::-1]), box[1] - box[0]
-    least = max(np.cbrt(sides.prod() / VOXELS), sides.max() / LONGEST_SIDE, spacing.min())
-    step = float(max(step or 0, least))
+    finest = max(np.cbrt(sides.prod() / voxels), sides.max() / LONGEST_SIDE)
+    step = float(max(step or spacing.min(), finest))
     size = np.ceil(sides / step).astype(int)
     first = box.mean(axis=0) - (size - 1) / 2 * step
     weights = [
         linear_weights(
-            (first[axis] + np.arange(size[axis]) * step) / spacing[axis], length, ratio
+            (first[axis] + np.arange(size[axis]) * step) / side, length, step / side
         ).numpy()
-        for axis, (length, ratio) in enumerate(zip(seen.array.shape, step / spacing, strict=True))
+        for axis, (length, side) in enumerate(zip(seen.array.shape, spacing, strict=True))
     ]
     low, high = _window(seen.array, modality)
     used = np.flatnonzero(weights[0].any(axis=0))
@@ -137,60 +176,145 @@ def align_boxes(query: np.ndarray, atlas: np.ndarray) -> Alignment:
     return Alignment(np.diag(scale), atlas[0] - scale * query[0])
 
 
+def best_start(query: Picture, atlas: Picture, boxes: Alignment) -> Alignment:
+    """``boxes``, or the same without scaling along the slices at the place that fits best.
+
+    Two scans seldom cover the same length of the body. They are taken to share at least half of
+    the shorter one.
+    """
+    lengths = [picture.array.shape[0] * picture.step for picture in (query, atlas)]
+    starts = [boxes]
+    matrix = np.diag([1.0, *np.diag(boxes.matrix)[1:]])
+    low, high = -lengths[0] + min(lengths) / 2, lengths[1] - min(lengths) / 2
+    for shift in np.linspace(low, high, int((high - low) / _SEARCH_MM) + 2):
+        first = atlas.first[0] + shift - query.first[0]
+        starts.append(Alignment(matrix, np.array([first, *boxes.offset[1:]])))
+    stride = max(1, max(query.array.shape) // _SEARCH_SIDE)
+    return max(starts, key=lambda start: correlation(query, atlas, start, stride))
+
+
 def align_affine(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
     """Refine ``start`` by mutual information (Mattes), coarse to fine.
 
     Raises:
-        RuntimeError: SimpleITK gave up, e.g. for lack of overlap.
+        RuntimeError: It found nothing usable, e.g. for lack of overlap.
     """
-    fixed, moving = query.image(), atlas.image()
     centre = query.first + (np.array(query.array.shape) - 1) / 2 * query.step
     transform = sitk.AffineTransform(3)
     transform.SetCenter(centre[::-1].tolist())
     transform.SetMatrix(start.matrix[::-1, ::-1].ravel().tolist())
     transform.SetTranslation((start(centre) - centre)[::-1].tolist())
-    method = _method(transform)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 100, 0.5, 1e-4)
+    method = sitk.ImageRegistrationMethod()
+    method.SetNumberOfThreads(1)  # sums in one order: the same scans give the same bits
+    method.SetMetricAsMattesMutualInformation(_BINS)
+    method.SetMetricSamplingStrategy(method.RANDOM)
+    method.SetMetricSamplingPercentagePerLevel([1.0, 0.5, 0.1], _SEED)
+    method.SetShrinkFactorsPerLevel([4, 2, 1])
+    method.SetSmoothingSigmasPerLevel([2.0, 1.0, 0.0])
+    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOff()
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 200, 0.5, 1e-5)
     method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel([4, 2])
-    method.SetSmoothingSigmasPerLevel([2.0, 1.0])
-    method.SetMetricSamplingPercentagePerLevel([0.5, 0.1], _SEED)
-    method.Execute(fixed, moving)
-    matrix = np.array(transform.GetMatrix()).reshape(3, 3)[::-1, ::-1]
-    target = centre + np.array(transform.GetTranslation())[::-1]
-    if not np.isfinite(matrix).all() or not np.isfinite(target).all():
-        raise RuntimeError("the registration diverged")
-    return Alignment(matrix.copy(), target - matrix @ centre)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetInitialTransform(transform, inPlace=True)
+    method.Execute(query.image(), atlas.image())
+    matrix = np.array(transform.GetMatrix()).reshape(3, 3)[::-1, ::-1].copy()
+    scales = np.linalg.svd(matrix, compute_uv=False)
+    if not (_SCALES[0] <= scales.min() and scales.max() <= _SCALES[1]):
+        raise RuntimeError(f"the affine alignment went astray (scales {scales.round(2).tolist()})")
+    return Alignment(matrix, centre + np.array(transform.GetTranslation())[::-1] - matrix @ centre)
 
 
-def correlation(query: Picture, atlas: Picture, alignment: Alignment) -> float:
+def align_deformable(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
+    """Bend an affine ``start`` until the two look alike, by gradient descent.
+
+    What is compared is each voxel's likeness to its neighbours (MIND-SSC, Heinrich et al. 2013),
+    which changes of contrast and brightness leave alone.
+    """
+    values, within = atlas.at(start(query.points()))
+    fixed = _descriptor(torch.from_numpy(query.array.astype(np.float32)))
+    moving = _descriptor(torch.from_numpy(values))
+    weight = torch.from_numpy(within.astype(np.float32))[None, None]
+    field = torch.zeros(1, 3, 1, 1, 1)  # in cells
+    scale = 1.0
+    for cell, steps in _LEVELS:
+        still, moved, share = (
+            F.avg_pool3d(x, cell, ceil_mode=True, count_include_pad=False)
+            for x in (fixed, moving, weight)
+        )
+        size = still.shape[2:]
+        field = F.interpolate(field * (scale / cell), size=size, mode="trilinear")
+        field, scale = _descend(still, moved, share, field, steps), cell
+    field = F.interpolate(field * scale, size=fixed.shape[2:], mode="trilinear")
+    displacement = field[0].numpy() * np.float32(query.step)
+    return Alignment(start.matrix, start.offset, displacement, query.first, query.step)
+
+
+def correlation(query: Picture, atlas: Picture, alignment: Alignment, stride: int = 1) -> float:
     """Normalised cross-correlation of the two, where they overlap; 0 where nothing varies."""
-    grid = np.moveaxis(np.indices(query.array.shape), 0, -1) * query.step + query.first
-    index = np.moveaxis((alignment(grid) - atlas.first) / atlas.step, -1, 0)
-    moved = scipy.ndimage.map_coordinates(
-        atlas.array.astype(np.float32), index, order=1, cval=-1.0, prefilter=False
-    )
-    both = moved >= 0
-    pair = np.stack([query.array[both], moved[both]])
+    values, within = atlas.at(alignment(query.points(stride)))
+    pair = np.stack([query.array[::stride, ::stride, ::stride][within], values[within]])
     if pair.shape[1] < 2 or not (pair.std(axis=1) > 0).all():
         return 0.0
     return float(np.corrcoef(pair)[0, 1])
 
 
-def _method(transform: sitk.Transform) -> sitk.ImageRegistrationMethod:
-    method = sitk.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)  # sums in one order: the same scans give the same bits
-    method.SetMetricAsMattesMutualInformation(_BINS)
-    method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetInitialTransform(transform, inPlace=True)
-    return method
+@torch.enable_grad()
+def _descend(fixed: Tensor, moving: Tensor, weight: Tensor, field: Tensor, steps: int) -> Tensor:
+    """The displacement ``[1, 3, n, h, w]`` in voxels that brings ``moving`` onto ``fixed``."""
+    size = fixed.shape[2:]
+    grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij"), dim=-1)
+    to_unit = 2 / (torch.tensor(size) - 1).clamp(min=1)
+    rough = field.clone().requires_grad_()
+    optimizer = torch.optim.Adam([rough], lr=_RATE)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        smooth = _smooth(rough)
+        places = ((grid + smooth[0].movedim(0, -1)) * to_unit - 1).flip(-1)[None]
+        moved = F.grid_sample(moving, places, padding_mode="border", align_corners=True)
+        bending = (
+            sum(smooth.diff(dim=axis).square().sum() for axis in (2, 3, 4)) / grid[..., 0].numel()
+        )
+        loss = (
+            weight * (moved - fixed).square().sum(1, keepdim=True)
+        ).mean() + _STIFFNESS * bending / 3
+        loss.backward()
+        optimizer.step()
+    return _smooth(rough).detach()
+
+
+def _smooth(field: Tensor) -> Tensor:
+    for _ in range(3):
+        field = F.avg_pool3d(field, 3, stride=1, padding=1, count_include_pad=False)
+    return field
+
+
+def _descriptor(image: Tensor) -> Tensor:
+    """MIND-SSC of ``[n, h, w]``: ``[1, 12, n, h, w]`` in 0..1."""
+    padded = F.pad(image[None, None], [1] * 6, mode="replicate")
+    sides = [1 + sign * (torch.arange(3) == axis) for axis in range(3) for sign in (-1, 1)]
+    shifted = [
+        padded[:, :, z : z + image.shape[0], y : y + image.shape[1], x : x + image.shape[2]]
+        for z, y, x in torch.stack(sides).tolist()
+    ]
+    pairs = [(a, b) for a, b in itertools.combinations(range(6), 2) if a // 2 != b // 2]
+    squares = torch.cat([(shifted[a] - shifted[b]).square() for a, b in pairs], dim=1)
+    squares = F.avg_pool3d(squares, 3, stride=1, padding=1, count_include_pad=False)
+    squares -= squares.amin(dim=1, keepdim=True)
+    noise = squares.mean(dim=1, keepdim=True)
+    typical = noise.mean() + _EPS
+    return torch.exp(-squares / noise.clamp(typical * 1e-3, typical * 1e3))
+
+
+def _coarse(array: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Every so many-th voxel, at most `_GRID` a side, and how many."""
+    strides = [-(-length // _GRID) for length in array.shape]
+    return array[tuple(slice(None, None, stride) for stride in strides)], strides
 
 
 def _window(array: np.ndarray, modality: str) -> tuple[float, float]:
     if modality == "ct":
         return CT_WINDOW
-    coarse = array[tuple(slice(None, None, -(-length // _BODY_GRID)) for length in array.shape)]
+    coarse, _ = _coarse(array)
     body = body_mask(coarse, modality)
     low = float(np.percentile(coarse, 0.5))
     return low, float(np.percentile(coarse[body], 99.5)) if body.any() else low

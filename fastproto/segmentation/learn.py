@@ -44,7 +44,7 @@ def register(
     classes: Sequence[int] | None = None,
     slices: int | Sequence[int] = 12,
     preprocessing: Preprocessing | None = None,
-    prior: str = "affine",
+    prior: str = "deformable",
     adapt: int | Literal["auto"] = 0,
     seed: int = 0,
     progress: Callable[[int, int, float], object] | None = None,
@@ -85,7 +85,7 @@ def register(
     preprocessing = preprocessing or model_preprocessing(model, guess_modality(image))
     prepared = preprocessing.prepare(image)
     names = _choose_labels(label, labels, classes)
-    annotated = [_annotate(prepared, label, value, name, slices) for value, name in names.items()]
+    annotated = [annotate(prepared, label, value, name, slices) for value, name in names.items()]
     atlas = Atlas.make(
         image, label, list(names), preprocessing.modality, prior, plane=preprocessing.plane
     )
@@ -125,7 +125,7 @@ def model_preprocessing(model: FewShotModel, modality: str) -> Preprocessing:
     return Preprocessing.from_dict(known[modality])
 
 
-def _annotate(
+def annotate(
     prepared: PreparedVolume, label: Volume, value: int, name: str, slices: int | Sequence[int]
 ) -> AnnotatedOrgan:
     """Choose the field of view and the slices of one organ."""

@@ -27,8 +27,9 @@ from fastproto.segmentation.task import Organ, Task
 
 NEAREST = 3  # annotated slices that a query slice is compared with
 BATCH = 8  # slices at once
-MARGIN_MM = 40.0  # how far beyond its expected place an organ is looked for
-ABSENT = 0.5  # mean probability by the network alone below which an organ is probably not there
+# How far beyond its expected place an organ is looked for, by the kind of the prior.
+MARGINS_MM = {"box": 40.0, "affine": 30.0, "deformable": 25.0}
+ABSENT = 0.15  # mean probability by the network alone below which an organ is probably not there
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,40 @@ class Fusion:
     Args:
         network: Factor of the network's log odds; 0 leaves it out.
         prior: Factor of the prior's log odds; 0 leaves it out.
-        blur: Distance in mm over which the prior's odds fall by e.
+        blur: Distance over which the prior's odds fall by e, as a share of the organ's depth: of
+            the largest distance of a place inside to its surface.
         limit: Largest log odds of the prior, either way: no place is ever ruled out.
     """
 
     network: float = 1.0
     prior: float = 1.0
-    blur: float = 5.0
-    limit: float = 6.0
+    blur: float = 0.12
+    limit: float = 4.0
 
-    def __call__(self, scores: Tensor, distance: Tensor, bias: float) -> Tensor:
+    def __call__(self, scores: Tensor, distance: Tensor, organ: Organ) -> Tensor:
         """Log odds of an organ from the network's scores and the distance to its expected place."""
-        place = (distance / -self.blur).clamp(-self.limit, self.limit)
-        return self.network * (scores + bias) + self.prior * place
+        depth = -float(distance.min().clamp(max=-1.0))  # an organ beyond the scan has none
+        place = (distance / (-self.blur * depth)).clamp(-self.limit, self.limit)
+        trust = self.network * (_trust(organ.expected_dice) if self.prior else 1.0)
+        return trust * (scores + organ.bias) + self.prior * place
+
+
+def _trust(expected_dice: float | None) -> float:
+    """How much the network counts beside the prior: by the odds of its Dice in slices left out.
+
+    1 at a Dice of 0.8, 1/4 at 0.5; 1/2 where no slice could be left out.
+    """
+    if expected_dice is None:
+        return 0.5
+    return min(expected_dice / max(1 - expected_dice, 1e-6) / 4, 1.5)
+
+
+FUSIONS = {
+    "box": Fusion(blur=0.5),
+    "affine": Fusion(blur=0.25),
+    "deformable": Fusion(blur=0.12),
+}
+"""By the kind of the prior; the sharper its place, the steeper its odds."""
 
 
 class Segmentation(NamedTuple):
@@ -203,7 +225,7 @@ def gather(
     boxes = []
     for index in range(len(task.organs)):
         own = prior.only(index)
-        boxes.append((own, own.box(MARGIN_MM)))
+        boxes.append((own, own.box(MARGINS_MM[prior.kind])))
     total = sum(box[0][1] - box[0][0] for _, box in boxes)
     done = 0
     found = []
@@ -260,7 +282,7 @@ def weigh(task: Task, found: Sequence[Evidence], fusion: Fusion) -> dict[int, Cl
         organ.value: Claim(
             organ.value,
             evidence.box,
-            fusion(evidence.scores, evidence.distance, organ.bias),
+            fusion(evidence.scores, evidence.distance, organ),
             evidence.scores + organ.bias,
         )
         for organ, evidence in zip(task.organs, found, strict=True)
@@ -373,6 +395,3 @@ def _field_of_view(organ: Organ, prior: Prior) -> FieldOfView:
     """The organ's field of view around its expected place."""
     _, (top, bottom), (left, right) = prior.box()
     return FieldOfView((top + bottom - 1) / 2, (left + right - 1) / 2, organ.side)
-
-
-FUSIONS = {"box": Fusion(), "affine": Fusion(), "deformable": Fusion()}

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
 import torch
+from scipy.ndimage import distance_transform_edt, map_coordinates
 from torch import Tensor
 
 from fastproto.data.preprocessing import PreparedVolume, canonical
@@ -25,15 +25,20 @@ from fastproto.segmentation.alignment import (
     Picture,
     align_affine,
     align_boxes,
+    align_deformable,
+    best_start,
     body_box,
     correlation,
     make_picture,
+    volume_box,
 )
 
 KINDS = ("box", "affine", "deformable")
 
-_MAP_SIDE = 48  # voxels of a distance map, at most, along each axis
-_SEARCH_SIDE = 40  # points along each axis of a query, at which organs are looked for
+_MAP_SIDE = 48  # points of a distance map along each axis, at most
+_SEARCH_SIDE = 40  # points along each axis of a scan at which organs are looked for
+_BODY_VOXELS, _DETAIL_VOXELS = 100_000, 300_000
+_SURROUNDINGS_MM = 25.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +61,18 @@ class DistanceMap:
         hits = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         low = np.array([hit[0] for hit in hits])
         size = np.array([hit[-1] + 1 for hit in hits]) - low
-        # Whole voxels are pooled, so that thin parts weigh in; two empty cells on every side.
+        # Cells of whole voxels, so that thin parts weigh in; two empty ones on every side.
         pool = -(-size // (_MAP_SIDE - 4))
         cells = -(-size // pool)
         part = np.zeros(cells * pool, np.float32)
-        box = tuple(slice(start, start + extent) for start, extent in zip(low, size, strict=True))
-        part[tuple(map(slice, size))] = mask[box]
-        split = part.reshape(*np.stack([cells, pool], axis=1).ravel())
-        share = np.pad(split.mean(axis=(1, 3, 5)), 2)
-        inside = share >= min(0.5, share.max())
+        organ = tuple(slice(start, start + extent) for start, extent in zip(low, size, strict=True))
+        part[tuple(map(slice, size))] = mask[organ]
+        share = part.reshape(np.stack([cells, pool], axis=1).ravel()).mean(axis=(1, 3, 5))
+        inside = np.pad(share >= min(0.5, share.max()), 2)
         step = pool * spacing
-        values = np.where(
-            inside, -_surface_distance(inside, step), _surface_distance(~inside, step)
-        )
-        values = values.astype(np.float16).astype(np.float32)  # as in a task file
+        values = np.where(inside, -_to_surface(inside, step), _to_surface(~inside, step))
+        # As precise as a task file keeps them: a loaded task must give the same prior.
+        values = values.astype(np.float16).astype(np.float32)
         return cls(values, (low + (pool - 1) / 2) * spacing - 2 * step, step)
 
     @property
@@ -78,33 +81,31 @@ class DistanceMap:
         return self.first + self.step * (np.array(self.values.shape) - 1)
 
     def at(self, points: np.ndarray) -> np.ndarray:
-        """Distances at [..., 3]. Beyond the grid: those at its border and of the way to there."""
+        """Distances at [..., 3]. Beyond the grid: that at its border and of the way to there."""
         near = points.clip(self.first, self.last)
         index = np.moveaxis((near - self.first) / self.step, -1, 0)
-        values = scipy.ndimage.map_coordinates(self.values, index, order=1, mode="nearest")
+        values = map_coordinates(self.values, index, order=1, mode="nearest")
         return values + np.linalg.norm(points - near, axis=-1).astype(np.float32)
 
     def on(self, axes: Sequence[np.ndarray]) -> Tensor:
-        """Distances at the grid that three rows of positions in mm span, ``[n, h, w]`` float32."""
-        result = torch.from_numpy(self.values)
-        beyond = []
+        """Distances on the grid that three rows of positions in mm span, ``[n, h, w]`` float32."""
+        result, beyond = torch.from_numpy(self.values), []
         for axis, positions in enumerate(axes):
             near = positions.clip(self.first[axis], self.last[axis])
             beyond.append(torch.from_numpy(np.float32((positions - near) ** 2)))
             index = (near - self.first[axis]) / self.step[axis]
-            distance = np.abs(index[:, None] - np.arange(self.values.shape[axis]))
-            weights = torch.from_numpy(np.clip(1 - distance, 0, None).astype(np.float32))
+            weights = 1 - np.abs(index[:, None] - np.arange(self.values.shape[axis]))
+            weights = torch.from_numpy(weights.clip(0).astype(np.float32))
             result = torch.tensordot(result, weights, dims=([0], [1]))  # the next axis comes first
-        far = beyond[0][:, None, None] + beyond[1][:, None] + beyond[2]
-        return result.add_(far.sqrt_())
+        return result + (beyond[0][:, None, None] + beyond[1][:, None] + beyond[2]).sqrt_()
 
 
 @dataclass(frozen=True, eq=False)
 class Atlas:
     """What a task keeps of the annotated scan to find the same organs elsewhere.
 
-    With "affine" and "deformable" it holds ``picture``, a low-resolution image of the patient: it
-    is as much patient data as the scan. With "box" it holds the organs' shapes and no image.
+    With "affine" and "deformable" it holds ``pictures`` of the patient: that is image content, as
+    much patient data as the scan. With "box" it holds the organs' shapes and no image.
 
     Attributes:
         kind: The most elaborate alignment it can serve: "box", "affine" or "deformable".
@@ -114,7 +115,8 @@ class Atlas:
         maps: A distance map for each of them.
         body: [2, 3] mm, the box of the body.
         slice_spacing: In mm.
-        picture: The scan at low resolution; None with "box".
+        pictures: The body at low resolution and, finer, the organs and what surrounds them; none
+            with "box".
     """
 
     kind: str
@@ -124,7 +126,17 @@ class Atlas:
     maps: tuple[DistanceMap, ...]
     body: np.ndarray
     slice_spacing: float
-    picture: Picture | None
+    pictures: tuple[Picture, ...]
+
+    def __post_init__(self) -> None:
+        _check_kind(self.kind, KINDS)
+        counts = len(self.values), len(self.maps), len(self.pictures)
+        organs = max(counts[0], 1)
+        allowed = (organs, organs, 0 if self.kind == "box" else 2)
+        if counts != allowed:
+            raise ArgumentError(
+                "values, maps, pictures", found=f"{counts} of them", allowed=f"{allowed}"
+            )
 
     @classmethod
     def make(
@@ -155,26 +167,27 @@ class Atlas:
                     label.name, found=f"no voxel of label {value}", allowed="labels that occur"
                 )
             maps.append(DistanceMap.of_mask(mask, spacing))
-        box = body_box(seen, modality)
-        picture = None if kind == "box" else make_picture(seen, modality, box)
+        body = body_box(seen, modality)
+        pictures: tuple[Picture, ...] = ()
+        if kind != "box":
+            around = _around(maps).clip(*volume_box(seen))
+            pictures = (
+                make_picture(seen, modality, body, _BODY_VOXELS),
+                make_picture(seen, modality, around, _DETAIL_VOXELS),
+            )
         return cls(
-            kind, modality, plane, tuple(values), tuple(maps), box, float(spacing[0]), picture
+            kind, modality, plane, tuple(values), tuple(maps), body, float(spacing[0]), pictures
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What is large, for a safetensors file; distances as float16."""
-        found = {
+    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors for a safetensors file (distances as float16), and the rest as JSON takes it."""
+        tensors = {
             f"distance.{index}": torch.from_numpy(map_.values.astype(np.float16))
             for index, map_ in enumerate(self.maps)
         }
-        if self.picture is not None:
-            found["picture"] = torch.from_numpy(self.picture.array)
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is small, as JSON takes it."""
-        picture = self.picture
-        return {
+        for index, picture in enumerate(self.pictures):
+            tensors[f"picture.{index}"] = torch.from_numpy(picture.array)
+        return tensors, {
             "kind": self.kind,
             "modality": self.modality,
             "plane": self.plane,
@@ -182,45 +195,39 @@ class Atlas:
             "maps": [[map_.first.tolist(), map_.step.tolist()] for map_ in self.maps],
             "body": self.body.tolist(),
             "slice_spacing": self.slice_spacing,
-            "picture": None if picture is None else [picture.first.tolist(), picture.step],
+            "pictures": [[picture.first.tolist(), picture.step] for picture in self.pictures],
         }
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Atlas:
-        """The inverse of `tensors` and `to_dict`.
+        """The inverse of `to_parts`.
 
         Raises:
-            ArgumentError: They do not fit together.
+            ArgumentError: Fields or tensors are missing or do not fit together.
         """
         try:
             maps = [
-                DistanceMap(
-                    tensors[f"distance.{index}"].float().numpy(), np.array(first), np.array(step)
-                )
-                for index, (first, step) in enumerate(fields["maps"])
+                DistanceMap(_solid(tensors[f"distance.{i}"].float()), _triple(first), _triple(step))
+                for i, (first, step) in enumerate(fields["maps"])
             ]
-            _check_kind(fields["kind"], KINDS)
-            picture = None
-            if fields["kind"] != "box":
-                first, step = fields["picture"]
-                picture = Picture(tensors["picture"].numpy(), np.array(first), float(step))
-            atlas = cls(
-                fields["kind"],
-                fields["modality"],
-                fields["plane"],
+            pictures = [
+                Picture(_solid(tensors[f"picture.{i}"]), _triple(first), float(step))
+                for i, (first, step) in enumerate(fields["pictures"])
+            ]
+            return cls(
+                str(fields["kind"]),
+                str(fields["modality"]),
+                str(fields["plane"]),
                 tuple(map(int, fields["values"])),
                 tuple(maps),
                 np.array(fields["body"], dtype=float).reshape(2, 3),
                 float(fields["slice_spacing"]),
-                picture,
+                tuple(pictures),
             )
-            if len(atlas.values) != len(maps) or any(map_.values.ndim != 3 for map_ in maps):
-                raise ValueError(f"{len(maps)} distance maps for {len(atlas.values)} organs")
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(
-                "atlas", found=f"unusable fields ({error})", allowed="what Atlas.to_dict gives"
+                "atlas", found=f"unusable fields ({error})", allowed="what Atlas.to_parts gives"
             ) from error
-        return atlas
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,14 +237,13 @@ class Prior:
     Attributes:
         kind: The alignment used.
         fallback: Why it is "box" although more was asked for; None where it is not.
-        quality: Normalised cross-correlation of the two scans after alignment, -1 to 1; NaN with
-            an atlas that holds no picture.
+        quality: Normalised cross-correlation of the two scans around the organs after alignment, -1
+            to 1; NaN with "box".
         values: Label values of the organs.
         maps: A distance map in this scan for each of them.
         alignment: From this scan to the annotated one.
-        shape, spacing: Of this scan in canonical orientation: slices, rows, columns; mm.
-        direction, plane: How its file stores them.
-        body: [2, 3] mm, the box of the body.
+        grid: This scan without its voxels.
+        plane: The plane of the slices.
         atlas_spacing: Distance of the annotated scan's slices in mm.
     """
 
@@ -247,12 +253,19 @@ class Prior:
     values: tuple[int, ...]
     maps: tuple[DistanceMap, ...]
     alignment: Alignment
-    shape: tuple[int, ...]
-    spacing: np.ndarray
-    direction: tuple[float, ...]
+    grid: Volume
     plane: str
-    body: np.ndarray
     atlas_spacing: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Slices, rows and columns of the scan in canonical orientation."""
+        return canonical(self.grid, self.plane).array.shape
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Their distances in mm."""
+        return canonical(self.grid, self.plane).spacing[::-1]
 
     def only(self, index: int) -> Prior:
         """Of one organ alone, by its place among ``values``."""
@@ -272,24 +285,21 @@ class Prior:
             ``[n, K, h, w]`` or, with ``prepared``, ``[n, K, S, S]`` float32 for the K organs; the
             background is not among them.
         """
-        if not 0 <= start <= stop <= self.shape[0]:
+        slices, height, width = self.shape
+        if not 0 <= start <= stop <= slices:
             raise ArgumentError(
-                "start, stop",
-                found=f"{start}, {stop}",
-                allowed=f"a range within 0 to {self.shape[0]}",
+                "start, stop", found=f"{start}, {stop}", allowed=f"a range within 0 to {slices}"
             )
-        if prepared is None:
-            rows, columns = np.arange(self.shape[1]), np.arange(self.shape[2])
-        elif prepared.shape == self.shape and prepared.preprocessing.plane == self.plane:
+        rows, columns = np.arange(height), np.arange(width)
+        if prepared is not None:
             rows, columns = prepared.pixel_positions
-        else:
-            raise ArgumentError(
-                "prepared",
-                found=f"{prepared.preprocessing.plane} slices of shape {prepared.shape}",
-                allowed=f"those of the prior's scan, {self.plane} of shape {self.shape}",
-            )
-        positions = (np.arange(start, stop), rows, columns)
-        axes = [index * side for index, side in zip(positions, self.spacing, strict=True)]
+            found = (prepared.preprocessing.plane, prepared.shape)
+            if found != (self.plane, self.shape):
+                raise ArgumentError(
+                    "prepared", found=f"{found}", allowed=f"the prior's {(self.plane, self.shape)}"
+                )
+        indices = np.arange(start, stop), rows, columns
+        axes = [index * side for index, side in zip(indices, self.spacing, strict=True)]
         return torch.stack([map_.on(axes) for map_ in self.maps], dim=1)
 
     def probability(
@@ -301,7 +311,7 @@ class Prior:
         floor: float = 1e-3,
         prepared: PreparedVolume | None = None,
     ) -> Tensor:
-        """How likely each organ is by its place alone, as `signed_distance`.
+        """How likely each organ is by its place alone: as `signed_distance`, within floor..1.
 
         Args:
             start: First slice.
@@ -315,46 +325,37 @@ class Prior:
 
     def box(self, margin: float = 0.0) -> tuple[tuple[int, int], ...]:
         """Slices, rows and columns [first, one past the last) of all organs and ``margin`` mm."""
-        grids = [[axis.ravel() for axis in _axes(map_)] for map_ in self.maps]
-        result = []
-        for axis in range(3):
-            low, high = np.inf, -np.inf
-            for map_, grid in zip(self.maps, grids, strict=True):
-                near = map_.values <= max(0.0, float(map_.values.min()))
-                hit = grid[axis][near.any(axis=tuple({0, 1, 2} - {axis}))]
-                low, high = min(low, hit[0]), max(high, hit[-1])
-            first = int(np.floor((low - margin) / self.spacing[axis]))
-            last = int(np.ceil((high + margin) / self.spacing[axis])) + 1
-            length = self.shape[axis]
-            first = min(max(first, 0), length - 1)
-            result.append((first, min(max(last, first + 1), length)))
-        return tuple(result)
+        ends = []
+        for map_ in self.maps:
+            inside = np.argwhere(map_.values <= max(0.0, float(map_.values.min())))
+            corners = np.stack([inside.min(axis=0) - 0.5, inside.max(axis=0) + 0.5])
+            ends.append(map_.first + corners * map_.step)
+        low = np.min(ends, axis=(0, 1)) - margin
+        high = np.max(ends, axis=(0, 1)) + margin
+        last = np.array(self.shape) - 1
+        first = np.floor(low / self.spacing).clip(0, last).astype(int)
+        stop = np.ceil(high / self.spacing).clip(first, last).astype(int) + 1
+        return tuple(zip(first.tolist(), stop.tolist(), strict=True))
 
     def slice_positions(self) -> np.ndarray:
-        """``[n]``, the slice index in the annotated scan that each slice corresponds to.
+        """``[n]`` float, the slice of the annotated scan that each slice corresponds to.
 
-        By the affine part, at the middle of the body; it may lie outside the annotated scan.
+        By the affine part, amid the organs; it may lie outside the annotated scan.
         """
-        points = np.repeat(self.body.mean(axis=0)[None], self.shape[0], axis=0)
-        points[:, 0] = np.arange(self.shape[0]) * self.spacing[0]
-        affine = Alignment(self.alignment.matrix, self.alignment.offset)
-        return affine(points)[:, 0] / self.atlas_spacing
+        middle = np.mean([(map_.first + map_.last) / 2 for map_ in self.maps], axis=0)
+        points = np.tile(middle, (self.shape[0], 1))
+        points[:, 0] = np.arange(len(points)) * self.spacing[0]
+        return self.alignment.affine()(points)[:, 0] / self.atlas_spacing
 
     def label_map(self) -> np.ndarray:
         """The prior alone as a segmentation: ``[Z, Y, X]`` label values, in the file's axes."""
         values = np.array([0, *self.values])
         values = values.astype(np.min_scalar_type(int(values.max())))
-        stored = [0] * 3
-        probe = canonical(
-            Volume(np.empty((1, 2, 3), np.bool_), direction=self.direction), self.plane
-        )
-        for canonical_axis, size in enumerate(probe.array.shape):
-            stored[size - 1] = self.shape[canonical_axis]
-        labels = np.zeros(stored, values.dtype)
-        seen = canonical(Volume(labels, direction=self.direction), self.plane).array
-        for index in range(self.shape[0]):
-            nearest, organ = self.signed_distance(index, index + 1)[0].min(dim=0)
-            seen[index] = values[torch.where(nearest < 0, organ + 1, 0).numpy()]
+        labels = np.zeros(self.grid.array.shape, values.dtype)
+        seen = canonical(Volume(labels, direction=self.grid.direction), self.plane).array
+        for index, target in enumerate(seen):
+            distance, organ = self.signed_distance(index, index + 1)[0].min(dim=0)
+            target[...] = values[torch.where(distance < 0, organ + 1, 0).numpy()]
         return labels
 
 
@@ -372,76 +373,91 @@ def locate(atlas: Atlas, volume: Volume, kind: str | None = None) -> Prior:
     body = body_box(seen, atlas.modality)
     alignment = align_boxes(body, atlas.body)
     fallback, quality = None, float("nan")
-    if atlas.picture is not None:
-        picture = make_picture(seen, atlas.modality, body, atlas.picture.step)
-        quality = correlation(picture, atlas.picture, alignment)
-        if kind != "box":
-            try:
-                alignment = align_affine(picture, atlas.picture, alignment)
-                quality = correlation(picture, atlas.picture, alignment)
-            except RuntimeError as error:
-                kind, fallback = "box", str(error).splitlines()[-1]
-    spacing = np.array(seen.spacing[::-1])
+    if kind != "box":
+        try:
+            alignment, quality = _align(atlas, seen, body, alignment, kind)
+        except RuntimeError as error:
+            kind, fallback = "box", str(error).splitlines()[-1]
+    grid = Volume(
+        np.broadcast_to(np.uint8(0), volume.array.shape),
+        volume.spacing,
+        volume.origin,
+        volume.direction,
+    )
+    maps = tuple(_carry(map_, alignment, seen) for map_ in atlas.maps)
     return Prior(
         kind,
         fallback,
         quality,
         atlas.values,
-        tuple(_carry(atlas.maps, alignment, seen.array.shape, spacing)),
+        maps,
         alignment,
-        seen.array.shape,
-        spacing,
-        volume.direction,
+        grid,
         atlas.plane,
-        body,
         atlas.slice_spacing,
     )
 
 
-def _carry(
-    maps: Sequence[DistanceMap],
-    alignment: Alignment,
-    shape: tuple[int, ...],
-    spacing: np.ndarray,
-) -> list[DistanceMap]:
-    """Distance maps of a scan of ``shape``, from those of the annotated scan."""
-    sides = (np.array(shape) - 1) * spacing
-    search = [np.linspace(0, side, _SEARCH_SIDE if side else 1) for side in sides]
-    coarse = np.stack(np.meshgrid(*search, indexing="ij"), axis=-1)
-    reach = np.array([side / (_SEARCH_SIDE - 1) for side in sides]).clip(spacing, None)
-    moved = alignment(coarse)
-    result = []
-    for map_ in maps:
-        distance = map_.at(moved) / alignment.scale
-        # An organ beyond the scan's border: what comes nearest to it.
-        near = distance <= max(np.linalg.norm(reach), float(distance.min()))
-        places = coarse[near]
-        low, high = places.min(axis=0) - reach, places.max(axis=0) + reach
-        step = np.maximum((high - low) / (_MAP_SIDE - 1), np.minimum(spacing, map_.step))
-        size = np.ceil((high - low) / step).astype(int) + 1
-        empty = DistanceMap(np.empty(size, np.float32), low, step)
-        points = np.stack(np.meshgrid(*(a.ravel() for a in _axes(empty)), indexing="ij"), axis=-1)
-        values = (map_.at(alignment(points)) / alignment.scale).astype(np.float32)
-        result.append(DistanceMap(values, low, step))
-    return result
+def _align(
+    atlas: Atlas, seen: Volume, body: np.ndarray, boxes: Alignment, kind: str
+) -> tuple[Alignment, float]:
+    """The alignment of a canonical volume and its quality; RuntimeError where there is none."""
+    whole, detail = atlas.pictures
+    query = make_picture(seen, atlas.modality, body, _BODY_VOXELS, whole.step)
+    alignment = align_affine(query, whole, best_start(query, whole, boxes))
+    around = alignment.box_in_query(_around(atlas.maps)).clip(*volume_box(seen))
+    if not (around[1] > around[0]).all():
+        raise RuntimeError("the organs lie outside the scan")
+    query = make_picture(seen, atlas.modality, around, _DETAIL_VOXELS, detail.step)
+    alignment = align_affine(query, detail, alignment)
+    if kind == "deformable":
+        alignment = align_deformable(query, detail, alignment)
+    return alignment, correlation(query, detail, alignment)
 
 
-def _axes(map_: DistanceMap) -> list[np.ndarray]:
-    return [
-        map_.first[axis] + np.arange(size) * map_.step[axis]
-        for axis, size in enumerate(map_.values.shape)
-    ]
+def _around(maps: Sequence[DistanceMap]) -> np.ndarray:
+    """[2, 3] mm, the box of all organs and what surrounds them."""
+    low = np.min([map_.first for map_ in maps], axis=0) - _SURROUNDINGS_MM
+    return np.stack([low, np.max([map_.last for map_ in maps], axis=0) + _SURROUNDINGS_MM])
 
 
-def _surface_distance(inside: np.ndarray, step: np.ndarray) -> np.ndarray:
+def _carry(map_: DistanceMap, alignment: Alignment, seen: Volume) -> DistanceMap:
+    """The distance map of an organ in a canonical volume, from that in the annotated scan."""
+    shape, spacing = np.array(seen.array.shape), np.array(seen.spacing[::-1])
+    counts = shape.clip(max=_SEARCH_SIDE)
+    reach = (shape - 1) * spacing / (counts - 1).clip(1)
+    coarse = np.moveaxis(np.indices(tuple(counts)), 0, -1) * reach
+    distance = map_.at(alignment(coarse)) / alignment.scale
+    # Of an organ beyond the scan's border, what comes nearest to it.
+    near = coarse[distance <= max(float(np.linalg.norm(reach)), float(distance.min()))]
+    reach = np.maximum(reach, spacing)
+    low, sides = near.min(axis=0) - reach, np.ptp(near, axis=0) + 2 * reach
+    step = np.maximum(sides / (_MAP_SIDE - 1), np.minimum(spacing, map_.step))
+    points = (
+        np.moveaxis(np.indices(tuple(np.ceil(sides / step).astype(int) + 1)), 0, -1) * step + low
+    )
+    values = map_.at(alignment(points)) / alignment.scale
+    return DistanceMap(values.astype(np.float32), low, step)
+
+
+def _to_surface(inside: np.ndarray, step: np.ndarray) -> np.ndarray:
     """From every cell inside to the surface, which lies midway to the first cell outside."""
-    nearest = scipy.ndimage.distance_transform_edt(
+    nearest = distance_transform_edt(
         inside, sampling=step, return_distances=False, return_indices=True
     )
     way = np.abs(nearest - np.indices(inside.shape))
-    cells = way.max(axis=0)
     length = np.linalg.norm(np.moveaxis(way, 0, -1) * step, axis=-1)
-    return (length * (1 - 0.5 / cells.clip(1))).astype(np.float32)
+    return length * (1 - 0.5 / way.max(axis=0).clip(1))
+
+
+def _solid(tensor: Tensor) -> np.ndarray:
+    if tensor.ndim != 3 or not tensor.numel():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)}")
+    return tensor.numpy()
+
+
+def _triple(numbers: Sequence[float]) -> np.ndarray:
+    return np.array(numbers, dtype=float).reshape(3)
 
 
 def _check_kind(kind: object, allowed: Sequence[str]) -> None:

@@ -116,7 +116,8 @@ class Task:
             OutputError: ``path`` cannot be written.
         """
         tensors = {f"weights.{name}": value for name, value in self.weights.items()}
-        tensors |= {f"atlas.{name}": value for name, value in self.atlas.tensors().items()}
+        pictures, atlas = self.atlas.to_parts()
+        tensors |= {f"atlas.{name}": value for name, value in pictures.items()}
         organs = []
         for index, organ in enumerate(self.organs):
             fields = {f.name: getattr(organ, f.name) for f in dataclasses.fields(organ)}
@@ -128,7 +129,7 @@ class Task:
             "kind": FORMAT,
             "organs": organs,
             "preprocessing": self.preprocessing.to_dict(),
-            "atlas": self.atlas.to_dict(),
+            "atlas": atlas,
             "fingerprint": self.fingerprint,
             "adapted_steps": self.adapted_steps,
         }

@@ -99,3 +99,44 @@ def test_tables_without_a_record(pages: Path) -> None:
     text = update_tables(pages)
     assert text.count(NO_RECORD) == text.count("<!-- table: ")
     assert NO_RECORD in (pages / "README.md").read_text(encoding="utf-8")
+
+
+def test_cross_validations_become_a_table(pages: Path) -> None:
+    """Columns for what was measured, rows for organs, and the numbers of others as quoted."""
+
+    def entry(protocol: str, method: str, variant: str, liver: float, std: float | None) -> dict:
+        dice = {"mean": liver, "std": std}
+        organs = [{"organ": "liver", "dice": dice}]
+        names = {"protocol": protocol, "method": method, "variant": variant}
+        return names | {"organs": organs, "mean": {"dice": dice}}
+
+    record = {
+        "date": "2026-11-24",
+        "command": "fastproto crossval --data SCANS",
+        "machine": "a desk",
+        "versions": {"fastproto": "1"},
+        "data": "CHAOS",
+        "model": "base",
+        "tests": {"test": ["a", "b", "c"]},
+        "annotated": ["a"],
+        "training": {},
+        "training_minutes": {},
+        "results": [
+            entry("ep1", "fastproto", "network", 0.8, 0.0312),
+            entry("whole", "fastproto", "network + prior", 0.7, 0.01),
+            entry("whole", "registration", "box", 0.5, None),
+        ],
+        "quoted": [{"method": "theirs", "setting_1": 0.9, "setting_2": 0.8, "source": "a paper"}],
+    }
+    results = pages / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    file = results / "2026-11-24-crossval-chaos.json"
+    file.write_text(json.dumps(record), encoding="utf-8")
+    update_tables(pages)
+    text = (pages / "README.md").read_text(encoding="utf-8")
+    assert "**CHAOS: base, nothing trained; 2 unseen patients, annotated: a**" in text
+    assert "| organ | network + prior | prior alone: box | EP1 |" in text
+    assert "| liver | 0.70 | 0.50 | 0.80 |" in text
+    assert "| **mean** | **0.70** ± 0.01 | **0.50** | **0.80** ± 0.03 |" in text
+    assert "| theirs | 0.90 | 0.80 | a paper |" in text
+    assert file.name in text

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from fastproto import InputError, backends, proto_attention, reference
 from fastproto.backends.chips import H200
-from fastproto.testing.compare import assert_as_good_as_eager, run
+from fastproto.testing.compare import (
+    NAMES,
+    ROUNDINGS,
+    assert_within_rounding,
+    error_model,
+    run,
+    worst,
+)
 from fastproto.testing.problems import PROBLEMS, Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,37 +67,40 @@ SHAPES = [
     Problem("single", ((1,),), dim=64, height=4, width=4),
     Problem("mean", ((70, 9),), dim=256, mean=10.0, height=4, width=4),
     Problem("duplicated", ((12,),), dim=64, height=4, width=4, duplicated=True),
+    Problem("constant", ((12, 7),), dim=64, height=4, width=4, mean=3.0, constant=True),
 ]
 SHAPES[1] = dataclasses.replace(SHAPES[1], layout="channels_last")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", SHAPES, ids=lambda p: p.name)
-def test_as_good_as_eager(
+def test_within_rounding(
     gpu: ModuleType, family: str, problem: Problem, dtype: torch.dtype
 ) -> None:
+    if problem.constant and dtype == torch.float16:
+        pytest.skip("a dead vector's gradient leaves the range of float16")
     runs(family, problem, dtype)
-    assert_as_good_as_eager(gpu.proto_attention, problem, dtype)
+    assert_within_rounding(gpu.proto_attention, problem, dtype)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_the_size_of_a_network(gpu: ModuleType, family: str, layout: str) -> None:
     problem = Problem("network", ((70,),), dim=512, layout=layout)
-    assert_as_good_as_eager(gpu.proto_attention, problem, torch.bfloat16)
+    assert_within_rounding(gpu.proto_attention, problem, torch.bfloat16)
 
 
 def test_the_size_of_a_network_in_float32(gpu: ModuleType) -> None:
     problem = Problem("network", ((70,),), dim=512)
     with gpu.pretending(kernels="sm80-latency"):
-        assert_as_good_as_eager(gpu.proto_attention, problem, torch.float32)
+        assert_within_rounding(gpu.proto_attention, problem, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_plans_own_choice(gpu: ModuleType, capability: int, dtype: torch.dtype) -> None:
     with gpu.pretending(capability=capability):
-        assert_as_good_as_eager(gpu.proto_attention, SHAPES[0], dtype)
-        assert_as_good_as_eager(gpu.proto_attention, SHAPES[0], dtype, concat=False)
+        assert_within_rounding(gpu.proto_attention, SHAPES[0], dtype)
+        assert_within_rounding(gpu.proto_attention, SHAPES[0], dtype, concat=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,13 +111,12 @@ def test_without_a_backward_and_with_a_number_for_temperature(
     problem = SHAPES[0]
     runs(family, problem, dtype)
     feat, protos, offsets = problem.make(dtype)
-    eager = reference.proto_attention(feat, protos, offsets)
     exact = reference.proto_attention(feat.double(), protos.double(), offsets)
-    allowed = 2 * (eager - exact).abs().max() + 8 * torch.finfo(dtype).eps * exact.abs().max()
+    model = error_model(problem, dtype).out
     saving = gpu.proto_attention(feat.requires_grad_(), protos, offsets)
     with torch.no_grad():
         for found in (saving, gpu.proto_attention(feat, protos, offsets)):
-            assert (found - exact).abs().max() <= allowed
+            assert worst(found, exact, model) <= ROUNDINGS
 
 
 @pytest.mark.parametrize("t", [0.3, 0.01])
@@ -122,26 +131,19 @@ def test_a_number_for_temperature(
     def with_number(*inputs: Tensor, temperature: Tensor, concat: bool) -> Tensor:
         return gpu.proto_attention(*inputs, temperature=temperature.item(), concat=concat)
 
-    exact = run(reference.proto_attention, problem, dtype, compute=torch.float64, temperature=t)
-    eager = run(reference.proto_attention, problem, dtype, temperature=t)
-    ours = run(with_number, problem, dtype, temperature=t)
-    for name in ("out", "grad_feat", "grad_protos"):
-        truth, baseline, value = (getattr(r, name) for r in (exact, eager, ours))
-        allowed = 2 * (baseline - truth).abs().max()
-        allowed += 8 * torch.finfo(dtype).eps * truth.abs().max()
-        assert (value - truth).abs().max() <= allowed, name
+    assert_within_rounding(with_number, problem, dtype, names=NAMES[:3], temperature=t)
 
 
 def test_three_tf32_products_have_the_digits_of_float32_and_one_has_not(gpu: ModuleType) -> None:
     problem = Problem("tf32", ((66,),), dim=128, height=4, width=4)
-    assert_as_good_as_eager(gpu.proto_attention, problem, torch.float32)
+    assert_within_rounding(gpu.proto_attention, problem, torch.float32)
 
     def tf32(*inputs: Any, **options: Any) -> Tensor:
         return gpu.proto_attention(*inputs, **options, tf32=True)
 
-    assert_as_good_as_eager(tf32, problem, torch.float32, rounding=2**-11)
+    assert_within_rounding(tf32, problem, torch.float32, rounding=2**-11)
     with pytest.raises(AssertionError, match="error"):
-        assert_as_good_as_eager(tf32, problem, torch.float32)
+        assert_within_rounding(tf32, problem, torch.float32)
 
 
 @pytest.mark.parametrize("dim", [64, 512])  # rings of two lengths
@@ -531,9 +533,9 @@ def test_says_that_it_has_no_second_derivative(gpu: ModuleType) -> None:
 def test_it_is_held_to_every_problem_of_the_list(gpu: ModuleType) -> None:
     """The rest of the list, once each, by the plan's own choice."""
     for problem in PROBLEMS:
-        if not problem.constant and problem.dim <= 130:
+        if problem.dim <= 130:
             smaller = dataclasses.replace(problem, height=min(problem.height, 7), width=5)
-            assert_as_good_as_eager(gpu.proto_attention, smaller, torch.bfloat16)
+            assert_within_rounding(gpu.proto_attention, smaller, torch.bfloat16)
 
 
 def test_tensors_of_a_gpu_that_is_not_there_have_the_same_shapes(gpu: ModuleType) -> None:

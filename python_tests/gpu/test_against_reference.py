@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastproto import InputError, backends, proto_attention
-from fastproto.testing.compare import assert_as_good_as_eager
+from fastproto.testing.compare import assert_within_rounding
 from fastproto.testing.problems import PROBLEMS, Problem
 
 Op = Callable[..., Tensor]
@@ -21,22 +21,17 @@ SMALL = Problem("small", ((70, 5),), dim=64, height=8, width=8)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
-def test_as_good_as_eager(op: Op, problem: Problem, dtype: torch.dtype, device: str) -> None:
-    if problem.constant:
-        pytest.skip("eager centres a constant vector to noise; see test_edges.py")
+def test_within_rounding(op: Op, problem: Problem, dtype: torch.dtype, device: str) -> None:
+    if problem.constant and dtype == torch.float16:
+        pytest.skip("a dead vector's gradient leaves the range of float16")
     torch.set_float32_matmul_precision("highest")
-    assert_as_good_as_eager(op, problem, dtype, device=device)
+    assert_within_rounding(op, problem, dtype, device=device)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
-def test_float32_with_tf32_as_good_as_eager_with_tf32(
-    op: Op, problem: Problem, device: str
-) -> None:
-    if problem.constant:
-        pytest.skip("eager centres a constant vector to noise; see test_edges.py")
+def test_float32_with_tf32(op: Op, problem: Problem, device: str) -> None:
     torch.set_float32_matmul_precision("high")
-    # cuBLAS need not take TF32 for products that are small or oddly shaped.
-    assert_as_good_as_eager(op, problem, torch.float32, device=device, rounding=2**-10)
+    assert_within_rounding(op, problem, torch.float32, device=device, rounding=2**-10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,7 +42,7 @@ def test_temperatures(
 ) -> None:
     """Of a tensor: the yardstick asks for its gradient."""
     options = {"temperature": temperature, "concat": concat, "device": device}
-    assert_as_good_as_eager(op, SMALL, dtype, **options)
+    assert_within_rounding(op, SMALL, dtype, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,7 +63,7 @@ def test_a_number_and_a_tensor_mean_the_same_temperature(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts(op: Op, layout: str, dtype: torch.dtype, concat: bool, device: str) -> None:
     problem = Problem("layout", ((33, 7),), queries=2, dim=96, height=7, width=9, layout=layout)
-    assert_as_good_as_eager(op, problem, dtype, concat=concat, device=device)
+    assert_within_rounding(op, problem, dtype, concat=concat, device=device)
     feat, protos, offsets = problem.make(dtype, device=device)
     out = op(feat, protos, offsets, concat=concat)
     plain = dataclasses.replace(problem, layout="nchw").make(dtype, device=device)
@@ -84,7 +79,7 @@ def test_wide_features_that_no_tile_holds(op: Op, backend: str, device: str) -> 
             op(*problem.make(device=device))
         return
     for dtype in DTYPES:
-        assert_as_good_as_eager(op, problem, dtype, device=device)
+        assert_within_rounding(op, problem, dtype, device=device)
 
 
 def test_many_bags(op: Op, device: str) -> None:
@@ -92,7 +87,7 @@ def test_many_bags(op: Op, device: str) -> None:
     sizes = tuple((n, 96 - n) for n in range(0, 97, 6))
     problem = Problem("many", sizes, queries=2, dim=512)
     for dtype in (torch.bfloat16, torch.float32):
-        assert_as_good_as_eager(op, problem, dtype, device=device)
+        assert_within_rounding(op, problem, dtype, device=device)
 
 
 def test_float64_is_left_to_plain_pytorch(device: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastproto import backends, proto_attention
 from fastproto.errors import ArgumentError
-from fastproto.testing.compare import assert_as_good_as_eager
+from fastproto.testing.compare import assert_within_rounding
 from fastproto.testing.problems import PROBLEMS, Problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,13 +49,13 @@ def runs() -> Callable[[Problem, torch.dtype], None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [*PROBLEMS, MANY], ids=lambda p: p.name)
 @pytest.mark.usefixtures("family")
-def test_as_good_as_eager(
+def test_within_rounding(
     runs: Callable[[Problem, torch.dtype], None], problem: Problem, dtype: torch.dtype, device: str
 ) -> None:
-    if problem.constant:
-        pytest.skip("eager centres a constant vector to noise; see test_edges.py")
+    if problem.constant and dtype == torch.float16:
+        pytest.skip("a dead vector's gradient leaves the range of float16")
     runs(problem, dtype)
-    assert_as_good_as_eager(native, problem, dtype, device=device)
+    assert_within_rounding(native, problem, dtype, device=device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastproto import InputError, proto_attention, reference
-from fastproto.testing.compare import assert_as_good_as_eager, run
+from fastproto.testing.compare import NAMES, assert_within_rounding, run
 from fastproto.testing.problems import PROBLEMS, Problem
 from fastproto.triton import support
 
@@ -47,12 +47,12 @@ def offsets_of(*counts: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
-def test_as_good_as_eager(problem: Problem, dtype: torch.dtype) -> None:
-    if problem.constant:
-        pytest.skip("eager centres a constant vector to noise; see below")
+def test_within_rounding(problem: Problem, dtype: torch.dtype) -> None:
+    if problem.constant and dtype == torch.float16:
+        pytest.skip("a dead vector's gradient leaves the range of float16")
     if problem.name in LARGE and dtype == torch.float32:
         problem = dataclasses.replace(problem, height=4, width=5)
-    assert_as_good_as_eager(triton, problem, dtype)
+    assert_within_rounding(triton, problem, dtype)
 
 
 def rows() -> list[Row]:
@@ -77,7 +77,7 @@ def test_every_row_of_the_table(row: Row, layout: str, monkeypatch: pytest.Monke
         return configs.choose(shape, configs.INTERPRETER).replaced(row.kernel, config.fit(dim))
 
     monkeypatch.setattr(ops, "_plan", plan)
-    assert_as_good_as_eager(triton, problem, dtype)
+    assert_within_rounding(triton, problem, dtype)
     if row.kernel == "forward":  # without gradients: statistics may be computed on the way
         feat, protos, offsets = problem.make(dtype)
         with torch.no_grad():
@@ -101,19 +101,14 @@ def test_float64_equals_the_reference(name: str) -> None:
 @pytest.mark.parametrize("temperature", [0.001, 0.02, 1.0, 50.0])
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
 def test_temperatures(temperature: float, concat: bool, as_tensor: bool) -> None:
-    def op(feat: Tensor, protos: Tensor, offsets: Tensor, *, temperature: Tensor, concat: bool):
-        t = temperature if as_tensor else float(temperature)
-        out = triton(feat, protos, offsets, temperature=t, concat=concat)
-        # A number has no gradient: take the reference's, so that only the rest is compared.
-        if not as_tensor:
-            exact = reference.proto_attention(
-                feat.detach(), protos.detach(), offsets, temperature=temperature, concat=concat
-            )
-            out = out + (exact - exact.detach()).to(out.dtype)
-        return out
+    def op(*inputs: Tensor, temperature: Tensor, concat: bool) -> Tensor:
+        t = temperature if as_tensor else temperature.item()
+        return triton(*inputs, temperature=t, concat=concat)
 
     problem = Problem("t", ((70, 5),), dim=40, height=4, width=4)
-    assert_as_good_as_eager(op, problem, torch.float32, temperature=temperature, concat=concat)
+    options = {"temperature": temperature, "concat": concat}
+    names = NAMES if as_tensor else NAMES[:3]  # a number has no gradient
+    assert_within_rounding(op, problem, torch.float32, names=names, **options)
 
 
 def by_name(*names: str) -> list[Problem]:
@@ -144,17 +139,16 @@ def replace_products(
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
-@pytest.mark.parametrize(
-    "problem",
-    by_name("n_0", "n_1", "n_65", "mixed_bags", "d_5", "d_130", "strided", "one_image_one_class"),
-    ids=lambda p: p.name,
-)
+MENDED = ("n_0", "n_1", "n_65", "mixed_bags", "d_5", "d_130", "constant_vectors", "strided")
+
+
+@pytest.mark.parametrize("problem", by_name(*MENDED, "one_image_one_class"), ids=lambda p: p.name)
 def test_bfloat16_with_the_interpreters_products_mended(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interpreter multiplies the bits of bfloat16; all other arithmetic here is float32."""
     replace_products(monkeypatch, np.matmul)
-    assert_as_good_as_eager(triton, problem, torch.bfloat16)
+    assert_within_rounding(triton, problem, torch.bfloat16)
 
 
 def three_products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -164,16 +158,19 @@ def three_products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "problem", by_name("n_65", "d_130", "mean_over_std_10"), ids=lambda p: p.name
+    "problem",
+    by_name("n_65", "d_130", "mean_over_std_10", "constant_vectors"),
+    ids=lambda p: p.name,
 )
 def test_three_tf32_products_have_the_digits_of_float32_and_one_has_not(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_products(monkeypatch, three_products)
-    assert_as_good_as_eager(triton, problem, torch.float32)
+    assert_within_rounding(triton, problem, torch.float32)
     replace_products(monkeypatch, lambda a, b: tf32(a) @ tf32(b))
+    assert_within_rounding(triton, problem, torch.float32, rounding=2**-10)
     with pytest.raises(AssertionError, match="out: error"):
-        assert_as_good_as_eager(triton, problem, torch.float32)
+        assert_within_rounding(triton, problem, torch.float32)
 
 
 def test_the_bound_instead_of_a_running_maximum_in_half_types(
@@ -182,7 +179,7 @@ def test_the_bound_instead_of_a_running_maximum_in_half_types(
     """What bfloat16 runs: statistics taken off algebraically, weights below the bound |c| <= 1."""
     monkeypatch.setattr(launch, "needs_running_max", lambda dtype, temperature: False)
     problem = Problem("bound", ((70, 5),), dim=130, height=5, width=5)
-    assert_as_good_as_eager(triton, problem, torch.float16, temperature=0.5)
+    assert_within_rounding(triton, problem, torch.float16, temperature=0.5)
 
 
 @pytest.mark.parametrize("dtype", HALF_OR_SINGLE, ids=str)
@@ -225,11 +222,12 @@ def test_a_constant_feature_has_cosine_zero_with_everything(
 
 
 @pytest.mark.parametrize(
-    ("mean", "dtype"), [(30.0, torch.float16), (30.0, torch.float32), (300.0, torch.float32)]
+    ("mean", "dtype"),
+    [(30.0, torch.float16), (100.0, torch.float16), (30.0, torch.float32), (300.0, torch.float32)],
 )
-def test_a_large_mean_costs_no_more_than_in_eager(mean: float, dtype: torch.dtype) -> None:
+def test_a_large_mean(mean: float, dtype: torch.dtype) -> None:
     problem = Problem("mean", ((20, 9),), dim=64, height=4, width=4, mean=mean)
-    assert_as_good_as_eager(triton, problem, dtype)
+    assert_within_rounding(triton, problem, dtype)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

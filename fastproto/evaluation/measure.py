@@ -214,7 +214,7 @@ class Report:
     def overall(self) -> dict[str, float]:
         """Mean over the organs of each metric's mean over the patients."""
         organs = self.per_organ()
-        return {m: _mean_and_std(organ[m]["mean"] for organ in organs)["mean"] for m in METRICS}
+        return {m: mean_and_std(organ[m]["mean"] for organ in organs)["mean"] for m in METRICS}
 
     def to_text(self) -> str:
         """The report as tables to print."""
@@ -229,7 +229,9 @@ class Report:
         overall = self.overall()
         organs = [["organ", *header]]
         organs += [[entry["organ"], *_cells(entry)] for entry in self.per_organ()]
-        organs.append(["mean of organs", "", "", "", *(_number(overall[m], m) for m in METRICS)])
+        organs.append(
+            ["mean of organs", "", "", "", *(number_text(overall[m], m) for m in METRICS)]
+        )
         patients = [["patient", *header]]
         patients += [[entry["case"], *_cells(entry)] for entry in self.per_patient()]
         notes = [f"{metric.upper()}: {text}" for metric, text in DEFINITIONS.items()]
@@ -248,7 +250,9 @@ class Report:
         if self.not_compared:
             notes.append(f"no truth for: {', '.join(self.not_compared)}")
         title = f"{len(cases)} patient(s), {len(organs) - 2} organ(s), {slices}"
-        return "\n\n".join([title, _table(organs), _table(patients), "\n".join(notes)]) + "\n"
+        return (
+            "\n\n".join([title, text_table(organs), text_table(patients), "\n".join(notes)]) + "\n"
+        )
 
     def to_json(self) -> str:
         """The report as JSON; what was not measurable is null."""
@@ -272,7 +276,7 @@ class Report:
                 "python": platform.python_version(),
             },
         }
-        return json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n"
+        return json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n"
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_json` to a file.
@@ -293,7 +297,7 @@ class Report:
             summary["n"] = len(rows) - statuses.count("absent")
             summary["missed"] = statuses.count("missed")
             summary["spurious"] = statuses.count("spurious")
-            summary |= {metric: _mean_and_std(row[metric] for row in rows) for metric in METRICS}
+            summary |= {metric: mean_and_std(row[metric] for row in rows) for metric in METRICS}
             summaries.append(summary)
         return summaries
 
@@ -386,7 +390,8 @@ def _status(predicted: np.ndarray, true: np.ndarray) -> str:
     return "spurious" if predicted.any() else "absent"
 
 
-def _mean_and_std(values: Iterable[float]) -> dict[str, float]:
+def mean_and_std(values: Iterable[float]) -> dict[str, float]:
+    """Mean and standard deviation (n - 1) of what is not NaN; NaN where there is too little."""
     measured = np.array([value for value in values if not math.isnan(value)])
     return {
         "mean": float(measured.mean()) if measured.size else float("nan"),
@@ -394,11 +399,12 @@ def _mean_and_std(values: Iterable[float]) -> dict[str, float]:
     }
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same as JSON can say it: None for every NaN."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -406,18 +412,19 @@ def _cells(entry: dict[str, Any]) -> list[str]:
     cells = [str(entry[count]) for count in ("n", "missed", "spurious")]
     for metric in METRICS:
         mean, std = entry[metric]["mean"], entry[metric]["std"]
-        spread = "" if math.isnan(std) else f" ± {_number(std, metric)}"
-        cells.append(_number(mean, metric) + spread)
+        spread = "" if math.isnan(std) else f" ± {number_text(std, metric)}"
+        cells.append(number_text(mean, metric) + spread)
     return cells
 
 
-def _number(value: float, metric: str) -> str:
+def number_text(value: float, metric: str) -> str:
+    """A metric's value in a table."""
     if math.isnan(value):
         return "-"
     return f"{value:.2f}" if metric in ("hd95", "assd") else f"{value:.3f}"
 
 
-def _table(rows: list[list[str]]) -> str:
+def text_table(rows: list[list[str]]) -> str:
     """Rows of text with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-validation: train on some patients, learn from one of the others, measure on the rest.
+
+Every measurement is a line of ``results.jsonl`` in the output folder, written when it is done, so a
+run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastproto import _library
+from fastproto._files import write_text
+from fastproto._version import __version__
+from fastproto.data.dataset import Case, Dataset, open_dataset
+from fastproto.data.preprocessing import canonical
+from fastproto.data.volume import Volume, check_labels, read_label, read_volume
+from fastproto.errors import ArgumentError, CheckpointError, DatasetError, LabelError, OutputError
+from fastproto.evaluation.measure import evaluate_case, without_nan
+from fastproto.evaluation.methods import (
+    EPISODIC,
+    WITHOUT_MODEL,
+    Example,
+    Learned,
+    LearnedNetwork,
+    make_method,
+)
+from fastproto.evaluation.protocol import CHUNKS, episodic_dice, folds
+from fastproto.evaluation.quoted import quoted
+from fastproto.evaluation.summary import summarise
+from fastproto.nn.base import FewShotModel
+from fastproto.segmentation.learn import model_preprocessing
+from fastproto.segmentation.task import load_model
+from fastproto.training.config import TrainConfig
+from fastproto.training.trainer import train
+
+NO_MODEL = "none"
+# Of the settings, what a run that goes on may change: it only adds work, or is found elsewhere.
+_FREE = ("data", "more_data", "output", "methods", "protocols", "annotated", "device", "progress")
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossValidation:
+    """What to measure, on what, after which training.
+
+    Args:
+        data: Data set with labels.
+        output: Folder for results and trainings.
+        test_cases: The only cases to test, in one fold; empty for ``folds``.
+        folds: Number of folds, see `fastproto.evaluation.protocol.folds`.
+        setting: 1: the organs may occur in training slices, as tissue without a name. 2: a training
+            slice that shows any of a group's organs is dropped.
+        classes: Organs to segment, names or label values; empty for all.
+        groups: Setting 2: organs that are held out together; one training for each group.
+        annotated: Cases to learn from, each in turn; empty for every test case. Those that are no
+            test cases may have been seen in training.
+        model: A model file or run folder, or "base", to use instead of training; "none" for methods
+            that need none; None to train.
+        more_data: Further data sets to train on.
+        training: Fields of `TrainConfig`. Unless they say so, training sees no label. Cases to hold
+            out are held out beside the tests.
+        methods: Of `fastproto.evaluation.methods.METHODS`.
+        protocols: Of `fastproto.evaluation.protocol.PROTOCOLS`.
+        z_margin: Which slices count in EP1 and EP2, see `counted_slices`.
+        options: Of `make_method`.
+        device: "cpu" or "cuda".
+        progress: Show progress bars on stderr.
+
+    Raises:
+        ArgumentError: Settings that do not fit together.
+    """
+
+    data: str
+    output: str
+    test_cases: tuple[str, ...] = ()
+    folds: int = 5
+    setting: int = 1
+    classes: tuple[str | int, ...] = ()
+    groups: tuple[tuple[str | int, ...], ...] = ()
+    annotated: tuple[str, ...] = ()
+    model: str | None = None
+    more_data: tuple[str, ...] = ()
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    methods: tuple[str, ...] = ("fastproto", "adapted", "prototypes", "registration")
+    protocols: tuple[str, ...] = ("ep1", "ep2", "whole")
+    z_margin: int | None = 0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    device: str = "cpu"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.setting == 2) != bool(self.groups):
+            raise ArgumentError(
+                "groups",
+                found="groups of organs in setting 1" if self.groups else "none in setting 2",
+                allowed="one or more groups in setting 2, none in setting 1",
+            )
+        needing = [name for name in self.methods if name not in WITHOUT_MODEL]
+        if self.model == NO_MODEL and needing:
+            raise ArgumentError(
+                "methods",
+                found=f"{', '.join(needing)} without a model",
+                allowed=", ".join(WITHOUT_MODEL),
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Round:
+    """One fold and one group of organs: what one training serves."""
+
+    fold: int
+    tests: list[str]
+    organs: dict[int, str]
+    name: str
+
+
+def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
+    """Measure what is not measured yet, and sum up.
+
+    Args:
+        config: What to do.
+        command: The command line, for the record.
+
+    Returns:
+        What ``summary.json`` holds: the results (see `summarise`) and where they come from.
+
+    Raises:
+        InputError: Data, a model or options that cannot be used.
+        CheckpointError: The output folder holds results of other settings.
+    """
+    dataset = open_dataset(config.data)
+    rounds = _rounds(config, dataset)
+    given = None
+    if config.model not in (None, NO_MODEL):
+        given = load_model(config.model)
+        _check_unseen(given, dataset, rounds)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
+    settings |= {
+        "data": dataset.name,
+        "more_data": [Path(path).name for path in config.more_data],
+        "model": given.fingerprint() if given else config.model,
+    }
+    results = ResultFile(Path(config.output) / "results.jsonl", settings)
+    work = [
+        (round_, case, _queries(dataset, round_, case))
+        for round_ in rounds
+        for case in dataset.select(config.annotated or round_.tests)
+    ]
+    total = sum(len(queries) for *_, queries in work)
+    if total == 0:
+        raise ArgumentError(
+            "test_cases", found="no case but the annotated one", allowed="a case to segment"
+        )
+    models = {
+        round_.name: functools.cache(functools.partial(_model, config, dataset, round_, given))
+        for round_ in rounds
+    }
+    with tqdm(total=total, unit="scan", disable=not config.progress) as bar:
+        for round_, case, queries in work:
+            teacher = _Teacher(config, dataset, case, round_.organs, models[round_.name])
+            for query in queries:
+                bar.set_postfix_str(f"{round_.name}, {case.id} -> {query.id}", refresh=False)
+                _measure(config, results, round_, teacher, query)
+                bar.update()
+    training, minutes = _trainings(config, rounds)
+    summary = {
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "machine": _machine(config.device),
+        "versions": {
+            "fastproto": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cpu_level": _library.cpu_level(),
+        },
+        "data": dataset.name,
+        "model": given.extra.get("name", Path(str(config.model)).name) if given else config.model,
+        "tests": {round_.name: round_.tests for round_ in rounds},
+        "annotated": list(config.annotated) or "each test case in turn",
+        "settings": settings,
+        "training": training,
+        "training_minutes": minutes,
+        "results": summarise(results.units),
+        "quoted": quoted(dataset.name),
+    }
+    text = json.dumps(without_nan(summary), indent=1, allow_nan=False) + "\n"
+    write_text(Path(config.output) / "summary.json", text)
+    return summary
+
+
+class ResultFile:
+    """JSON lines: the settings, then a line for each measurement that is finished.
+
+    Args:
+        path: The file; a last line that a killed process left unfinished is dropped.
+        settings: Of the run that goes on or begins.
+
+    Raises:
+        CheckpointError: The file holds results of other settings, or is damaged.
+        OutputError: It cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.units: list[dict[str, Any]] = []
+        settings = json.loads(json.dumps(settings))  # tuples are lists now
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        try:
+            head, *self.units = [json.loads(line) for line in lines] or [settings]
+            self._done = {self._key(unit) for unit in self.units}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                path, found=f"a damaged line ({error})", allowed="what crossval wrote"
+            ) from error
+        if head != settings:
+            changed = [k for k in settings if head.get(k) != settings[k]]
+            raise CheckpointError(
+                path,
+                found=f"results with another {', '.join(changed)}",
+                allowed="results of the same settings",
+                fix="Choose another output folder, or delete the old results.",
+            )
+        write_text(path, "".join(line + "\n" for line in lines or [json.dumps(settings)]))
+
+    def has(self, **key: Any) -> bool:
+        """Whether a measurement is finished."""
+        return self._key(key) in self._done
+
+    def add(self, rows: list[dict[str, Any]], **key: Any) -> None:
+        """Keep a finished measurement."""
+        unit = {**key, "rows": without_nan(rows)}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(unit, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OutputError(
+                self.path,
+                found=f"that it cannot be written ({error.strerror})",
+                allowed="a writable folder with free space",
+                fix="Free some space and run the same command again.",
+            ) from error
+        self.units.append(unit)
+        self._done.add(self._key(unit))
+
+    @staticmethod
+    def _key(unit: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(unit[k] for k in ("round", "fold", "annotated", "query", "method", "protocol"))
+
+
+class _Teacher:
+    """One annotated case, and what methods learnt from it; nothing is read before it is needed."""
+
+    def __init__(
+        self,
+        config: CrossValidation,
+        dataset: Dataset,
+        case: Case,
+        organs: dict[int, str],
+        model: Callable[[], FewShotModel],
+    ):
+        self.config = config
+        self.dataset = dataset
+        self.case = case
+        self.organs = organs
+        self.model = model
+        self._learned: dict[str, Learned] = {}
+
+    @functools.cached_property
+    def example(self) -> Example:
+        """The organs that the case shows."""
+        image, label = _read(self.dataset, self.case)
+        found = check_labels(label, needed=False)
+        organs = {value: name for value, name in self.organs.items() if value in found}
+        if not organs:
+            raise LabelError(
+                label.name,
+                found="none of the organs",
+                allowed=f"an annotated scan of {', '.join(self.organs.values())}",
+                fix="Name the cases to learn from with --annotated.",
+            )
+        modality, plane = self.dataset.modality, "axial"
+        if self.config.model != NO_MODEL and {*self.config.methods} - {*WITHOUT_MODEL}:
+            plane = model_preprocessing(self.model(), modality).plane
+        return Example(image, label, organs, modality, plane)
+
+    def learned(self, method: str) -> Learned:
+        """What a method made of it."""
+        if method not in self._learned:
+            model = None if method in WITHOUT_MODEL else self.model()
+            learn = make_method(method, model, **self.config.options)
+            self._learned[method] = learn(self.example)
+        return self._learned[method]
+
+    def rows(self, method: str, protocol: str, scan: Volume, truth: Volume) -> list[dict[str, Any]]:
+        """One row for each variant and organ."""
+        learned, organs = self.learned(method), self.example.organs
+        rows: list[dict[str, Any]] = []
+        if protocol == "whole":
+            for variant, labels in learned.segment(scan).items():
+                found = canonical(dataclasses.replace(scan, array=labels))
+                measured = evaluate_case(found, canonical(truth), organs)
+                rows += [{"variant": variant} | row for row in measured]
+            return rows
+        assert isinstance(learned, LearnedNetwork)
+        for organ, name in organs.items():
+            score = episodic_dice(
+                self.example.masks(self.example.label, organ),
+                self.example.masks(truth, organ),
+                learned.slice_segmenter(scan, organ),
+                chunks=CHUNKS[protocol],
+                z_margin=self.config.z_margin,
+            )
+            rows.append({"variant": "network", "label": organ, "organ": name, "dice": score})
+        return rows
+
+
+def _measure(
+    config: CrossValidation, results: ResultFile, round_: _Round, teacher: _Teacher, query: Case
+) -> None:
+    """What is not measured yet of one annotated case and one query."""
+    scan = None
+    for method in config.methods:
+        for protocol in config.protocols:
+            key = {
+                "round": round_.name,
+                "fold": round_.fold,
+                "annotated": teacher.case.id,
+                "query": query.id,
+                "method": method,
+                "protocol": protocol,
+            }
+            defined = protocol == "whole" or method in EPISODIC
+            if defined and not results.has(**key):
+                scan = scan or _read(teacher.dataset, query)
+                results.add(teacher.rows(method, protocol, *scan), **key)
+
+
+def _rounds(config: CrossValidation, dataset: Dataset) -> list[_Round]:
+    """Every fold with every group of organs."""
+    if config.test_cases:
+        tests = [[case.id for case in dataset.select(config.test_cases)]]
+    else:
+        tests = folds([case.id for case in dataset.cases], config.folds)
+    groups = [dataset.label_ids(group) for group in config.groups]
+    groups = groups or [dataset.label_ids(config.classes or dataset.labels)]
+    if not all(groups):
+        raise DatasetError(
+            dataset.root, found="no named label", allowed="a dataset.json that names the organs"
+        )
+    rounds = []
+    for fold, cases in enumerate(tests):
+        for group in groups:
+            name = "test" if config.test_cases else f"fold-{fold}"
+            if config.groups:
+                name += "-without-" + "-".join(map(str, group))
+            rounds.append(
+                _Round(fold, cases, {value: dataset.labels[value] for value in group}, name)
+            )
+    return rounds
+
+
+def _queries(dataset: Dataset, round_: _Round, annotated: Case) -> list[Case]:
+    return [case for case in dataset.select(round_.tests) if case.id != annotated.id]
+
+
+def _read(dataset: Dataset, case: Case) -> tuple[Volume, Volume]:
+    if case.label is None:
+        raise DatasetError(
+            f"{dataset.root}: case {case.id}",
+            found="no label map",
+            allowed="a label map for every case that is annotated or tested",
+        )
+    return read_volume(case.image), read_label(case.label)
+
+
+def _check_unseen(model: FewShotModel, dataset: Dataset, rounds: list[_Round]) -> None:
+    """Raise where the model was trained on a patient that is to test it."""
+    if dataset.name not in str(model.extra.get("dataset")):
+        return
+    tests = {id_ for round_ in rounds for id_ in round_.tests}
+    if seen := sorted(tests & {*model.extra.get("training_cases", [])}):
+        raise ArgumentError(
+            "model",
+            found=f"that it was trained on {', '.join(seen)}",
+            allowed="test cases that it never saw",
+            fix="Name such cases with --test-cases, or leave --model out and train.",
+        )
+
+
+def _folder(config: CrossValidation, round_: _Round) -> Path:
+    return Path(config.output) / "training" / round_.name
+
+
+def _model(
+    config: CrossValidation, dataset: Dataset, round_: _Round, given: FewShotModel | None
+) -> FewShotModel:
+    """The given model, or one trained for this round, now or earlier."""
+    if given is not None:
+        return given.to(config.device)
+    folder = _folder(config, round_)
+    finished = folder / "finished"
+    if not finished.exists():
+        kept = folder / "supervoxels"  # the same for all rounds
+        if not kept.is_symlink():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder.parent / "supervoxels").mkdir(exist_ok=True)
+            kept.symlink_to(Path("..", "supervoxels"), target_is_directory=True)
+        defaults: dict[str, Any] = {"label_fraction": 0.0, "validation_episodes": 0}
+        if "minutes" in config.training:
+            defaults["steps"] = 10**9  # the minutes decide
+        fixed = {
+            "data": (str(dataset.root), *config.more_data),
+            "output": str(folder),
+            "holdout": tuple(round_.organs.values()),
+            "holdout_cases": (*round_.tests, *config.training.get("holdout_cases", ())),
+            "drop_excluded_slices": config.setting == 2,
+            "device": config.device,
+            "progress": config.progress,
+        }
+        settings = TrainConfig.from_dict({**defaults, **config.training, **fixed})
+        train(settings, resume=(folder / "config.json").exists())
+        finished.touch()
+    return load_model(folder).to(config.device)
+
+
+def _trainings(
+    config: CrossValidation, rounds: list[_Round]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """How the rounds were trained, and the minutes each took; empty without training."""
+    settings: dict[str, Any] = {}
+    minutes = {}
+    for round_ in rounds if config.model is None else []:
+        folder = _folder(config, round_)
+        if (folder / "finished").exists():
+            settings = TrainConfig.load(folder / "config.json").to_dict()
+            log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            seconds = sum(json.loads(line).get("seconds", 0) for line in log)
+            minutes[round_.name] = round(seconds / 60, 1)
+            settings["data"] = [Path(path).name for path in settings["data"]]
+    for name in ("holdout", "holdout_cases", "output", "device", "progress"):
+        settings.pop(name, None)  # of one round, or of this machine
+    return settings, minutes
+
+
+def _machine(device: str) -> str:
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()}, {name}" if device.startswith("cuda") else name
