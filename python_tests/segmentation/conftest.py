@@ -15,7 +15,7 @@ from fastproto.data import Preprocessing, Volume
 from fastproto.nn import Prototypes
 from fastproto.segmentation import Task, register
 
-GREY = {0: 0.0, 7: 100.0, 300: 200.0}  # 300 does not fit uint8
+GREY = {0: 100.0, 7: 200.0, 300: 0.0}  # 300 does not fit uint8
 NAMES = {7: "spleen", 300: "tumour"}
 
 

@@ -18,15 +18,15 @@ from fastproto.errors import ArgumentError, CheckpointError, GeometryError, Labe
 from fastproto.nn import FewShotUNet
 from fastproto.segmentation import Task, learn, register, segment_volume
 from fastproto.segmentation.adapt import AnnotatedEpisodes, adapt_model
-from fastproto.segmentation.learn import AUTO_STEPS, _annotate, _fit_bias, _split, spread
+from fastproto.segmentation.learn import AUTO_STEPS, _fit_bias, _split, annotate, spread
 from fastproto.training.episodes import episode_generator
 
 NAMES = {7: "spleen", 300: "tumour"}
 
 
-def annotate(scan, preprocessing, value=7, slices=12):
+def draw_in(scan, preprocessing, value=7, slices=12):
     image, label = scan
-    return _annotate(preprocessing.prepare(image), label, value, NAMES[value], slices)
+    return annotate(preprocessing.prepare(image), label, value, NAMES[value], slices)
 
 
 class TestLabels:
@@ -113,7 +113,7 @@ class TestFieldOfView:
         array = np.zeros_like(label.array)
         array[3:7, 20:24, 10:14] = 7  # 4.8 x 6 mm
         array[4, 19:25, 10:14] = 7  # 7.2 x 6 mm: the largest slice
-        organ = annotate((image, dataclasses.replace(label, array=array)), preprocessing)
+        organ = draw_in((image, dataclasses.replace(label, array=array)), preprocessing)
         # 4 diameters of 7.4 mm are less than the organ and 30 mm on every side,
         # and both are more than the slice, 57.6 by 48 mm
         assert organ.view.view.side == pytest.approx(57.6)
@@ -136,12 +136,12 @@ class TestFieldOfView:
         volume, mask = (
             Volume(array, spacing=(1.5, 1.5, 4.0)) for array in (label.astype(np.float32), label)
         )
-        organ = annotate((volume, mask), preprocessing)
+        organ = draw_in((volume, mask), preprocessing)
         assert organ.view.view.side == pytest.approx(expected, rel=1e-6)
         assert organ.view.view.row == pytest.approx(99.5)
 
     def test_the_masks_are_those_of_the_view(self, preprocessing, scan):
-        organ = annotate(scan, preprocessing)
+        organ = draw_in(scan, preprocessing)
         expected = organ.view.labels(scan[1]) == 7
         assert torch.equal(organ.masks, expected)
 
@@ -161,21 +161,21 @@ class TestSlices:
 
     def test_slices_beyond_the_ends_come_on_top(self, preprocessing, make):
         scan = make(0, 20)
-        organ = annotate(scan, preprocessing, slices=3)  # in slices 2 to 8
+        organ = draw_in(scan, preprocessing, slices=3)  # in slices 2 to 8
         assert organ.inside == [3, 5, 7]
         assert organ.slices == (0, 3, 5, 7, 10, 12)  # each two slices from the next; none at -2
-        tumour = annotate(scan, preprocessing, value=300)  # in slices 4 and 5
+        tumour = draw_in(scan, preprocessing, value=300)  # in slices 4 and 5
         assert tumour.slices == (2, 3, 4, 5, 6, 7)
 
     def test_numbers_of_slices_are_taken_as_they_are(self, preprocessing, scan):
-        organ = annotate(scan, preprocessing, slices=[9, 5, 3, 5])
+        organ = draw_in(scan, preprocessing, slices=[9, 5, 3, 5])
         assert organ.slices == (3, 5, 9)
         assert organ.inside == [3, 5]
 
     @pytest.mark.parametrize("slices", [[0, 1, 9], [5, 10], [-1, 5], []])
     def test_numbers_of_slices_that_cannot_be_used(self, preprocessing, scan, slices):
         with pytest.raises(ArgumentError, match=r"slices.*'spleen' among them: 2, 3, 4, 5"):
-            annotate(scan, preprocessing, slices=slices)
+            draw_in(scan, preprocessing, slices=slices)
 
     def test_no_slices(self, grey_model, scan, preprocessing):
         with pytest.raises(ArgumentError, match="slices"):
@@ -186,10 +186,10 @@ class TestSelfCheck:
     def test_every_third_slice_between_the_first_and_the_last_is_left_out(
         self, preprocessing, scan
     ):
-        organ = annotate(scan, preprocessing)
+        organ = draw_in(scan, preprocessing)
         assert organ.inside == [2, 3, 4, 5, 6, 7, 8]
         assert _split(organ) == ((0, 1, 2, 4, 5, 7, 8, 9), (3, 6))
-        few = annotate(scan, preprocessing, slices=3)
+        few = draw_in(scan, preprocessing, slices=3)
         assert _split(few) == (few.slices, ())
 
     def test_a_good_organ_and_one_without_slices_to_spare(self, task):
@@ -242,7 +242,7 @@ def small() -> Preprocessing:
 
 class TestAdaptation:
     def test_it_is_a_function_of_the_seed(self, network, scan, small):
-        organs = [annotate(scan, small, value) for value in NAMES]
+        organs = [draw_in(scan, small, value) for value in NAMES]
         calls = []
         one, again, other = (
             adapt_model(network, organs, 2, seed=seed, progress=lambda *c: calls.append(c))[1]
@@ -257,7 +257,7 @@ class TestAdaptation:
     @pytest.mark.parametrize("parts", ["decoder", "norms", "all"])
     def test_only_some_weights_change(self, network, scan, small, parts):
         before = {name: value.clone() for name, value in network.state_dict().items()}
-        adapted, weights = adapt_model(network, [annotate(scan, small)], 1, parts=parts)
+        adapted, weights = adapt_model(network, [draw_in(scan, small)], 1, parts=parts)
         for name, value in network.state_dict().items():
             assert torch.equal(value, before[name]), name  # the model stays as it is
         assert not adapted.training
@@ -340,7 +340,7 @@ class TestAdaptation:
 class TestAnnotatedEpisodes:
     @pytest.fixture
     def source(self, scan, preprocessing) -> AnnotatedEpisodes:
-        organs = [annotate(scan, preprocessing, value) for value in NAMES]
+        organs = [draw_in(scan, preprocessing, value) for value in NAMES]
         return AnnotatedEpisodes(organs, 0, size=64)
 
     def test_slices_and_masks_are_those_of_the_organ(self, source):
@@ -354,7 +354,7 @@ class TestAnnotatedEpisodes:
             numbers = list(map(int, slices.split(", ")))
             assert len(numbers) == len(draw.cuts) == source.shots + source.queries
             assert set(numbers[: source.shots]) <= set(organ.inside)
-            assert set(numbers) <= set(organ.slices)
+            assert set(numbers) <= set(organ.region)
             for cut, number in zip(draw.cuts, numbers, strict=True):
                 assert torch.equal(cut.label.bool(), organ.masks[number])
                 assert torch.equal(cut.image, organ.view.images(number, number + 1)[0, 0])
@@ -363,6 +363,11 @@ class TestAnnotatedEpisodes:
                 drawn += source.queries
         assert seen.keys() == {"spleen", "tumour"}
         assert away / drawn == pytest.approx(0.3 * 3 / 10, abs=0.04)
+
+    def test_a_region_is_the_organ_and_what_lies_within_30_mm(self, preprocessing, make):
+        organ = draw_in(make(0, 30), preprocessing, slices=3)  # 2 to 8, of 4 mm
+        assert organ.slices == (0, 3, 5, 7, 10, 12)
+        assert organ.region == [0, 1, 3, 5, 7, *range(9, 17)]  # no slice that was left out
 
     def test_the_view_moves_and_scales_a_little(self, source):
         sides, moves = [], []

@@ -83,6 +83,8 @@ def test_equals_the_sum_by_hand(grey_model, task, make):
             for n in range(len(organ.slices))
         ]
         (first, last), rows, columns = own.box(40.0)
+        depth = -own.signed_distance(0, len(prepared)).numpy().min()
+        trust = 1.5 if organ.value == 7 else 0.5  # of Dice 1, and without slices to spare
         for z in range(len(prepared)):
             if not first <= z < last:
                 assert not result.probabilities[organ.value][z].any()
@@ -96,8 +98,8 @@ def test_equals_the_sum_by_hand(grey_model, task, make):
             ]
             scores = torch.from_numpy(100 * (nearest[0] - nearest[1])).float()
             scores = view.restore(scores[None, None], z, z + 1)[0, 0] + organ.bias
-            place = -own.signed_distance(z, z + 1)[0, 0].numpy() / 5.0
-            odds = scores + place.clip(-6, 6)
+            place = -own.signed_distance(z, z + 1)[0, 0].numpy() / (0.5 * depth)
+            odds = trust * scores + place.clip(-4, 4)
             half = organ.side / 2
             for y in range(odds.shape[0]):
                 for x in range(odds.shape[1]):
@@ -165,11 +167,30 @@ def test_refuses_a_task_of_another_model(grey_model, task, scan):
 
 
 class TestFusion:
-    def test_log_odds_of_network_and_place_add_up(self):
-        scores = torch.tensor([-2.0, 0.0, 3.0])
-        distance = torch.tensor([0.0, 10.0, -5.0])
-        found = Fusion(network=0.5, prior=2.0, blur=4.0, limit=2.0)(scores, distance, 1.0)
-        assert found.tolist() == [0.5 * -1 + 0, 0.5 * 1 - 2 * 2, 0.5 * 4 + 2 * 1.25]
+    def test_log_odds_of_network_and_place_add_up(self, task):
+        """The place by its distance in shares of the organ's depth, here 0.5 * 8 mm."""
+        organ = dataclasses.replace(task.organs[0], bias=1.0, expected_dice=0.8)
+        scores = torch.tensor([-2.0, 0.0, 3.0, 1.0])
+        distance = torch.tensor([0.0, 10.0, -5.0, -8.0])
+        fusion = Fusion(network=0.5, prior=2.0, blur=0.5, limit=1.5)
+        found = fusion(scores, distance, organ)
+        assert found.tolist() == pytest.approx(
+            [0.5 * -1 + 0, 0.5 * 1 - 2 * 1.5, 0.5 * 4 + 2 * 1.25, 0.5 * 2 + 2 * 1.5]
+        )
+        beyond = torch.tensor([3.0, 0.5])  # the organ would lie outside: 1 mm instead of a depth
+        found = fusion(torch.tensor([-1.0, -1.0]), beyond, organ)
+        assert found.tolist() == pytest.approx([-2 * 1.5, -2 * 1.0])
+
+    @pytest.mark.parametrize(
+        ("dice", "trust"),
+        [(0.8, 1.0), (0.5, 0.25), (0.0, 0.0), (0.95, 1.5), (1.0, 1.5), (None, 0.5)],
+    )
+    def test_the_network_counts_by_its_dice_in_slices_left_out(self, task, dice, trust):
+        organ = dataclasses.replace(task.organs[0], bias=0.0, expected_dice=dice)
+        scores, distance = torch.tensor([2.0]), torch.tensor([0.0])
+        assert Fusion()(scores, distance, organ).item() == pytest.approx(2 * trust, abs=1e-5)
+        alone = Fusion(prior=0)(scores, distance, organ)
+        assert alone.item() == 2.0  # there is nothing to weigh it against
 
     def test_either_can_be_left_out(self, grey_model, task, scan):
         image, label = scan
@@ -191,8 +212,8 @@ class TestFusion:
         prior = locate(task.atlas, image)
         moved = image.array.copy()
         truth = np.zeros_like(label.array)
-        moved[label.array == 7] = 0
-        moved[3:8, 30:41, 6:16], truth[3:8, 30:41, 6:16] = 100, 7
+        moved[label.array == 7] = 100
+        moved[3:8, 30:41, 6:16], truth[3:8, 30:41, 6:16] = 200, 7
         assert prior.signed_distance(0, 10)[:, 0].numpy()[truth > 0].max() > 14
         elsewhere = dataclasses.replace(image, array=moved)
         prepared = task.preprocessing.prepare(elsewhere)
@@ -246,8 +267,9 @@ class TestSeveralTasks:
         (found,) = average([claim(0, 4.0), claim(1, 2.0)])
         assert found.value == 5
         assert found.box == (slice(0, 3), slice(0, 1), slice(3, 4))
-        assert found.odds.flatten().tolist() == [(4 - 6) / 2, (4 + 2) / 2, (2 - 6) / 2]
-        assert found.network.flatten().tolist() == [(2 - 6) / 2, (2 + 1) / 2, (1 - 6) / 2]
+        least = -Fusion().limit
+        assert found.odds.flatten().tolist() == [(4 + least) / 2, (4 + 2) / 2, (2 + least) / 2]
+        assert found.network.flatten().tolist() == [(2 + least) / 2, (2 + 1) / 2, (1 + least) / 2]
 
     def test_an_organ_that_one_task_knows(self, grey_model, scan, preprocessing):
         options = {"labels": NAMES, "preprocessing": preprocessing, "prior": "box"}
@@ -278,7 +300,7 @@ class TestAbsentOrgans:
 
     def test_an_empty_result_is(self, grey_model, task, make):
         image, label = make(2)
-        image.array[label.array == 300] = 0
+        image.array[label.array == 300] = 100
         result = segment_volume(grey_model, task, image)
         assert not (result.labels == 300).any()
         assert result.confidence[300] == 0
@@ -289,7 +311,7 @@ class TestAbsentOrgans:
         fusion = Fusion(network=1e-4)
         result = segment_volume(grey_model, task, image, fusion=fusion)
         assert result.absent() == []
-        image.array[image.array == 200] = 0
+        image.array[image.array == 0] = 100
         result = segment_volume(grey_model, task, image, fusion=fusion)
         assert (result.labels == 300).any()
         assert result.confidence[300] < predict.ABSENT

@@ -361,8 +361,10 @@ def test_several_data_sets_of_both_modalities(phantom: Path, run: Path, tmp_path
         ({"holdout_cases": ("ct_000", "ct_001")}, "no case left"),
     ],
 )
-def test_unknown_classes_and_cases_are_named(phantom: Path, changes: dict, message: str):
-    config = configure(phantom, Path("unused"), **changes)
+def test_unknown_classes_and_cases_are_named(
+    phantom: Path, tmp_path: Path, changes: dict, message: str
+):
+    config = configure(phantom, tmp_path, **changes)
     with pytest.raises(InputError, match=message):
         trainer.read_training_data(config, torch.device("cpu"))
 
@@ -431,21 +433,21 @@ def test_a_model_to_go_on_from_must_exist(phantom: Path, tmp_path: Path):
         train(configure(phantom, tmp_path / "run", start=str(tmp_path / "absent")))
 
 
-def test_setting_two_drops_slices_with_held_out_classes(phantom: Path):
+def test_setting_two_drops_slices_with_held_out_classes(phantom: Path, tmp_path: Path):
     device = torch.device("cpu")
     kept = {}
     for drop in (False, True):
-        config = configure(phantom, Path("unused"), drop_excluded_slices=drop)
+        config = configure(phantom, tmp_path, drop_excluded_slices=drop)
         kept[drop] = trainer.read_training_data(config, device).slices
     assert kept[True].keys() == kept[False].keys()
     for case, slices in kept[True].items():
         assert set(slices) < set(kept[False][case])
 
 
-def test_validation_is_the_same_for_every_seed(phantom: Path):
+def test_validation_is_the_same_for_every_seed(phantom: Path, tmp_path: Path):
     first, second = (
         trainer.read_training_data(
-            configure(phantom, Path("unused"), seed=seed), torch.device("cpu")
+            configure(phantom, tmp_path, seed=seed), torch.device("cpu")
         ).validation
         for seed in (0, 1)
     )
