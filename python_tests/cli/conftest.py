@@ -24,5 +24,6 @@ def model_file(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("run") / "model.safetensors"
     preprocessing = Preprocessing("mr", image_size=64)
-    FewShotUNet(encoder="resnet18").save(path, {"preprocessing": preprocessing.to_dict()})
+    extra = {"preprocessing": {"mr": preprocessing.to_dict()}}
+    FewShotUNet(encoder="resnet18").save(path, extra)
     return path

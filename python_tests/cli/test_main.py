@@ -14,12 +14,12 @@ import time
 import pytest
 
 import fastproto
-from fastproto.cli import _parser, main
+from fastproto.cli import EXAMPLE, _parser, main
 from fastproto.errors import InputError
 
 # Not the sources: the installed package.
 ELSEWHERE = tempfile.gettempdir()
-COMMANDS = ("phantom", "train", "register", "segment", "evaluate", "info")
+COMMANDS = ("phantom", "train", "register", "segment", "evaluate", "crossval", "info")
 
 
 def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,6 +65,16 @@ def test_examples_parse(command, capsys):
     assert any(line.split()[1] == command for line in lines)
     for line in lines:
         program, *arguments = shlex.split(line.split(">")[0])
+        assert program == "fastproto"
+        _parser().parse_args(arguments)
+
+
+def test_the_programs_own_example_parses(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out.endswith(f"{EXAMPLE}\n")
+    for line in EXAMPLE.removeprefix("example:\n").replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(line)
         assert program == "fastproto"
         _parser().parse_args(arguments)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from fastproto.cli.options import (
     add_runtime_options,
     choose_classes,
     choose_device,
+    labels_beside,
+    progress_bar,
     read_labels,
     runtime,
 )
@@ -60,6 +65,36 @@ def test_unusable_label_files(tmp_path, text):
     path.write_text(text)
     with pytest.raises(LabelError, match=r"organs\.json"):
         read_labels([str(path)])
+
+
+@pytest.mark.parametrize("folder", ["labels", "labelsTr"])
+def test_labels_of_the_data_set_that_a_label_map_is_in(tmp_path, folder, monkeypatch):
+    label = tmp_path / "set" / folder / "case.nii.gz"
+    label.parent.mkdir(parents=True)
+    assert labels_beside(label) is None
+    table = tmp_path / "set" / "dataset.json"
+    table.write_text('{"modality": "CT", "labels": {"background": 0, "liver": 1}}')
+    assert labels_beside(label) == {1: "liver"}
+    monkeypatch.chdir(label.parent)
+    assert labels_beside(Path("case.nii.gz")) == {1: "liver"}
+    assert labels_beside(tmp_path / "set" / "masks" / "case.nii.gz") is None
+    table.write_text("{")
+    with pytest.raises(LabelError, match=r"dataset\.json"):
+        labels_beside(label)
+
+
+def test_a_bar_on_a_terminal_shows_the_loss(monkeypatch, capsys):
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
+        with progress_bar("adapting", "step") as advance:
+            for done in (1, 3, 4):
+                time.sleep(0.15)  # longer than between two drawings
+                advance(done, 4, 0.5 / done)
+        drawn = capsys.readouterr().err
+        assert bool(drawn) == terminal
+    assert "adapting" in drawn
+    assert "3/4" in drawn
+    assert "loss=0.167" in drawn
 
 
 def test_choose_classes_by_name_and_value():

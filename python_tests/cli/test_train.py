@@ -25,10 +25,14 @@ def configs(monkeypatch) -> list[tuple[TrainConfig, bool]]:
 def test_options_reach_the_configuration(configs, capsys):
     arguments = ["--holdout-classes", "spleen", "9", "--holdout-cases", "ct_007", "--steps", "400"]
     arguments += ["--image-size", "128", "--device", "cpu", "--set", "cycle=0.5", "crop=false"]
-    assert main(["train", "--data", "phantom", "--out", "run", *arguments]) == 0
+    arguments += ["--model", "base", "--batch", "3", "--label-fraction", "0.25"]
+    assert main(["train", "--data", "phantom", "scans", "--out", "run", *arguments]) == 0
     expected = TrainConfig(
-        data="phantom",
+        data=("phantom", "scans"),
         output="run",
+        start="base",
+        batch=3,
+        label_fraction=0.25,
         holdout=("spleen", 9),
         holdout_cases=("ct_007",),
         steps=400,
@@ -44,6 +48,28 @@ def test_options_reach_the_configuration(configs, capsys):
 def test_absent_options_keep_their_defaults(configs):
     assert main(["train", "--data", "phantom", "--out", "run"]) == 0
     assert configs == [(TrainConfig(data="phantom", output="run"), False)]
+
+
+def test_minutes_stand_for_steps_or_beside_them(configs):
+    shared = ["train", "--data", "phantom", "--out", "run", "--minutes", "2.5"]
+    assert main(shared) == 0
+    assert main([*shared, "--steps", "7"]) == 0
+    (alone, _), (both, _) = configs
+    assert (alone.minutes, both.minutes) == (2.5, 2.5)
+    assert alone.steps >= 10**6
+    assert both.steps == 7
+
+
+def test_help_tells_the_defaults_of_the_configuration(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    config = TrainConfig(data="d", output="o")
+    options = ("steps", "batch", "learning-rate", "shots", "label-fraction", "image-size")
+    for option in (*options, "plane", "encoder", "seed"):
+        described = text.split(f" --{option} ")[-1]
+        default = described.split("(default: ")[1].split(")")[0]
+        assert default == str(getattr(config, option.replace("-", "_"))), option
 
 
 @pytest.mark.parametrize(
@@ -62,14 +88,25 @@ def test_unusable_options(arguments, message, configs, capsys, tmp_path):
     assert not configs
 
 
-def test_a_tiny_run_and_its_continuation(phantom, tmp_path):
+def test_a_tiny_run_and_its_continuation(phantom, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["--data", str(phantom), "--holdout-classes", "spleen", "--holdout-cases", "mr_002"]
     arguments += ["--steps", "1", "--image-size", "64", "--encoder", "resnet18", "--device", "cpu"]
-    settings = ["--set", "progress=false", "validation_episodes=0", "checkpoint_every=1"]
+    arguments += ["--batch", "1"]
+    settings = ["--set", "validation_episodes=0", "checkpoint_every=1"]
     assert main(["train", *arguments, *settings, "--out", str(run)]) == 0
+    said = capsys.readouterr().err
+    assert "fastproto: learning from 2 scans without labels (supervoxels) and, in 2, from" in said
+    assert "small enough for a CPU" in said  # the output stride
     model = load_model(run)
-    assert model.extra["preprocessing"]["image_size"] == 64
+    assert model.extra["preprocessing"]["mr"]["image_size"] == 64
     assert main(["train", *arguments, "--out", str(run)]) == 2
     assert main(["train", "--resume", "--out", str(run)]) == 0
     assert load_model(run).fingerprint() == model.fingerprint()
+    onward = ["--data", str(phantom), "--model", str(run), "--steps", "1", "--batch", "1"]
+    assert main(["train", *onward, "--device", "cpu", "--out", str(tmp_path / "next")]) == 0
+    assert "small enough for a CPU" not in capsys.readouterr().err
+    following = load_model(tmp_path / "next")
+    assert following.config == model.config
+    assert following.extra["preprocessing"] == model.extra["preprocessing"]
+    assert following.fingerprint() != model.fingerprint()
