@@ -31,9 +31,10 @@ _BINS = 32
 _SEED = 1
 
 # Deformation, coarse to fine: (voxels of the picture to a cell, steps).
-_LEVELS = ((4, 40), (2, 60))
+_LEVELS = ((4, 40), (2, 40), (1, 20))
 _RATE = 0.5  # cells a step
-_STIFFNESS = 2.0
+_STIFFNESS = 0.5
+_BRIGHTNESS = 0.3  # what a standard deviation of brightness weighs against the other features
 _EPS = 1e-6
 
 
@@ -289,7 +290,7 @@ def _smooth(field: Tensor) -> Tensor:
 
 
 def _descriptor(image: Tensor) -> Tensor:
-    """MIND-SSC of ``[n, h, w]``: ``[1, 12, n, h, w]`` in 0..1."""
+    """``[n, h, w]`` -> ``[1, 13, n, h, w]``: MIND-SSC in 0..1, and the brightness."""
     padded = F.pad(image[None, None], [1] * 6, mode="replicate")
     sides = [1 + sign * (torch.arange(3) == axis) for axis in range(3) for sign in (-1, 1)]
     shifted = [
@@ -302,7 +303,9 @@ def _descriptor(image: Tensor) -> Tensor:
     squares -= squares.amin(dim=1, keepdim=True)
     noise = squares.mean(dim=1, keepdim=True)
     typical = noise.mean() + _EPS
-    return torch.exp(-squares / noise.clamp(typical * 1e-3, typical * 1e3))
+    likeness = torch.exp(-squares / noise.clamp(typical * 1e-3, typical * 1e3))
+    brightness = (image - image.mean()) * (_BRIGHTNESS / (image.std() + _EPS))
+    return torch.cat([likeness, brightness[None, None]], dim=1)
 
 
 def _coarse(array: np.ndarray) -> tuple[np.ndarray, list[int]]:
