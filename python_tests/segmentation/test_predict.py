@@ -172,7 +172,7 @@ class TestFusion:
         organ = dataclasses.replace(task.organs[0], bias=1.0, expected_dice=0.8)
         scores = torch.tensor([-2.0, 0.0, 3.0, 1.0])
         distance = torch.tensor([0.0, 10.0, -5.0, -8.0])
-        fusion = Fusion(network=0.5, prior=2.0, blur=0.5, limit=1.5)
+        fusion = Fusion(network=1.0, prior=2.0, blur=0.5, limit=1.5)  # trusted by half
         found = fusion(scores, distance, organ)
         assert found.tolist() == pytest.approx(
             [0.5 * -1 + 0, 0.5 * 1 - 2 * 1.5, 0.5 * 4 + 2 * 1.25, 0.5 * 2 + 2 * 1.5]
@@ -183,7 +183,7 @@ class TestFusion:
 
     @pytest.mark.parametrize(
         ("dice", "trust"),
-        [(0.8, 1.0), (0.5, 0.25), (0.0, 0.0), (0.95, 1.5), (1.0, 1.5), (None, 0.5)],
+        [(0.8, 0.5), (0.5, 0.125), (0.0, 0.0), (0.95, 1.5), (1.0, 1.5), (None, 0.25)],
     )
     def test_the_network_counts_by_its_dice_in_slices_left_out(self, task, dice, trust):
         organ = dataclasses.replace(task.organs[0], bias=0.0, expected_dice=dice)
