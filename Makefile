@@ -30,7 +30,7 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
 	$(PIP) --no-deps --force-reinstall .
 	touch $@
 
-# Phantom patients -> short training -> organs and patients it never saw -> table, pictures.
+# One annotated phantom -> patients it never saw: table, pictures.
 demo: install
 	$(BIN)/python scripts/demo.py
 
