@@ -206,7 +206,8 @@ def align_affine(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
     transform.SetMatrix(start.matrix[::-1, ::-1].ravel().tolist())
     transform.SetTranslation((start(centre) - centre)[::-1].tolist())
     method = sitk.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)  # sums in one order: the same scans give the same bits
+    method.SetNumberOfThreads(1)
+    method.SetNumberOfWorkUnits(1)  # sums in one order: the same scans give the same bits
     method.SetMetricAsMattesMutualInformation(_BINS)
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentagePerLevel([1.0, 0.5, 0.1], _SEED)
