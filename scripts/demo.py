@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-results"), help="result folder")
     parser.add_argument(
-        "--adapt", default="0", help="training steps on the annotated scan (default: %(default)s)"
+        "--adapt", default="10", help="training steps on the annotated scan (default: %(default)s)"
     )
     args = parser.parse_args()
     started = time.perf_counter()
