@@ -71,6 +71,7 @@ COLUMNS = {
 def crossval(results: Path) -> str:
     """Dice on organs and patients that training never saw, per data set, beside other methods."""
     blocks = []
+    quoted: set[str] = set()
     for record in newest(results, "*crossval-"):
         found = {
             (entry["protocol"], entry["method"], entry["variant"]): entry
@@ -88,7 +89,8 @@ def crossval(results: Path) -> str:
             spread = "" if dice["std"] is None else f" ± {cell(dice['std'])}"
             rows[-1].append(f"**{cell(dice['mean'])}**{spread}")
         blocks += [table(title_of(record), ["organ", *used.values()], rows), provenance(record)]
-        if record["quoted"]:
+        if record["quoted"] and record["data"] not in quoted:
+            quoted.add(record["data"])
             columns = ["quoted, not measured here", "setting 1", "setting 2", "source"]
             rows = [
                 [row["method"], cell(row["setting_1"]), cell(row["setting_2"]), row["source"]]
@@ -101,7 +103,7 @@ def crossval(results: Path) -> str:
 def title_of(record: dict[str, Any]) -> str:
     """What was trained and tested, in one line."""
     training, minutes = record["training"], record["training_minutes"]
-    how = f"{record['model']}, nothing trained"
+    how = f"model {record['model']}"
     if training:
         share = training["label_fraction"]
         labels = "without labels" if share == 0 else f"{share:.0%} of the episodes from labels"
