@@ -134,7 +134,7 @@ def test_cross_validations_become_a_table(pages: Path) -> None:
     file.write_text(json.dumps(record), encoding="utf-8")
     update_tables(pages)
     text = (pages / "README.md").read_text(encoding="utf-8")
-    assert "**CHAOS: base, nothing trained; 2 unseen patients, annotated: a**" in text
+    assert "**CHAOS: model base; 2 unseen patients, annotated: a**" in text
     assert "| organ | network + prior | prior alone: box | EP1 |" in text
     assert "| liver | 0.70 | 0.50 | 0.80 |" in text
     assert "| **mean** | **0.70** ± 0.01 | **0.50** | **0.80** ± 0.03 |" in text
