@@ -226,6 +226,7 @@ def align_affine(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
     return Alignment(matrix, centre + np.array(transform.GetTranslation())[::-1] - matrix @ centre)
 
 
+@torch.inference_mode(False)
 def align_deformable(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
     """Bend an affine ``start`` until the two look alike, by gradient descent.
 
