@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -250,6 +250,10 @@ class PreparedVolume:
         values *= np.float32(scale)
         images = self._rows.to_image @ torch.from_numpy(values) @ self._columns.to_image.T
         return images.add_((low - mean) * scale).unsqueeze(1)
+
+    def some_images(self, numbers: Sequence[int]) -> torch.Tensor:
+        """As ``images``, of slices in any order."""
+        return torch.cat([self.images(number, number + 1) for number in numbers])
 
     @property
     def pixel_positions(self) -> tuple[np.ndarray, np.ndarray]:

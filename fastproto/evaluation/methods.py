@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastproto.data.preprocessing import FieldOfView, PreparedVolume, canonical
+from fastproto.data.preprocessing import PreparedVolume, canonical
 from fastproto.data.volume import Volume
 from fastproto.evaluation.protocol import SliceSegmenter
 from fastproto.nn import PrototypeNet
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.adapt import AnnotatedOrgan, adapt_model
 from fastproto.segmentation.learn import annotate, model_preprocessing, register
-from fastproto.segmentation.predict import BATCH, FUSIONS, decide, gather
+from fastproto.segmentation.predict import BATCH, FUSIONS, decide, expected_view, gather
 from fastproto.segmentation.prior import KINDS, Atlas, Prior, locate
 
 METHODS = ("fastproto", "adapted", "prototypes", "one-scan", "registration")
@@ -177,9 +177,7 @@ class LearnedNetwork:
             return prepared
         index = list(self.task.labels).index(organ)
         place = locate(self.task.atlas, scan, "box").only(index)
-        _, (top, bottom), (left, right) = place.box()
-        centre = (top + bottom - 1) / 2, (left + right - 1) / 2
-        return prepared.at(FieldOfView(*centre, self.task.organs[index].side))
+        return prepared.at(expected_view(self.task.organs[index], place))
 
 
 def without_decoder(model: FewShotModel) -> FewShotModel:
@@ -233,8 +231,7 @@ def _set_statistics(model: FewShotModel, organs: Sequence[AnnotatedOrgan]) -> No
 
 def _images(view: PreparedVolume, numbers: Sequence[int]) -> torch.Tensor:
     """Slices as one episode ``[1, n, 3, S, S]``."""
-    slices = torch.cat([view.images(number, number + 1) for number in numbers])
-    return slices.expand(-1, 3, -1, -1)[None]
+    return view.some_images(numbers).expand(-1, 3, -1, -1)[None]
 
 
 def make_method(

@@ -17,7 +17,7 @@ from fastproto.data.preprocessing import PreparedVolume
 from fastproto.losses import EpisodeLoss
 from fastproto.nn.base import FewShotModel
 from fastproto.training.augment import Augmentation, Cut
-from fastproto.training.episodes import Draw, EpisodeSource
+from fastproto.training.episodes import Draw, EpisodeSource, choice
 
 BATCH = 4
 LEARNING_RATE = 3e-4
@@ -75,16 +75,12 @@ class AnnotatedEpisodes(EpisodeSource):
 
     def draw(self, generator: torch.Generator) -> Draw:
         """See ``EpisodeSource.draw``."""
-
-        def choice(items: Sequence[int]) -> int:
-            return items[int(torch.randint(len(items), (1,), generator=generator))]
-
-        number = choice(range(len(self.organs)))
+        number = choice(range(len(self.organs)), generator)
         organ = self.organs[number]
-        chosen = [choice(organ.inside) for _ in range(self.shots)]
+        chosen = [choice(organ.inside, generator) for _ in range(self.shots)]
         for _ in range(self.queries):
             anywhere = float(torch.rand(1, generator=generator)) < ANYWHERE
-            chosen.append(choice(organ.region if anywhere else organ.inside))
+            chosen.append(choice(organ.region if anywhere else organ.inside, generator))
         cuts = []
         side = organ.view.view.side
         scale = 1.25 ** (2 * float(torch.rand(1, generator=generator)) - 1)

@@ -178,8 +178,7 @@ def _expected(organs: Sequence[Organ]) -> float:
 
 def _split(organ: AnnotatedOrgan) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The slices that teach, and those of the organ's inside that are left out to check it."""
-    inside = [n for n in organ.slices if organ.masks[n].any()]
-    left_out = inside[1:-1:_LEFT_OUT] if len(inside) >= 4 else []
+    left_out = organ.inside[1:-1:_LEFT_OUT] if len(organ.inside) >= 4 else []
     return tuple(n for n in organ.slices if n not in left_out), tuple(left_out)
 
 
@@ -197,7 +196,7 @@ def _learn(model: FewShotModel, organ: AnnotatedOrgan) -> Organ:
 @torch.inference_mode()
 def _encode(model: FewShotModel, organ: AnnotatedOrgan, slices: Sequence[int]) -> Organ:
     device = next(model.parameters()).device
-    images = torch.cat([organ.view.images(n, n + 1) for n in slices])[:, None]
+    images = organ.view.some_images(slices)[:, None]
     prototypes = model.encode_support(
         images.expand(-1, -1, 3, -1, -1).to(device),
         organ.masks[list(slices)][:, None].long().to(device),

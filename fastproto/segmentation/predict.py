@@ -230,18 +230,15 @@ def gather(
     done = 0
     found = []
     for organ, (own, box) in zip(task.organs, boxes, strict=True):
-        view = prepared.at(_field_of_view(organ, own))
-        (first, last), (top, bottom), (left, right) = box
+        view = prepared.at(expected_view(organ, own))
+        first, last = box[0]
         # No further than the network sees.
-        half = organ.side / 2
+        ends = []
         for axis, centre in ((1, view.view.row), (2, view.view.column)):
-            low, high = (top, bottom) if axis == 1 else (left, right)
-            reach = half / prepared.spacing[axis]
-            low, high = max(low, round(centre - reach)), min(high, round(centre + reach) + 1)
-            if axis == 1:
-                top, bottom = low, high
-            else:
-                left, right = low, high
+            reach = organ.side / 2 / prepared.spacing[axis]
+            low, high = box[axis]
+            ends.append((max(low, round(centre - reach)), min(high, round(centre + reach) + 1)))
+        (top, bottom), (left, right) = ends
         scores = torch.empty(last - first, bottom - top, right - left)
         distance = torch.empty_like(scores)
         for start in range(first, last, batch_size):
@@ -377,7 +374,7 @@ def score_slices(
         ``[n, S, S]`` float32 on the CPU.
     """
     device = next(model.parameters()).device
-    images = torch.cat([view.images(n, n + 1) for n in numbers])[:, None].to(device)
+    images = view.some_images(numbers)[:, None].to(device)
     bags = organ.prototypes.to(device).pick([_nearest(organ, place) for place in positions])
     features = model.encode(images.expand(-1, -1, 3, -1, -1))
     logits = model.decode(features, bags)[:, 0].float()
@@ -391,7 +388,7 @@ def _nearest(organ: Organ, place: float) -> tuple[list[int], list[int]]:
     return order[:NEAREST], [i for i in order if counts[i]][:NEAREST]
 
 
-def _field_of_view(organ: Organ, prior: Prior) -> FieldOfView:
-    """The organ's field of view around its expected place."""
+def expected_view(organ: Organ, prior: Prior) -> FieldOfView:
+    """The organ's field of view around its expected place; ``prior`` is of it alone."""
     _, (top, bottom), (left, right) = prior.box()
     return FieldOfView((top + bottom - 1) / 2, (left + right - 1) / 2, organ.side)

@@ -236,8 +236,8 @@ class LabelEpisodes(EpisodeSource):
 
     def draw(self, generator: torch.Generator) -> Draw:
         """See ``EpisodeSource.draw``."""
-        first = _choice(self.classes, generator)
-        support_case = _choice(self._holders[first], generator)
+        first = choice(self.classes, generator)
+        support_case = choice(self._holders[first], generator)
         others = [label for label in self._positions[support_case] if label != first]
         order = torch.randperm(len(others), generator=generator)[: self.ways - 1].tolist()
         chosen = [first, *(others[i] for i in order)]
@@ -251,7 +251,7 @@ class LabelEpisodes(EpisodeSource):
             support += [_at(centre, slices) for centre in centres[label]]
 
         candidates = [case for case in self._query_holders[first] if case != support_case]
-        query_case = _choice(candidates, generator) if candidates else support_case
+        query_case = choice(candidates, generator) if candidates else support_case
         present = [label for label in chosen if label in self._positions[query_case]]
         query = []
         for i in range(self.queries):
@@ -260,7 +260,7 @@ class LabelEpisodes(EpisodeSource):
             if query_case == support_case:
                 slices = [s for s in slices if s not in support] or slices
             jitter = (float(torch.rand(1, generator=generator)) - 0.5) / 3
-            query.append(_at(_choice(centres[label], generator) + jitter, slices))
+            query.append(_at(choice(centres[label], generator) + jitter, slices))
 
         picked = [(self.store.cases[support_case], s) for s in support]
         picked += [(self.store.cases[query_case], s) for s in query]
@@ -324,17 +324,17 @@ class SupervoxelEpisodes(EpisodeSource):
     def draw(self, generator: torch.Generator) -> Draw:
         """See ``EpisodeSource.draw``."""
         for _ in range(_ATTEMPTS):
-            case = _choice(_choice(self._cases, generator), generator)
-            scale = _choice(range(len(case.areas)), generator)
+            case = choice(choice(self._cases, generator), generator)
+            scale = choice(range(len(case.areas)), generator)
             areas = case.areas[scale]
             count = areas.shape[1] - 1
             if count < self.ways:
                 continue
-            first = 1 + _choice(range(count), generator)
+            first = 1 + choice(range(count), generator)
             seen = _large(areas[:, first])
             if not seen:  # it lay in slices that were dropped
                 continue
-            position = _choice(seen, generator)
+            position = choice(seen, generator)
             if _compactness(case.region(scale, position) == first) < _COMPACT:
                 continue
             others = []
@@ -358,13 +358,13 @@ class SupervoxelEpisodes(EpisodeSource):
         near = [p for p in seen if 0 < abs(case.numbers[p] - case.numbers[position]) <= reach]
         support = [position]
         while len(support) < self.shots * self.ways:
-            support.append(_choice(near or seen, generator))
+            support.append(choice(near or seen, generator))
         query = []
         for _ in range(self.queries):
             if float(torch.rand(1, generator=generator)) < self.absent:
                 query.append(int(torch.randint(len(case), (1,), generator=generator)))
             else:
-                query.append(_choice(near or [position], generator))
+                query.append(choice(near or [position], generator))
 
         labels = [_renumber(case.region(scale, p), chosen) for p in (*support, *query)]
         centre, side = field_of_view(case, labels[0], generator)
@@ -412,7 +412,8 @@ def episode_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def _choice(items: Sequence[T], generator: torch.Generator) -> T:
+def choice(items: Sequence[T], generator: torch.Generator) -> T:
+    """One of ``items``, drawn uniformly."""
     return items[int(torch.randint(len(items), (1,), generator=generator))]
 
 

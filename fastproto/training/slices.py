@@ -119,7 +119,7 @@ class CaseSlices:
 class SliceStore:
     """The slices of several patients.
 
-    Memory: 3 bytes a pixel (float16 image, uint8 label) and 2 for every scale of supervoxels.
+    Memory: 3 bytes a pixel (float16 image, uint8 label) and 2 for its supervoxels, of all scales.
 
     Args:
         cases: At least one, each with at least one slice.

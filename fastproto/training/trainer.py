@@ -206,7 +206,7 @@ class _Run:
 
     def finished(self, step: int) -> bool:
         """Whether steps or minutes are used up."""
-        return step >= self.config.steps or self.progress(step) >= 1
+        return self.progress(step) >= 1
 
     def progress(self, step: int) -> float:
         """Share of the run that is done when ``step`` ends, as far as is known before it."""
