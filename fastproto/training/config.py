@@ -51,7 +51,7 @@ AUTO: dict[str, tuple[Any, Any]] = {
     "image_size": (256, 128),
 }
 # What may differ between a run and its continuation: none of it changes a computed number.
-_FREE_ON_RESUME = ("data", "output", "checkpoint_every", "progress", "tensorboard")
+_FREE_ON_RESUME = ("data", "output", "checkpoint_every", "progress", "tensorboard", "workers")
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ class TrainConfig:
         precision: "float32", "bfloat16" (autocast; weights and Adam stay float32) or "auto":
             bfloat16 where the hardware computes in it, float32 elsewhere.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
+        workers: Processes that prepare the next steps' episodes meanwhile; "auto" is one for each
+            core, 8 at most, on a GPU, and none on a CPU, which has no time to spare.
         seed: Seed of initial weights and episodes. Episode i is a pure function of (seed, i).
         checkpoint_every: Steps between checkpoints; the last step always makes one.
         validate_every: Steps between validations; the last step always makes one.
@@ -166,6 +168,7 @@ class TrainConfig:
     background_weight: float = 0.2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
+    workers: int | Literal["auto"] = "auto"
     seed: int = 0
     checkpoint_every: int = 500
     validate_every: int = 500
@@ -209,6 +212,8 @@ class TrainConfig:
         _check("ce", self.ce + self.align + self.cycle > 0, self, "a loss weight above 0 somewhere")
         size = self.image_size == "auto" or _is_integer(self.image_size, 1)
         _check("image_size", size, self, '"auto" or an integer of at least 1')
+        workers = self.workers == "auto" or _is_integer(self.workers, 0)
+        _check("workers", workers, self, '"auto" or an integer of at least 0')
         time = self.minutes is None or (_is_number(self.minutes, 0) and self.minutes > 0)
         _check("minutes", time, self, "None or a number above 0")
         _check("data", bool(self.data), self, "at least one folder")

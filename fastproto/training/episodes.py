@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,6 +60,21 @@ class Episode:
     query_masks: Tensor
     num_classes: int
     description: str
+
+    def to(self, device: torch.device) -> Episode:
+        """The same on another device; from pinned memory without waiting for it."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Episode:
+        """The same in memory that a GPU reads by itself."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Episode:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors: dict[str, Any] = {
+            name: move(v) for name, v in values.items() if isinstance(v, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

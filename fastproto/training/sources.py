@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastproto.data.dataset import Case, Dataset, open_dataset
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.data.volume import read_volume
@@ -65,15 +63,12 @@ class _Part:
 
 
 def read_training_data(
-    config: TrainConfig,
-    device: torch.device,
-    preprocessing: Mapping[str, Any] | None = None,
+    config: TrainConfig, preprocessing: Mapping[str, Any] | None = None
 ) -> TrainingData:
     """Open the data sets, fit the normalisation to the training cases and read their slices.
 
     Args:
         config: Without "auto", see ``TrainConfig.resolved``.
-        device: Where episodes end.
         preprocessing: Of a model to go on from: modality -> fields of ``Preprocessing``.
 
     Raises:
@@ -100,7 +95,6 @@ def read_training_data(
         "shots": config.shots,
         "ways": config.ways,
         "queries": config.queries,
-        "device": device,
     }
     find_regions = partial(
         all_supervoxels, folder=Path(config.output) / "supervoxels", progress=config.progress

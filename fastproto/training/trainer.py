@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +27,9 @@ from fastproto.nn import FewShotUNet
 from fastproto.segmentation.task import load_model
 from fastproto.training.checkpoint import load_metadata, load_state, save_state
 from fastproto.training.config import NETWORK, TrainConfig
+from fastproto.training.episodes import Episode
 from fastproto.training.log import RunLog
+from fastproto.training.prefetch import prefetch
 from fastproto.training.sources import TrainingData, read_training_data
 
 
@@ -73,10 +77,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         preprocessing = start.extra["preprocessing"]
         size = next(iter(preprocessing.values()))["image_size"]
         config = replace(config, **start.config, image_size=size)
-    data = read_training_data(config, device, preprocessing)
+    data = read_training_data(config, preprocessing)
     if config.progress:
         print(f"fastproto: {data.summary}; {_network(config)} on {device}", file=sys.stderr)
-        if saved is None and start is None and device.type == "cpu" and config != asked:
+        chosen = any(getattr(asked, name) == "auto" for name in NETWORK)
+        if saved is None and start is None and device.type == "cpu" and chosen:
             print(
                 "fastproto: a network and images small enough for a CPU were chosen; encoder, "
                 "output_stride and image_size choose others",
@@ -170,16 +175,22 @@ class _Run:
         self.validation_dice = math.nan
         self.saved_step = 0
         self.seconds = 0.0
+        self.began = 0.0
+        self.episodes: Iterator[Episode] = iter(())
 
     def go(self, step: int, seconds: float) -> None:
         """Train on from the state after ``step`` steps and ``seconds`` seconds."""
         config = self.config
         self.seconds = seconds
+        self.episodes = prefetch(
+            self.data.training, config.batch, range(step + 1, config.steps + 1), self.workers()
+        )
         if step == 0:
             self.checkpoint(0)
         else:
             self.save_model(step)  # the process may have died between the state and the model
         self.model.train()
+        self.began = time.perf_counter()
         with tqdm(
             initial=step,
             total=config.steps if config.minutes is None else None,
@@ -204,6 +215,12 @@ class _Run:
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
 
+    def workers(self) -> int:
+        """Processes that prepare episodes: on a GPU one for each core, up to 8; on a CPU none."""
+        if self.config.workers == "auto":
+            return min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0
+        return self.config.workers
+
     def finished(self, step: int) -> bool:
         """Whether steps or minutes are used up."""
         return self.progress(step) >= 1
@@ -217,13 +234,10 @@ class _Run:
 
     def step(self, step: int) -> float:
         """One optimiser step; returns the loss."""
-        began = time.perf_counter()
+        episode = next(self.episodes).to(self.device)
         rate = learning_rate(self.config, self.progress(step))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        size = self.config.batch
-        indices = range((step - 1) * size, step * size)
-        episode = self.data.training.batch(indices)
         with self.autocast():
             total, parts, _ = self.loss(self.model, episode)
         total.backward()
@@ -237,7 +251,8 @@ class _Run:
             self.stop(step, episode.description, record)
         self.optimizer.step()
         self.optimizer.zero_grad()  # here, so that gradients do not live beside the activations
-        seconds = time.perf_counter() - began
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
         self.seconds += seconds
         self.log.write(step, **record, learning_rate=rate, seconds=round(seconds, 4))
         return record["loss"]
@@ -263,7 +278,7 @@ class _Run:
         self.model.eval()
         scores = []
         for index in range(self.config.validation_episodes):
-            episode = source.episode(index)
+            episode = source.episode(index).to(self.device)
             with self.autocast():
                 logits = self.model(
                     episode.support_images,
@@ -273,6 +288,7 @@ class _Run:
                 )
             scores.append(episode_dice(logits, episode.query_masks))
         self.model.train()
+        self.began = time.perf_counter()  # validation is no training
         scores = [score for score in scores if not math.isnan(score)]
         self.validation_dice = sum(scores) / len(scores) if scores else math.nan
         self.log.write(step, validation_dice=self.validation_dice)

@@ -191,7 +191,7 @@ def test_setting_2_trains_for_each_group_and_drops_slices_with_any_of_it(
     assert measured["test-without-1"] == {"liver"}
     kept = {}
     for training in trainings:
-        found = read_training_data(training.resolved(gpu=False), "cpu")
+        found = read_training_data(training.resolved(gpu=False))
         kept[training.holdout[0]] = found.slices
     # The liver is in slices 1 to 6, the right kidney in 4 to 7, the left one in 5 to 8.
     assert kept == {"liver": {"a": [0, 7, 8, 9]}, "right kidney": {"a": [0, 1, 2, 3, 9]}}

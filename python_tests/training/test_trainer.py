@@ -312,7 +312,7 @@ def test_no_label_is_looked_at_without_their_share(phantom: Path, run: Path, tmp
     for label in (tmp_path / "data" / "labels").iterdir():
         label.write_bytes(b"nobody reads this")
     config = configure(tmp_path / "data", run, label_fraction=0.0, validation_cases=())
-    data = trainer.read_training_data(config, torch.device("cpu"))
+    data = trainer.read_training_data(config)
     assert data.validation is None
     assert all("supervoxel" in data.training.episode(i).description for i in range(10))
     assert data.extra["classes"] == {}
@@ -321,7 +321,7 @@ def test_no_label_is_looked_at_without_their_share(phantom: Path, run: Path, tmp
 def test_labels_have_their_share_of_the_episodes(phantom: Path, run: Path):
     for share in (0.3, 1.0):
         config = configure(phantom, run, label_fraction=share)
-        source = trainer.read_training_data(config, torch.device("cpu")).training
+        source = trainer.read_training_data(config).training
         drawn = [source.draw(episode_generator(0, i)).description for i in range(200)]
         found = sum("class " in text for text in drawn) / 200
         assert found == pytest.approx(share, abs=0.1)
@@ -336,7 +336,7 @@ def test_several_data_sets_of_both_modalities(phantom: Path, run: Path, tmp_path
     shutil.copy(phantom / "images" / "ct_001.nii.gz", plain / "one.nii.gz")
     folders = tuple(map(str, (phantom, bare, plain)))
     config = configure(phantom, run, data=folders, holdout_cases=("ct_001", "mr_000"))
-    data = trainer.read_training_data(config, torch.device("cpu"))
+    data = trainer.read_training_data(config)
     assert data.slices.keys() == {"ct_000", "mr_001", "mr_002", "one"}
     assert data.extra["preprocessing"].keys() == {"ct", "mr"}
     assert data.extra["preprocessing"]["ct"]["mean"] is not None
@@ -366,7 +366,7 @@ def test_unknown_classes_and_cases_are_named(
 ):
     config = configure(phantom, tmp_path, **changes)
     with pytest.raises(InputError, match=message):
-        trainer.read_training_data(config, torch.device("cpu"))
+        trainer.read_training_data(config)
 
 
 @pytest.fixture
@@ -434,11 +434,10 @@ def test_a_model_to_go_on_from_must_exist(phantom: Path, tmp_path: Path):
 
 
 def test_setting_two_drops_slices_with_held_out_classes(phantom: Path, tmp_path: Path):
-    device = torch.device("cpu")
     kept = {}
     for drop in (False, True):
         config = configure(phantom, tmp_path, drop_excluded_slices=drop)
-        kept[drop] = trainer.read_training_data(config, device).slices
+        kept[drop] = trainer.read_training_data(config).slices
     assert kept[True].keys() == kept[False].keys()
     for case, slices in kept[True].items():
         assert set(slices) < set(kept[False][case])
@@ -446,9 +445,7 @@ def test_setting_two_drops_slices_with_held_out_classes(phantom: Path, tmp_path:
 
 def test_validation_is_the_same_for_every_seed(phantom: Path, tmp_path: Path):
     first, second = (
-        trainer.read_training_data(
-            configure(phantom, tmp_path, seed=seed), torch.device("cpu")
-        ).validation
+        trainer.read_training_data(configure(phantom, tmp_path, seed=seed)).validation
         for seed in (0, 1)
     )
     assert first is not None
@@ -497,7 +494,7 @@ def test_episodes_of_real_scans(
         data, tmp_path, holdout=holdout, image_size=128, holdout_cases=tuple(cases[5:]),
         validation_cases=tuple(cases[3:5]), validation_episodes=1,
     )  # fmt: skip
-    read = trainer.read_training_data(config, torch.device("cpu"))
+    read = trainer.read_training_data(config)
     assert read.slices.keys() == set(cases[:3])
     assert read.validation is not None
     for episode in (read.training.batch(range(8)), read.validation.batch(range(8))):

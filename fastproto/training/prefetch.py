@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The episodes of the next steps, prepared by other processes while a GPU works on this one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastproto.training.episodes import Episode, EpisodeSource
+
+_AHEAD = 3  # batches that each process keeps ready
+
+
+def prefetch(
+    source: EpisodeSource, size: int, steps: Sequence[int], workers: int
+) -> Iterator[Episode]:
+    """The batches of some steps in their order: step n has the episodes (n - 1) size to n size - 1.
+
+    Args:
+        source: Of the episodes; an episode is the same whichever process draws it.
+        size: Episodes in a step.
+        steps: Numbers of the steps, from 1.
+        workers: Processes, forked, so that the scans are in memory once; 0 for none, and every
+            batch is made when its turn comes.
+    """
+    batches = _Batches(source, size)
+    if workers == 0:
+        yield from map(batches.__getitem__, steps)
+        return
+    yield from DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=_AHEAD,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork",
+    )
+
+
+class _Batches(Dataset[Episode]):
+    def __init__(self, source: EpisodeSource, size: int):
+        self.source = source
+        self.size = size
+
+    def __getitem__(self, step: int) -> Episode:
+        return self.source.batch(range((step - 1) * self.size, step * self.size))

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Episodes prepared by other processes are the same episodes, in the same order."""
+
+from __future__ import annotations
+
+import torch
+
+from fastproto.training.episodes import SupervoxelEpisodes
+from fastproto.training.prefetch import prefetch
+from fastproto.training.slices import CaseSlices, SliceStore
+
+
+def source() -> SupervoxelEpisodes:
+    """One scan of two blocks."""
+    regions = torch.zeros(6, 32, 32, dtype=torch.int32)
+    regions[:, 4:16, 4:16] = 1
+    regions[:, 18:30, 18:30] = 2
+    images = torch.rand(6, 32, 32, generator=torch.Generator().manual_seed(1)).half() + regions
+    case = CaseSlices("a", list(range(6)), images, None, (2.0, 1.0, 1.0), regions, parents)
+    return SupervoxelEpisodes(SliceStore([case]), seed=3, size=16)
+
+
+parents = torch.arange(3)[None].numpy()
+
+
+def test_processes_give_what_the_main_process_gives():
+    steps = range(3, 9)
+    alone = list(prefetch(source(), 2, steps, 0))
+    helped = list(prefetch(source(), 2, steps, 2))
+    assert len(alone) == len(helped) == len(steps)
+    for one, other in zip(alone, helped, strict=True):
+        assert one.description == other.description
+        for name in ("support_images", "support_masks", "query_images", "query_masks"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+    assert alone[0].description.startswith("episode 4:")
+
+
+def test_nothing_is_prepared_before_it_is_asked_for():
+    made = []
+    episodes = source()
+    original = episodes.draw
+    episodes.draw = lambda generator: made.append(1) or original(generator)  # type: ignore[method-assign]
+    batches = prefetch(episodes, 2, range(1, 100), 0)
+    assert made == []
+    next(batches)
+    assert len(made) == 2
