@@ -5,19 +5,15 @@ Scans: `ixi_brain_mr`, `openkbp_hn_ct`, `openkbp_hn_ct_more`, `msd_hippocampus_m
 `totalseg_examples`; not CHAOS, whose licence does not allow it. The patients of the README's table
 are left out: IXI034, IXI039, pt_99, pt_83 and the last ten hippocampus cases by name, with the
 eleventh, which may be the other side of one of them. Each data set is drawn from as often as any
-other. Two stages: images of 96 pixels at a constant rate, which are cheap, then 128 with the
-schedule's fall. Resumable.
+other. Resumable.
 
-    python scripts/train_base.py --data SCANS --run RUN --minutes 30 34
+    python scripts/train_base.py --data SCANS --run RUN --minutes 8 --batch 24
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from fastproto.data import open_dataset
 from fastproto.segmentation import load_model
@@ -31,15 +27,14 @@ TARGET = Path(__file__).resolve().parent.parent / "fastproto" / "models" / "base
 
 
 def main() -> None:
-    """Train, or go on with a run, then export."""
+    """Train, or go on with a run, and export."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the sets named above")
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, nargs=2, required=True, help="of each stage")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--batch", type=int, default=TrainConfig.batch, help="episodes in a step")
     parser.add_argument("--export", type=Path, default=TARGET)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     folders = [args.data / name for name in SETS]
     for name in SINGLE:  # plain folders of one scan each: the set mixes CT and MR
         folder = args.run / "scans" / name
@@ -49,36 +44,20 @@ def main() -> None:
             link.symlink_to((args.data / "totalseg_examples" / link.name).resolve())
         folders.append(folder)
     hippocampi = sorted(case.id for case in open_dataset(folders[3]).cases)[-HIPPOCAMPI:]
-    first, second, middle = (args.run / name for name in ("96", "128", "middle.safetensors"))
     config = TrainConfig(
         data=tuple(map(str, folders)),
-        output=str(first),
+        output=str(args.run),
         holdout_cases=(*TEST_PATIENTS, *hippocampi),
         label_fraction=0.0,
         encoder="resnet18",
         output_stride=8,
-        image_size=96,
+        image_size=128,
+        batch=args.batch,
         steps=1_000_000,
-        minutes=args.minutes[0],
-        final_learning_rate=1.0,
-        checkpoint_every=50,
+        minutes=args.minutes,
     )
-    if not middle.exists():
-        train(config, resume=(first / "state.safetensors").exists())
-        model = load_model(first)
-        for fields in model.extra["preprocessing"].values():
-            fields["image_size"] = 128
-        model.save(middle, model.extra)
-    config = replace(
-        config,
-        output=str(second),
-        start=str(middle),
-        minutes=args.minutes[1],
-        final_learning_rate=TrainConfig.final_learning_rate,
-        warmup_fraction=0.005,
-    )
-    train(config, resume=(second / "state.safetensors").exists())
-    export(second, args.export)
+    train(config, resume=(args.run / "state.safetensors").exists())
+    export(args.run, args.export)
 
 
 def export(run: Path, target: Path) -> None:
