@@ -2,8 +2,9 @@
 """What the kernels of the compiled CUDA library need, read from its machine code; no GPU involved.
 
 Registers, stack and local memory are those of the binary, by ``cuobjdump``; matrix and tensor
-memory instructions are counted in its disassembly. What a kernel may need stands in the ``Traits``
-it is compiled with (csrc/cuda): a small program, compiled here, prints those.
+memory instructions are counted in its disassembly, and minima with a predicate, which no kernel may
+have. What a kernel may need stands in the ``Traits`` it is compiled with (csrc/cuda): a small
+program, compiled here, prints those.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ from fastproto.backends.chips import SHARED_MEMORY
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTMALDG")
 REGISTERS = 65536
 """Of a multiprocessor, and so of a block."""
+CLAMPED = "VIMNMX with a predicate"
+"""An integer minimum or maximum that also says which of its operands it was. ptxas 13.0 makes it of
+comparisons with a clamped value, and for sm_90 branches on it wrongly (csrc/cuda/sm80/tiles.cuh).
+Outputs follow the destination; the last operand chooses minimum or maximum and is none."""
+_CLAMPED = re.compile(r"\bU?VI\w*MNMX[\w.]*\s+U?R\w+,\s*(?:!?U?PT,\s*)*U?P\d,")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Kernel:
         registers: Of a thread.
         stack: Bytes of a thread.
         local: Bytes of local memory of a thread: spilled registers, arrays with computed indices.
-        instructions: How many of each of :data:`INSTRUCTIONS`.
+        instructions: How many of each of :data:`INSTRUCTIONS`, and :data:`CLAMPED`.
     """
 
     symbol: str
@@ -202,6 +208,8 @@ def complaints(kernel: Kernel, budget: Budget | None) -> list[str]:
     found = []
     if kernel.stack or kernel.local:
         found.append(f"{kernel.stack} bytes of stack, {kernel.local} of local memory; allowed: 0")
+    if kernel.instructions[CLAMPED]:
+        found.append(f"{kernel.instructions[CLAMPED]} {CLAMPED}; allowed: 0")
     wanted = wanted_instruction(kernel)
     if wanted is not None and not kernel.instructions[wanted]:
         found.append(f"no {wanted}; allowed: some")
@@ -225,8 +233,8 @@ def assemble(library: Path, chip: str) -> tuple[list[str], dict[str, int]]:
     """Assembles the PTX in ``library`` for another chip.
 
     Returns:
-        What the assembler objects to, spills and local memory included; and the registers of a
-        thread by the kernel's symbol.
+        What the assembler objects to, spills and local memory included, and :data:`CLAMPED`; and
+        the registers of a thread by the kernel's symbol.
     """
     assembler = ptxas()
     assert assembler is not None
@@ -243,8 +251,10 @@ def assemble(library: Path, chip: str) -> tuple[list[str], dict[str, int]]:
             command = [str(assembler), *options, str(file), "-o", str(output)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             wrong = re.findall(r"^ptxas (?!info).*$", result.stderr, flags=re.MULTILINE)
-            if result.returncode != 0 and not wrong:
-                wrong = [f"exit code {result.returncode}"]
+            if result.returncode != 0:
+                wrong = wrong or [f"exit code {result.returncode}"]
+            elif clamped := sum(counts[CLAMPED] for counts in _count_instructions(output).values()):
+                wrong.append(f"{clamped} {CLAMPED}")
             return "; ".join(wrong), result.stderr
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -265,16 +275,19 @@ def ptx_architectures(library: Path) -> set[str]:
 
 def _count_instructions(file: Path) -> dict[str, dict[str, int]]:
     """By symbol."""
+    names = (*INSTRUCTIONS, CLAMPED)
     found: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     # Without data flow (-ndf), which takes most of the time.
     for line in _output([_tool("nvdisasm"), "-c", "-ndf", file]).splitlines():
         if line.startswith(".text."):
-            counts = found[line[6:-1]] = dict.fromkeys(INSTRUCTIONS, 0)
+            counts = found[line[6:-1]] = dict.fromkeys(names, 0)
         elif "MMA" in line or "UTMA" in line:
             match = re.search(rf"\b({'|'.join(INSTRUCTIONS)})\b", line)
             if match is not None:
                 counts[match[1]] += 1
+        elif _CLAMPED.search(line):
+            counts[CLAMPED] += 1
     return found
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine code of the installed CUDA library: no spills, within budget, on tensor cores.
+"""The machine code of the installed CUDA library: no spills, within budget, on tensor cores; no
+decision about a clamped value.
 
 Nothing is compiled but a small program that prints the budgets; the PTX for newer GPUs is
 assembled for one of them.
@@ -14,7 +15,7 @@ import pytest
 import fastproto
 from fastproto import _library
 from fastproto.testing import cuda_resources
-from fastproto.testing.cuda_resources import Budget, Kernel
+from fastproto.testing.cuda_resources import CLAMPED, Budget, Kernel
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 LIBRARY = Path(fastproto.__file__).parent / "lib" / "libfastproto_cuda.so"
@@ -52,6 +53,12 @@ def test_architectures(kernels: list[Kernel]) -> None:
     assert cuda_resources.ptx_architectures(LIBRARY) == {lowest}
 
 
+def test_no_decision_rests_on_a_clamped_value(kernels: list[Kernel]) -> None:
+    """The predicate of such a minimum was wrong on Hopper: pieces were stored out of bounds."""
+    counts = {f"{kernel.label} {kernel.chip}": kernel.instructions[CLAMPED] for kernel in kernels}
+    assert {label: count for label, count in counts.items() if count} == {}
+
+
 def test_every_kernel_keeps_its_budget(kernels: list[Kernel], budgets: dict[str, Budget]) -> None:
     bad = [
         f"{kernel.label} {kernel.chip}: {complaint}"
@@ -80,7 +87,7 @@ def kernel(**changes: object) -> Kernel:
         "registers": 168,
         "stack": 0,
         "local": 0,
-        "instructions": {"HMMA": 0, "HGMMA": 40, "UTMALDG": 4},
+        "instructions": {"HMMA": 0, "HGMMA": 40, "UTMALDG": 4, CLAMPED: 0},
     }
     return Kernel(**(fields | changes))  # type: ignore[arg-type]
 
@@ -89,7 +96,8 @@ def test_what_is_wrong_is_said() -> None:
     """The check would notice."""
     budget = Budget(384, 168, 200 * 1024)
     assert not cuda_resources.complaints(kernel(), budget)
-    without = {"HMMA": 3, "HGMMA": 0, "UTMALDG": 0}
+    without = {"HMMA": 3, "HGMMA": 0, "UTMALDG": 0, CLAMPED: 0}
+    clamped = {"HMMA": 0, "HGMMA": 40, "UTMALDG": 4, CLAMPED: 2}
     for wrong, allowed, words in (
         (kernel(stack=8), budget, "8 bytes of stack"),
         (kernel(local=16), budget, "16 of local memory"),
@@ -98,12 +106,31 @@ def test_what_is_wrong_is_said() -> None:
         (kernel(), Budget(384, 168, 230 * 1024), "bytes of shared memory"),
         (kernel(chip="sm_80"), budget, "bytes of shared memory"),
         (kernel(instructions=without), budget, "no HGMMA"),
+        (kernel(instructions=clamped), budget, "2 VIMNMX with a predicate"),
         (kernel(), None, "no budget"),
     ):
         (complaint,) = cuda_resources.complaints(wrong, allowed)
         assert words in complaint
     latency = kernel(name="sm90::forward_latency_kernel", instructions=without)
     assert not cuda_resources.complaints(latency, budget)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("@!P0 VIMNMX.RELU R10, P1, P1, R8, 0x8, PT ;", True),
+        ("VIMNMX R10, PT, P0, R8, R9, !PT ;", True),
+        ("UVIMNMX.U32 UR4, UP1, UPT, UR8, 0x8, UPT ;", True),
+        ("@P1 VIMNMX.RELU R10, PT, PT, R8, 0x8, PT ;", False),
+        ("@P1 VIMNMX.RELU R10, R8.reuse, 0x8, PT ;", False),
+        ("VIMNMX R10, R8, R9, !P1 ;", False),
+        ("VIADDMNMX R10, R8, -R9, 0x40, PT ;", False),
+        ("ISETP.GE.AND P1, PT, R8, 0x8, PT ;", False),
+    ],
+)
+def test_a_minimum_with_a_predicate_is_seen(text: str, found: bool) -> None:
+    """Of its operands, the one that chooses minimum or maximum is no result."""
+    assert bool(cuda_resources._CLAMPED.search(text)) == found
 
 
 def test_names() -> None:

@@ -54,21 +54,17 @@ struct BackwardProtosTraits {
 };
 
 // The bag that owns tile `tile` of the prototypes; `bags` for the rows of no bag. The same in every
-// thread. Offsets are clamped, so that whatever they are leads to no row before the first.
+// thread. No bag whose number is above the tile's, though its offset may make no sense.
 template <int kRows>
 FP_DEVICE int find_bag(const int32_t* offsets, int tile, int bags) {
-  int owners = 0;
-  for (int first = 0; first <= bags; first += 32) {
-    const int bag = first + lane_index();
-    bool owns = false;
-    if (bag <= bags) {
-      const int offset = offsets[bag] < 0 ? 0 : offsets[bag];
-      owns = offset / kRows + bag <= tile;
-    }
+  int bag = 0;
+  for (int first = 1; first <= bags; first += 32) {
+    const int other = first + lane_index();
+    const bool owns = other <= bags && other <= tile && offsets[other] / kRows + other <= tile;
     const uint32_t found = ballot(owns);
-    for (int bit = 0; bit < 32; ++bit) owners += found >> bit & 1;
+    for (int bit = 0; bit < 32; ++bit) bag += found >> bit & 1;
   }
-  return owners > 0 ? owners - 1 : 0;
+  return bag;
 }
 
 template <class Traits>
@@ -86,24 +82,27 @@ FP_KERNEL backward_protos_kernel(FP_GRID_CONSTANT BackwardParams p) {
   const int bags = problem.episodes * problem.ways;
   const int bag = find_bag<kRows>(p.offsets, tile, bags);
   const bool is_bag = bag < bags;
-  int first_row = p.offsets[bag], end = is_bag ? p.offsets[bag + 1] : problem.total;
-  first_row = first_row < 0 ? 0 : first_row;
-  end = end > problem.total ? problem.total : end;
-  const float scale = exponent_scale(problem, is_bag ? end - first_row : 0);
-  first_row += (tile - first_row / kRows - bag) * kRows;
-  if (first_row < 0 || first_row >= end) return;
-  const int left = end - first_row;
+  const int begin = p.offsets[bag], end = is_bag ? p.offsets[bag + 1] : problem.total;
+  // The tile's number less those before begin's: in this order it cannot overflow.
+  const int first_row = begin % kRows + (tile - bag) * kRows;
+  if (first_row >= end) return;  // more than the bag needs
   T* const to = static_cast<T*>(p.grad_protos) + int64_t(first_row) * problem.dim;
-  const Matrix<T> proto_matrix{static_cast<const T*>(p.protos) + int64_t(first_row) * problem.dim,
-                               problem.dim, 1, left, problem.dim};
   const int first_channel = slice * Traits::kSliceDim;
-  if (!is_bag) {  // rows of no bag: they may hold anything, their gradient is zero
+  // Rows of no bag may hold anything, their gradient is zero; offsets that make no sense give NaN.
+  if (!is_bag || begin < 0 || end > problem.total) {
+    const T fill = from_float<T>(is_bag ? not_a_number() : 0);
     for (int index = thread_index(); index < kRows * Traits::kSliceDim; index += kThreads) {
       const int row = index / Traits::kSliceDim, d = first_channel + index % Traits::kSliceDim;
-      if (row < left && d < problem.dim) to[int64_t(row) * problem.dim + d] = from_float<T>(0);
+      const int at = first_row + row;
+      if (at >= 0 && at < end && at < problem.total && d < problem.dim)
+        to[int64_t(row) * problem.dim + d] = fill;
     }
     return;
   }
+  const int left = end - first_row;
+  const float scale = exponent_scale(problem, end - begin);
+  const Matrix<T> proto_matrix{static_cast<const T*>(p.protos) + int64_t(first_row) * problem.dim,
+                               problem.dim, 1, left, problem.dim};
   const int episode = bag / problem.ways, way = bag % problem.ways;
 
   // ---- Shared memory.

@@ -29,6 +29,7 @@ FP_HOST_DEVICE int swizzled(int row, int byte) {
 // A matrix in global memory.
 template <class T>
 struct Matrix {
+  static constexpr int kPerPiece = 16 / int(sizeof(T));
   const T* data;
   int64_t row_stride;
   int64_t column_stride;
@@ -39,27 +40,37 @@ struct Matrix {
     return column_stride == 1 &&
            (uint64_t(data) | uint64_t(row_stride * int64_t(sizeof(T)))) % 16 == 0;
   }
+  // What is inside is asked of row and column and their ends alone, in all of csrc/cuda: of a count
+  // that is clamped first, as min(max(x, 0), 8) == 8, ptxas 13.0 makes a branch on the predicate of
+  // VIMNMX.RELU for sm_90, which is taken for x = 0 (python_tests/cuda/test_resources.py).
+  FP_DEVICE bool contains(int row, int column) const { return row < rows && column < columns; }
+  FP_DEVICE bool contains_piece(int row, int column) const {
+    return row < rows && column + kPerPiece <= columns;
+  }
 };
 
 // Starts loading [kRows][kColumns]; ends at the next copy_async_wait and barrier.
 template <class T, int kRows, int kColumns>
 FP_DEVICE void load_rows(uint8_t* tile, const Matrix<T>& from) {
-  constexpr int kPerPiece = 16 / int(sizeof(T));
-  constexpr int kPieces = kColumns / kPerPiece;
+  constexpr int kPerPiece = Matrix<T>::kPerPiece, kPieces = kColumns / kPerPiece;
   const bool pieces = from.has_pieces();
   FP_NO_UNROLL
   for (int i = thread_index(); i < kRows * kPieces; i += kThreads) {
     const int row = i / kPieces, column = i % kPieces * kPerPiece;
-    int valid = row < from.rows ? from.columns - column : 0;
-    valid = valid < 0 ? 0 : valid > kPerPiece ? kPerPiece : valid;
     uint8_t* to = tile + swizzled<kColumns* int(sizeof(T))>(row, column * int(sizeof(T)));
     const T* source = from.data + row * from.row_stride + column * from.column_stride;
     if (pieces) {
-      copy_async_16(to, valid > 0 ? source : from.data, valid * int(sizeof(T)));
+      const bool inside = from.contains(row, column);
+      const int bytes = (from.columns - column) * int(sizeof(T));
+      copy_async_16(to, inside ? source : from.data,
+                    from.contains_piece(row, column) ? 16
+                    : inside                         ? bytes
+                                                     : 0);
     } else {
       FP_UNROLL
       for (int k = 0; k < kPerPiece; ++k)
-        reinterpret_cast<T*>(to)[k] = k < valid ? source[k * from.column_stride] : T{};
+        reinterpret_cast<T*>(to)[k] =
+            from.contains(row, column + k) ? source[k * from.column_stride] : T{};
     }
   }
 }
@@ -69,22 +80,21 @@ FP_DEVICE void load_rows(uint8_t* tile, const Matrix<T>& from) {
 template <class T, int kColumns>
 FP_DEVICE void store_rows(const Matrix<T>& to, const uint8_t* tile, int first_row, int rows,
                           int first_column, int columns) {
-  constexpr int kPerPiece = 16 / int(sizeof(T));
+  constexpr int kPerPiece = Matrix<T>::kPerPiece;
   const int pieces = columns / kPerPiece;
   const bool whole = to.has_pieces();
   FP_NO_UNROLL
   for (int i = thread_index(); i < rows * pieces; i += kThreads) {
     const int row = first_row + i / pieces, column = first_column + i % pieces * kPerPiece;
-    int valid = row < to.rows ? to.columns - column : 0;
-    valid = valid < 0 ? 0 : valid > kPerPiece ? kPerPiece : valid;
     const uint8_t* from = tile + swizzled<kColumns* int(sizeof(T))>(row, column * int(sizeof(T)));
     T* target = const_cast<T*>(to.data) + row * to.row_stride + column * to.column_stride;
-    if (whole && valid == kPerPiece) {
+    if (whole && to.contains_piece(row, column)) {
       *reinterpret_cast<Vector16*>(target) = *reinterpret_cast<const Vector16*>(from);
     } else {
       FP_UNROLL
       for (int k = 0; k < kPerPiece; ++k)
-        if (k < valid) target[k * to.column_stride] = reinterpret_cast<const T*>(from)[k];
+        if (to.contains(row, column + k))
+          target[k * to.column_stride] = reinterpret_cast<const T*>(from)[k];
     }
   }
 }
@@ -92,18 +102,13 @@ FP_DEVICE void store_rows(const Matrix<T>& to, const uint8_t* tile, int first_ro
 // 16 bytes' worth of numbers of a row, as floats; zeros outside the matrix.
 template <class T>
 struct Piece {
-  static constexpr int kCount = 16 / int(sizeof(T));
+  static constexpr int kCount = Matrix<T>::kPerPiece;
   float x[kCount];
 
-  static FP_DEVICE int valid(const Matrix<T>& m, int row, int column) {
-    const int left = row < m.rows ? m.columns - column : 0;
-    return left < 0 ? 0 : left > kCount ? kCount : left;
-  }
   static FP_DEVICE Piece load(const Matrix<T>& m, bool pieces, int row, int column) {
-    const int count = valid(m, row, column);
     const T* from = m.data + row * m.row_stride + column * m.column_stride;
     Piece piece;
-    if (pieces && count == kCount) {
+    if (pieces && m.contains_piece(row, column)) {
       const Vector16 v = load_global_16(from);
       FP_UNROLL
       for (int k = 0; k < 4; ++k) {
@@ -115,7 +120,7 @@ struct Piece {
     } else {
       FP_UNROLL
       for (int k = 0; k < kCount; ++k)
-        piece.x[k] = k < count ? to_float(from[k * m.column_stride]) : 0;
+        piece.x[k] = m.contains(row, column + k) ? to_float(from[k * m.column_stride]) : 0;
     }
     return piece;
   }
@@ -131,14 +136,13 @@ struct Piece {
     return v;
   }
   FP_DEVICE void store(const Matrix<T>& m, bool pieces, int row, int column) const {
-    const int count = valid(m, row, column);
     T* to = const_cast<T*>(m.data) + row * m.row_stride + column * m.column_stride;
-    if (pieces && count == kCount) {
+    if (pieces && m.contains_piece(row, column)) {
       *reinterpret_cast<Vector16*>(to) = rounded();
     } else {
       FP_UNROLL
       for (int k = 0; k < kCount; ++k)
-        if (k < count) to[k * m.column_stride] = from_float<T>(x[k]);
+        if (m.contains(row, column + k)) to[k * m.column_stride] = from_float<T>(x[k]);
     }
   }
 };

@@ -102,19 +102,16 @@ struct ProtoTile {
   // A whole warp.
   FP_DEVICE ProtoTile(const Problem& s, const int32_t* offsets, int tile) {
     const int bags = s.episodes * s.ways;
-    float owners = 0;
-    for (int bag = lane_index(); bag <= bags; bag += 32) {
-      // No offset, whatever it is, leads to a row before the first.
-      const int row = offsets[bag] > 0 ? offsets[bag] : 0;
-      owners += row / kBackwardProtosRows + bag <= tile ? 1.f : 0.f;
-    }
+    float others = 0;  // that begin here or before
+    for (int bag = 1 + lane_index(); bag <= bags; bag += 32)
+      // Twice, as an offset that makes no sense may be negative.
+      others += bag <= tile && offsets[bag] / kBackwardProtosRows + bag <= tile ? 1.f : 0.f;
     FP_UNROLL
-    for (int mask = 1; mask < 32; mask *= 2) owners += shuffle_xor(owners, mask);
-    const int bag = int(owners) > 0 ? int(owners) - 1 : 0;
+    for (int mask = 1; mask < 32; mask *= 2) others += shuffle_xor(others, mask);
+    const int bag = int(others);
     is_bag = bag < bags;
-    begin = offsets[bag] > 0 ? offsets[bag] : 0;
+    begin = offsets[bag];
     end = is_bag ? offsets[bag + 1] : s.total;
-    end = end < s.total ? end : s.total;
     // The tile's number less those before begin's: in this order it cannot overflow.
     first = begin % kBackwardProtosRows + (tile - bag) * kBackwardProtosRows;
     episode = bag / s.ways;
@@ -414,12 +411,16 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
   const BackwardProtosShared<Traits> shared(shared_memory());
   const ProtoTile at(s, p.offsets, block_index());
   if (at.first >= at.end) return;  // more than the bag needs
-  if (!at.is_bag) {
-    const int rows = at.end - at.first < kBox ? at.end - at.first : kBox;
-    Vector16* to = reinterpret_cast<Vector16*>(static_cast<typename Traits::T*>(p.grad_protos) +
-                                               int64_t(at.first) * s.dim);
-    for (int i = thread_index(); i < rows * s.dim / 8; i += Traits::kThreads)
-      to[i] = {{0, 0, 0, 0}};
+  // Rows of no bag may hold anything, their gradient is zero; offsets that make no sense give NaN.
+  if (!at.is_bag || at.begin < 0 || at.end > s.total) {
+    using T = typename Traits::T;
+    const uint32_t fill = at.is_bag ? pack<T>(not_a_number(), not_a_number()) : 0;
+    Vector16* to =
+        reinterpret_cast<Vector16*>(static_cast<T*>(p.grad_protos) + int64_t(at.first) * s.dim);
+    for (int i = thread_index(); i < kBox * s.dim / 8; i += Traits::kThreads) {
+      const int row = at.first + i / (s.dim / 8);
+      if (row >= 0 && row < at.end && row < s.total) to[i] = {{fill, fill, fill, fill}};
+    }
     return;
   }
   if (thread_index() == 0) {
