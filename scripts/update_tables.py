@@ -118,6 +118,29 @@ def title_of(record: dict[str, Any]) -> str:
     return f"{record['data']}: {how}; {len(tests)} unseen patients, annotated: {one}"
 
 
+def ablation(results: Path) -> str:
+    """Dice of the network alone, without adaptation, after each change of the training recipe."""
+    blocks = []
+    for record in newest(results, "ablation"):
+        for data in dict.fromkeys(row["data"] for row in record["rows"]):
+            tests = record["tests"][data]
+            rows: dict[str, list[str]] = {}
+            for row in record["rows"]:
+                if row["data"] == data:
+                    cells = rows.setdefault(row["name"], [row["name"], *["-"] * 6])
+                    first = 4 if row["timed"] else 1
+                    found = [str(row["steps"]), cell(row["ep1"]), cell(row["whole"])]
+                    cells[first : first + 3] = found
+            timed = f"in {record['minutes'] * 60:.0f} s: steps"
+            columns = [tests["data"], "steps", "EP1", "whole", timed, "EP1", "whole"]
+            title = (
+                f"{tests['data']}: trained without {len(tests['test_cases'])} patients, who test it"
+            )
+            blocks.append(table(title, columns, rows.values()))
+        blocks.append(provenance(record))
+    return "\n\n".join(blocks) or NO_RECORD
+
+
 def memory(results: Path) -> str:
     """Peak resident memory, and the size of both networks."""
     blocks = []
@@ -361,6 +384,7 @@ def gpu_goals(results: Path) -> str:
 Table = Callable[[Path], str]
 PAGES: dict[str, dict[str, Table]] = {
     "README.md": {"results": crossval, "memory": memory},
+    "docs/training.md": {"ablation": ablation},
     "docs/performance.md": {
         "ceilings": ceilings,
         "float32": functools.partial(speed, dtype="float32", all_threads=True),

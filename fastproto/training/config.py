@@ -26,7 +26,13 @@ _AT_LEAST_ONE = (
 _FROM_ZERO = ("seed", "validation_episodes")
 _NOT_NEGATIVE = ("weight_decay", "ce", "align", "cycle", "final_learning_rate", "gap")
 _ABOVE_ZERO = ("learning_rate", "clip_norm", "temperature", "background_weight")
-_FRACTION = ("label_fraction", "absent_fraction", "mask_threshold", "warmup_fraction")
+_FRACTION = (
+    "label_fraction",
+    "absent_fraction",
+    "same_slice_fraction",
+    "mask_threshold",
+    "warmup_fraction",
+)
 _SWITCHES = (
     *("drop_excluded_slices", "augment", "crop", "append_global", "progress", "tensorboard"),
     "all_planes",
@@ -75,6 +81,8 @@ class TrainConfig:
             classes instead of supervoxels, 0 to 1; 0 never looks at a label.
         absent_fraction: Share of the supervoxel episodes whose query comes from anywhere in the
             scan, mostly without the class.
+        same_slice_fraction: Share of the other supervoxel episodes whose query is the support
+            slice, under random changes of its own.
         gap: Largest distance of support and query of a supervoxel in mm; two slices are allowed
             at any distance.
         all_planes: Draw slices of the other two planes too, from scans whose voxels allow it.
@@ -136,6 +144,7 @@ class TrainConfig:
     validation_cases: tuple[str, ...] = ()
     label_fraction: float = 0.5
     absent_fraction: float = 0.25
+    same_slice_fraction: float = 0.5
     gap: float = 10.0
     all_planes: bool = True
     ways: int = 1

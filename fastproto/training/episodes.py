@@ -33,7 +33,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_ATTEMPTS = 100  # slices looked at for supervoxels before giving up
+_ATTEMPTS = 1000  # slices looked at for supervoxels before giving up
 _LARGE = 0.3  # share of a supervoxel's largest cross-section that a slice must show
 _COMPACT = 0.7  # see _compactness; 0.9 for a square of 10 pixels
 _WIDTHS = (2.0, 8.0)  # sides of the field of view in diameters of the foreground
@@ -303,20 +303,22 @@ class SupervoxelEpisodes(EpisodeSource):
     A scan, one of its planes, a scale and a supervoxel are drawn, each uniformly; then a support
     slice in which the supervoxel is large and, as organs are, no cloud of pixels; and a query slice
     at most two slices or 10 mm away. In a share of the episodes the query is any slice of the scan
-    instead, mostly one without the supervoxel. The field of view is two to eight times as wide as
-    the supervoxel, so that pieces of every size are seen at every scale. With more ways, the other
-    supervoxels are large in the same support slice.
+    instead, mostly one without the supervoxel, and in a share of the others the support slice
+    itself, which its own random changes make another. The field of view is two to eight times as
+    wide as the supervoxel, so that pieces of every size are seen at every scale. With more ways,
+    the other supervoxels are large in the same support slice.
 
     Args:
         store: Slices with ``regions``; labels are not looked at.
         seed: See ``EpisodeSource``.
         absent: Share of the episodes whose query is drawn from the whole scan, 0 to 1.
+        same_slice: Share of the others whose query is the support slice, 0 to 1.
         planes: Draw coronal and sagittal slices too, where the voxels allow it.
         gap: Largest distance of support and query in mm; at least two slices are allowed.
         shots: See ``EpisodeSource``, as the remaining options.
 
     Raises:
-        DatasetError: From ``draw``: no supervoxels enough in 100 attempts.
+        DatasetError: From ``draw``: no supervoxels enough in 1000 attempts.
     """
 
     def __init__(
@@ -325,6 +327,7 @@ class SupervoxelEpisodes(EpisodeSource):
         seed: int,
         *,
         absent: float = 0.25,
+        same_slice: float = 0.5,
         planes: bool = True,
         gap: float = 10.0,
         **options: Any,
@@ -332,6 +335,7 @@ class SupervoxelEpisodes(EpisodeSource):
         super().__init__(seed, **options)
         self.store = store
         self.absent = absent
+        self.same_slice = same_slice
         self.gap = gap
         # Planes of a case are drawn together, so that a case with three is not drawn more often.
         self._cases = [list(case.planes()) if planes else [case] for case in store.cases]
@@ -376,10 +380,13 @@ class SupervoxelEpisodes(EpisodeSource):
             support.append(choice(near or seen, generator))
         query = []
         for _ in range(self.queries):
-            if float(torch.rand(1, generator=generator)) < self.absent:
+            absent, same = torch.rand(2, generator=generator).tolist()
+            if absent < self.absent:
                 query.append(int(torch.randint(len(case), (1,), generator=generator)))
+            elif same < self.same_slice or not near:
+                query.append(position)
             else:
-                query.append(choice(near or [position], generator))
+                query.append(choice(near, generator))
 
         labels = [_renumber(case.region(scale, p), chosen) for p in (*support, *query)]
         centre, side = field_of_view(case, labels[0], generator)

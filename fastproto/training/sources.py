@@ -134,6 +134,7 @@ def read_training_data(
                 store,
                 config.seed,
                 absent=config.absent_fraction,
+                same_slice=config.same_slice_fraction,
                 planes=config.all_planes and config.plane == "axial",
                 gap=config.gap,
                 augmentation=augmentation,

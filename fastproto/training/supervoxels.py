@@ -218,7 +218,7 @@ def all_supervoxels(
         return cached_supervoxels(image, spacing, folder)
 
     found: dict[str, Supervoxels] = {}
-    pool = concurrent.futures.ThreadPoolExecutor(workers or min(_cores(), _WORKERS))
+    pool = concurrent.futures.ThreadPoolExecutor(workers or min(cores(), _WORKERS))
     try:
         cases = {pool.submit(compute, *volume): case for case, volume in volumes.items()}
         done = concurrent.futures.as_completed(cases)
@@ -247,7 +247,8 @@ def _native() -> Any:
     return _C
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from fastproto.training.episodes import Episode
 from fastproto.training.log import RunLog
 from fastproto.training.prefetch import prefetch
 from fastproto.training.sources import TrainingData, read_training_data
+from fastproto.training.supervoxels import cores
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -218,7 +218,7 @@ class _Run:
     def workers(self) -> int:
         """Processes that prepare episodes: on a GPU one for each core, up to 8; on a CPU none."""
         if self.config.workers == "auto":
-            return min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0
+            return min(8, cores()) if self.device.type == "cuda" else 0
         return self.config.workers
 
     def finished(self, step: int) -> bool:

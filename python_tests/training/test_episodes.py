@@ -35,6 +35,7 @@ def labels_source(store: SliceStore, classes: list[int], seed: int = 0, **option
 
 
 def pieces_source(case: CaseSlices, seed: int = 0, **options) -> SupervoxelEpisodes:
+    options = {"same_slice": 0, **options}
     return SupervoxelEpisodes(SliceStore([case]), seed, size=SIZE, **options)
 
 
@@ -337,6 +338,12 @@ class TestSupervoxelEpisodes:
         if absent == 1:
             assert sum(without) / len(without) > 0.3
 
+    @pytest.mark.parametrize("same", [0.0, 0.3, 1.0])
+    def test_a_share_of_the_others_is_the_support_slice(self, pieces: CaseSlices, same: float):
+        source = pieces_source(pieces, planes=False, absent=0, same_slice=same)
+        found = [support == query for *_, (support,), (query,) in map(parse, draws(source, 500))]
+        assert sum(found) / len(found) == pytest.approx(same, abs=0.07)
+
     def test_clouds_of_pixels_are_not_drawn(self, pieces: CaseSlices):
         assert pieces.regions is not None
         scattered = torch.rand(24, 16, 12, generator=episode_generator(0, 0)) < 0.5
@@ -375,7 +382,7 @@ class TestSupervoxelEpisodes:
         empty = dataclasses.replace(
             pieces, regions=torch.zeros_like(pieces.regions), parents=np.zeros((1, 1), np.int16)
         )
-        with pytest.raises(DatasetError, match="100 slices in a row"):
+        with pytest.raises(DatasetError, match="1000 slices in a row"):
             pieces_source(empty).episode(0)
 
     def test_support_and_query_are_augmented_differently(self, pieces: CaseSlices):
