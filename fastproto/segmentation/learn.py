@@ -25,7 +25,7 @@ from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.adapt import AnnotatedOrgan, adapt_model
 from fastproto.segmentation.predict import score_slices
 from fastproto.segmentation.prior import Atlas
-from fastproto.segmentation.task import Organ, Task
+from fastproto.segmentation.task import Organ, Task, known_preprocessing
 
 MARGIN_MM = 30.0  # of the field of view around an organ
 DIAMETERS = 4.0  # least side of the field of view, in diameters of the organ's largest slice
@@ -107,14 +107,7 @@ def model_preprocessing(model: FewShotModel, modality: str) -> Preprocessing:
     Raises:
         CheckpointError: There is none, or none for this modality.
     """
-    known = model.extra.get("preprocessing")
-    if not isinstance(known, dict) or not known:
-        raise CheckpointError(
-            "model",
-            found="no usable preprocessing in its metadata",
-            allowed="a model written by `fastproto train`",
-            fix="Train one, or pass `preprocessing` when calling from Python.",
-        )
+    known = known_preprocessing(model)
     if modality not in known:
         raise CheckpointError(
             "model",

@@ -196,6 +196,25 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
+def known_preprocessing(model: FewShotModel) -> dict[str, dict[str, Any]]:
+    """How a model wants its scans, by modality: the fields of `Preprocessing`.
+
+    Raises:
+        CheckpointError: Its metadata does not say.
+    """
+    known = model.extra.get("preprocessing")
+    if not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
+        known = {}
+    if not known:
+        raise CheckpointError(
+            "model",
+            found="no usable preprocessing in its metadata",
+            allowed="a model written by `fastproto train`",
+            fix="Train one, or pass `preprocessing` when calling from Python.",
+        )
+    return known
+
+
 def load_model(path: str | Path, *, backend: str | None = None) -> FewShotUNet:
     """Load a trained model from its file or from the run folder that holds it.
 

@@ -200,13 +200,18 @@ def _sample(
     Bilinear, for output pixels of ``pixel`` mm; without it the nearest value.
     """
     height, width = extent
-    # Where samples lie far apart, averages of 2 x 2 pixels, so that none is skipped.
-    while pixel and min(image.shape[2:]) > 1 and pixel > 1.5 * height / image.shape[2]:
-        height, width = (
-            length * (pixels // 2 * 2) / pixels
-            for length, pixels in zip((height, width), image.shape[2:], strict=True)
-        )
-        image = F.avg_pool2d(image, 2)
+    # Where samples lie far apart, averages of two pixels, so that none is skipped.
+    while pixel:
+        rows, columns = image.shape[2:]
+        steps = [
+            2 if pixels > 1 and pixel > 1.5 * length / pixels else 1
+            for length, pixels in ((height, rows), (width, columns))
+        ]
+        if steps == [1, 1]:
+            break
+        height *= rows // steps[0] * steps[0] / rows
+        width *= columns // steps[1] * steps[1] / columns
+        image = F.avg_pool2d(image, steps)
     grid = 2 * place / place.new_tensor((width, height)) - 1
     mode = "bilinear" if pixel else "nearest"
     return F.grid_sample(image, grid[None], mode=mode, align_corners=False)[0]

@@ -47,7 +47,7 @@ _LISTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
 
 # What the network is; a model to go on from decides on it.
 NETWORK = (
-    *("encoder", "output_stride", "image_size"),
+    *("encoder", "output_stride", "image_size", "plane"),
     *("temperature", "mask_threshold", "append_global"),
 )
 # What "auto" is on a GPU and on a CPU.
@@ -101,7 +101,7 @@ class TrainConfig:
             CPU, where images are small.
         weights: Encoder weights to start from: None, "imagenet" or a file.
         start: A trained model to go on from, a file, a run folder or "base", the package's own; it
-            decides on encoder, output stride, image size and how CT is normalised.
+            decides on encoder, output stride, image size, plane and how CT is normalised.
         temperature: Softmax temperature over prototypes, no unit.
         mask_threshold: Share of a bottleneck cell that a class must cover to give a prototype,
             0 to 1.

@@ -35,7 +35,8 @@ class TrainingData:
         training: Augmented episodes.
         validation: Fixed episodes without augmentation, or None without labels.
         extra: What the model file says about it, preprocessing included.
-        slices: Numbers of the slices kept of each training case; the same in a resumed run.
+        slices: Numbers of the slices kept of each training case, ``DATA SET/CASE``; the same in a
+            resumed run.
         summary: One line for the user: what is trained on.
     """
 
@@ -105,7 +106,7 @@ def read_training_data(
     slices: dict[str, list[int]] = {}
     trained: dict[str, str] = {}
     counts = {"supervoxels": 0, "labels": 0}
-    for part in parts:
+    for number, part in enumerate(parts):
         dataset = part.dataset
         stored = replace(
             Preprocessing.from_dict(fitted[dataset.modality]), image_size=config.store_size
@@ -121,7 +122,7 @@ def read_training_data(
             holding=None if on_regions else part.classes,
             without=part.excluded if config.drop_excluded_slices else [],
         )
-        slices |= {case.id: case.numbers for case in store.cases}
+        slices |= {f"{number}/{case.id}": case.numbers for case in store.cases}
         label_options = {
             "excluded": part.excluded,
             "names": dataset.labels,

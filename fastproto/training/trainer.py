@@ -23,7 +23,7 @@ from fastproto._memory import return_large_buffers
 from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError
 from fastproto.losses import EpisodeLoss
 from fastproto.nn import FewShotUNet
-from fastproto.segmentation.task import load_model
+from fastproto.segmentation.task import known_preprocessing, load_model
 from fastproto.training.checkpoint import load_metadata, load_state, save_state
 from fastproto.training.config import NETWORK, TrainConfig
 from fastproto.training.episodes import Episode
@@ -74,9 +74,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         preprocessing = saved["preprocessing"]
     elif config.start is not None:
         start = load_model(config.start)
-        preprocessing = start.extra["preprocessing"]
-        size = next(iter(preprocessing.values()))["image_size"]
-        config = replace(config, **start.config, image_size=size)
+        preprocessing = known_preprocessing(start)
+        first = next(iter(preprocessing.values()))
+        size, plane = first["image_size"], first["plane"]
+        config = replace(config, **start.config, image_size=size, plane=plane)
     data = read_training_data(config, preprocessing)
     if config.progress:
         print(f"fastproto: {data.summary}; {_network(config)} on {device}", file=sys.stderr)

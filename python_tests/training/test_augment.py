@@ -86,6 +86,15 @@ def test_zooming_out_averages_and_skips_nothing():
     torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(128, 16), (16, 128)])
+def test_pixels_that_are_no_squares_are_averaged_along_the_fine_axis_alone(shape: tuple[int, int]):
+    noise = torch.rand(shape, generator=generator())
+    cut = Cut(noise, torch.zeros(shape), (128.0, 128.0), (64.0, 64.0), 128.0)
+    image, _ = cut_batch([cut], 16, AugmentParams.identity(1))
+    expected = F.adaptive_avg_pool2d(noise[None, None], 16)
+    torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_zooming_out_of_an_odd_slice_moves_nothing():
     """Every halving drops the last row of 101 = 2 * 50 + 1 and of 25 = 2 * 12 + 1."""
     ramp = (torch.arange(101) + 0.5).expand(101, 101)

@@ -337,7 +337,7 @@ def test_several_data_sets_of_both_modalities(phantom: Path, run: Path, tmp_path
     folders = tuple(map(str, (phantom, bare, plain)))
     config = configure(phantom, run, data=folders, holdout_cases=("ct_001", "mr_000"))
     data = trainer.read_training_data(config)
-    assert data.slices.keys() == {"ct_000", "mr_001", "mr_002", "one"}
+    assert data.slices.keys() == {"0/ct_000", "1/mr_001", "1/mr_002", "2/one"}
     assert data.extra["preprocessing"].keys() == {"ct", "mr"}
     assert data.extra["preprocessing"]["ct"]["mean"] is not None
     assert data.extra["training_cases"] == ["ct_000", "mr_001", "mr_002", "one"]
@@ -413,7 +413,7 @@ def test_a_model_to_go_on_from(phantom: Path, reference: Path, run: Path, tmp_pa
     mr = write_phantom(tmp_path / "mr", patients=1, modality="mr", shape=(16, 64, 64))
     config = configure(
         phantom, run, data=(str(phantom), str(mr)), start=str(reference), steps=4,
-        encoder="auto", image_size=64, output_stride=8, temperature=1.0,
+        encoder="auto", image_size=64, output_stride=8, temperature=1.0, plane="coronal",
     )  # fmt: skip
     train_until_killed(config, 1)
     assert weights(run, "model") == weights(reference, "model")
@@ -425,12 +425,20 @@ def test_a_model_to_go_on_from(phantom: Path, reference: Path, run: Path, tmp_pa
     assert new.extra["preprocessing"]["mr"]["image_size"] == 32
     written = TrainConfig.load(run / "config.json")
     assert (written.encoder, written.image_size, written.output_stride) == ("resnet18", 32, 16)
+    assert written.plane == "axial"
     assert records(run)[0]["loss"] != records(reference)[0]["loss"]
 
 
 def test_a_model_to_go_on_from_must_exist(phantom: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="no such file"):
         train(configure(phantom, tmp_path / "run", start=str(tmp_path / "absent")))
+
+
+def test_a_model_to_go_on_from_says_how_it_wants_its_scans(phantom: Path, tmp_path: Path):
+    FewShotUNet("resnet18").save(tmp_path / "foreign.safetensors", {"by": "someone"})
+    with pytest.raises(CheckpointError, match="no usable preprocessing"):
+        train(configure(phantom, tmp_path / "run", start=str(tmp_path / "foreign.safetensors")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_setting_two_drops_slices_with_held_out_classes(phantom: Path, tmp_path: Path):
