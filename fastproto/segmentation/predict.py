@@ -21,6 +21,7 @@ from fastproto.data.preprocessing import FieldOfView, PreparedVolume
 from fastproto.data.volume import Volume
 from fastproto.errors import ArgumentError, LabelError
 from fastproto.nn.base import FewShotModel
+from fastproto.segmentation.correction import correction
 from fastproto.segmentation.postprocess import clean
 from fastproto.segmentation.prior import Prior, locate
 from fastproto.segmentation.task import Organ, Task
@@ -218,43 +219,49 @@ def gather(
     batch_size: int = BATCH,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Evidence]:
-    """The evidence for every organ of ``task``; ``model`` is the adapted one."""
+    """The evidence for every organ of ``task``; ``model`` is the adapted one.
+
+    An organ that the network sees beside its expected place is looked at again, from there; see
+    `correction`.
+    """
     if batch_size < 1:
         raise ArgumentError("batch_size", found=str(batch_size), allowed="a whole number above 0")
-    positions = prior.slice_positions().tolist()
-    boxes = []
-    for index in range(len(task.organs)):
-        own = prior.only(index)
-        boxes.append((own, own.box(MARGINS_MM[prior.kind])))
-    total = sum(box[0][1] - box[0][0] for _, box in boxes)
+    places = [prior.only(index) for index in range(len(task.organs))]
+    total = sum(len(place.slices(MARGINS_MM[prior.kind])) for place in places)
     done = 0
-    found = []
-    for organ, (own, box) in zip(task.organs, boxes, strict=True):
-        view = prepared.at(expected_view(organ, own))
-        first, last = box[0]
+
+    def look(organ: Organ, place: Prior) -> Evidence:
+        nonlocal done
+        (first, last), *sides = place.box(MARGINS_MM[place.kind])
+        view = prepared.at(expected_view(organ, place))
+        positions = place.slice_positions().tolist()
         # No further than the network sees.
-        ends = []
+        box = [slice(first, last)]
         for axis, centre in ((1, view.view.row), (2, view.view.column)):
             reach = organ.side / 2 / prepared.spacing[axis]
-            low, high = box[axis]
-            ends.append((max(low, round(centre - reach)), min(high, round(centre + reach) + 1)))
-        (top, bottom), (left, right) = ends
-        scores = torch.empty(last - first, bottom - top, right - left)
-        distance = torch.empty_like(scores)
+            low, high = sides[axis - 1]
+            box.append(slice(max(low, round(centre - reach)), min(high, round(centre + reach) + 1)))
+        scores, distance = [], []
         for start in range(first, last, batch_size):
             stop = min(start + batch_size, last)
-            numbers = range(start, stop)
-            logits = score_slices(model, organ, view, numbers, positions[start:stop])
-            restored = torch.from_numpy(view.restore(logits[:, None], start, stop))
-            rows = slice(start - first, stop - first)
-            scores[rows] = restored[:, 0, top:bottom, left:right]
-            near = own.signed_distance(start, stop)
-            distance[rows] = near[:, 0, top:bottom, left:right]
+            part = score_slices(model, organ, view, range(start, stop), positions[start:stop])
+            restored = torch.from_numpy(view.restore(part[:, None], start, stop))
+            scores.append(restored[:, 0, box[1], box[2]].clone())
+            distance.append(place.signed_distance(start, stop)[:, 0, box[1], box[2]].clone())
             done += stop - start
             if progress is not None:
                 progress(done, total)
-        region = slice(first, last), slice(top, bottom), slice(left, right)
-        found.append(Evidence(region, scores, distance))
+        return Evidence((box[0], box[1], box[2]), torch.cat(scores), torch.cat(distance))
+
+    found = []
+    for organ, place in zip(task.organs, places, strict=True):
+        evidence = look(organ, place)
+        way = correction(evidence.scores + organ.bias, evidence.distance, prepared.spacing)
+        if way.any():
+            place = place.moved(way)
+            total += len(place.slices(MARGINS_MM[prior.kind]))
+            evidence = look(organ, place)
+        found.append(evidence)
     return found
 
 

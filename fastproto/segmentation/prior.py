@@ -8,6 +8,7 @@ grid. As in `alignment`, points are (slice, row, column) in mm along the canonic
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +40,7 @@ _MAP_SIDE = 48  # points of a distance map along each axis, at most
 _SEARCH_SIDE = 40  # points along each axis of a scan at which organs are looked for
 _BODY_VOXELS, _DETAIL_VOXELS = 100_000, 300_000
 _SURROUNDINGS_MM = 25.0
+_TOLERATED_LOSS = 0.05  # of correlation, for which more mutual information may be worth it
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +273,14 @@ class Prior:
         """Of one organ alone, by its place among ``values``."""
         return replace(self, values=self.values[index : index + 1], maps=(self.maps[index],))
 
+    def moved(self, way: np.ndarray) -> Prior:
+        """The organs expected ``way`` [3] mm further along slices, rows and columns."""
+        maps = tuple(replace(map_, first=map_.first + way) for map_ in self.maps)
+        alignment = replace(
+            self.alignment, offset=self.alignment.offset - self.alignment.matrix @ way
+        )
+        return replace(self, maps=maps, alignment=alignment)
+
     def signed_distance(
         self, start: int, stop: int, *, prepared: PreparedVolume | None = None
     ) -> Tensor:
@@ -322,6 +332,10 @@ class Prior:
         """
         distance = self.signed_distance(start, stop, prepared=prepared)
         return torch.sigmoid_(distance.div_(-blur)).clamp_(min=floor)
+
+    def slices(self, margin: float = 0.0) -> range:
+        """Those of `box`."""
+        return range(*self.box(margin)[0])
 
     def box(self, margin: float = 0.0) -> tuple[tuple[int, int], ...]:
         """Slices, rows and columns [first, one past the last) of all organs and ``margin`` mm."""
@@ -409,7 +423,11 @@ def _align(
     if not (around[1] > around[0]).all():
         raise RuntimeError("the organs lie outside the scan")
     query = make_picture(seen, atlas.modality, around, _DETAIL_VOXELS, detail.step)
-    alignment = align_affine(query, detail, alignment)
+    quality = correlation(query, detail, alignment)
+    with contextlib.suppress(RuntimeError):  # the first alignment does, too
+        finer = align_affine(query, detail, alignment)
+        if correlation(query, detail, finer) > quality - _TOLERATED_LOSS:
+            alignment = finer
     if kind == "deformable":
         alignment = align_deformable(query, detail, alignment)
     return alignment, correlation(query, detail, alignment)
