@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch", type=int, default=TrainConfig.batch, help="episodes in a step")
+    parser.add_argument("--start", help='model to go on from, e.g. "base"')
+    parser.add_argument("--seed", type=int, default=0, help="another one when going on")
     parser.add_argument("--export", type=Path, default=TARGET)
     args = parser.parse_args()
     folders = [args.data / name for name in SETS]
@@ -53,6 +55,8 @@ def main() -> None:
         output_stride=8,
         image_size=128,
         batch=args.batch,
+        start=args.start,
+        seed=args.seed,
         steps=1_000_000,
         minutes=args.minutes,
     )

@@ -63,8 +63,9 @@ def test_small_label_values_stay_uint8(grey_model, scan, preprocessing):
     assert segment_volume(grey_model, task, image).labels.dtype == np.uint8
 
 
-def test_equals_the_sum_by_hand(grey_model, task, make):
+def test_equals_the_sum_by_hand(grey_model, task, make, monkeypatch):
     """Voxel by voxel: the nearest grey value of the nearest slices, and the place."""
+    monkeypatch.setattr("fastproto.segmentation.predict.correction", lambda *_: np.zeros(3))
     image, _ = make(5, 12)
     result = segment_volume(grey_model, task, image, batch_size=4, probabilities=True)
     assert result.probabilities is not None
@@ -220,6 +221,10 @@ class TestFusion:
         found = gather(grey_model, task, prepared, prior)
         result = decide(task, elsewhere, prepared, prior, found, Fusion())
         assert (result.labels[truth > 0] == 7).mean() > 0.95
+        expected_there = found[0].distance.numpy() < 0  # it was looked at again, there
+        real = prepared.to_canonical(truth)[found[0].box] > 0
+        assert expected_there[real].mean() > 0.8
+        assert (prior.signed_distance(0, 10)[:, 0].numpy()[truth > 0] < 0).mean() < 0.3
 
 
 class TestSeveralTasks:
