@@ -22,7 +22,7 @@ NO_RECORD = "No record in `benchmarks/results` yet."
 def pages(tmp_path: Path) -> Path:
     """A folder with the pages that hold tables, and no results."""
     (tmp_path / "docs").mkdir()
-    for page in ("README.md", "docs/performance.md"):
+    for page in ("README.md", "docs/performance.md", "docs/training.md"):
         shutil.copy(ROOT / page, tmp_path / page)
     return tmp_path
 

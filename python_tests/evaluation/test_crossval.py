@@ -194,7 +194,7 @@ def test_setting_2_trains_for_each_group_and_drops_slices_with_any_of_it(
         found = read_training_data(training.resolved(gpu=False))
         kept[training.holdout[0]] = found.slices
     # The liver is in slices 1 to 6, the right kidney in 4 to 7, the left one in 5 to 8.
-    assert kept == {"liver": {"a": [0, 7, 8, 9]}, "right kidney": {"a": [0, 1, 2, 3, 9]}}
+    assert kept == {"liver": {"0/a": [0, 7, 8, 9]}, "right kidney": {"0/a": [0, 1, 2, 3, 9]}}
 
 
 def test_a_model_is_not_tested_on_its_own_patients(patients, tmp_path, threshold) -> None:

@@ -503,7 +503,7 @@ def test_episodes_of_real_scans(
         validation_cases=tuple(cases[3:5]), validation_episodes=1,
     )  # fmt: skip
     read = trainer.read_training_data(config)
-    assert read.slices.keys() == set(cases[:3])
+    assert read.slices.keys() == {f"0/{case}" for case in cases[:3]}
     assert read.validation is not None
     for episode in (read.training.batch(range(8)), read.validation.batch(range(8))):
         assert episode.support_images.isfinite().all()
