@@ -14,7 +14,8 @@ from fastproto._files import atomic_write
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.data.volume import Volume
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, then lighter and darker ones.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, with a violet for their dark
+# blue, which on bone looks as the light one does elsewhere; then lighter and darker ones.
 COLOURS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -22,7 +23,7 @@ COLOURS = (
     (240, 228, 66),
     (213, 94, 0),
     (204, 121, 167),
-    (0, 114, 178),
+    (120, 40, 200),
     (178, 223, 138),
     (251, 154, 153),
     (202, 178, 214),
