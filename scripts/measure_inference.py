@@ -121,8 +121,7 @@ def variants(
             def moved(organ, own, rows=rows, columns=columns, scale=scale):  # type: ignore[no-untyped-def]
                 view = expected_view(organ, own)
                 pixel_rows, pixel_columns = prepared.spacing[1:]
-                return replace(
-                    view,
+                return view._replace(
                     row=view.row + rows * view.side / pixel_rows,
                     column=view.column + columns * view.side / pixel_columns,
                     side=view.side * scale,

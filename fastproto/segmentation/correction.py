@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 _CELL_MM = 5.0  # side of the cells that are compared, for a small organ a third of its depth
 _COST = 0.04  # Dice that a way as long as the organ is deep must gain
+_LEAST_GAIN = 0.05  # beyond that: a network that errs a little must not move a good place
 
 
 def correction(scores: Tensor, distance: Tensor, spacing: Sequence[float]) -> np.ndarray:
@@ -48,6 +49,6 @@ def correction(scores: Tensor, distance: Tensor, spacing: Sequence[float]) -> np
     length = np.sqrt(sum(way**2 for way in ways))
     gain = 2 * overlap / max(found.sum() + expected.sum(), 1e-6) - _COST * length / depth
     best = np.unravel_index(np.argmax(gain), gain.shape)
-    if gain[best] < gain[length == 0][0] + 1e-3:
+    if gain[best] < gain[length == 0][0] + _LEAST_GAIN:
         return np.zeros(3)
     return np.array([way[best] for way in ways])
