@@ -141,6 +141,19 @@ def ablation(results: Path) -> str:
     return "\n\n".join(blocks) or NO_RECORD
 
 
+def inference(results: Path) -> str:
+    """Dice on training patients with one step of inference changed at a time."""
+    blocks = []
+    for record in newest(results, "inference"):
+        columns = ["", *(f"{row['data']}, {row['annotated']}" for row in record["rows"])]
+        rows = [
+            [name, *(f"{row['dice'][name]:.3f}" for row in record["rows"])]
+            for name in record["rows"][0]["dice"]
+        ]
+        blocks += [table("whole volumes, not adapted", columns, rows), provenance(record)]
+    return "\n\n".join(blocks) or NO_RECORD
+
+
 def memory(results: Path) -> str:
     """Peak resident memory, and the size of both networks."""
     blocks = []
@@ -384,7 +397,7 @@ def gpu_goals(results: Path) -> str:
 Table = Callable[[Path], str]
 PAGES: dict[str, dict[str, Table]] = {
     "README.md": {"results": crossval, "memory": memory},
-    "docs/training.md": {"ablation": ablation},
+    "docs/training.md": {"ablation": ablation, "inference": inference},
     "docs/performance.md": {
         "ceilings": ceilings,
         "float32": functools.partial(speed, dtype="float32", all_threads=True),
