@@ -33,7 +33,10 @@ def correction(scores: Tensor, distance: Tensor, spacing: Sequence[float]) -> np
     if depth <= 0:
         return np.zeros(3)
     cell = min(depth / 3, _CELL_MM)
-    kernel = [max(1, round(cell / side)) for side in spacing]
+    kernel = [
+        min(size, max(1, round(cell / side)))
+        for size, side in zip(scores.shape, spacing, strict=True)
+    ]
     found, expected = (
         F.avg_pool3d(x[None, None], kernel, ceil_mode=True)[0, 0].double().numpy()
         for x in (scores.sigmoid(), (distance < 0).float())

@@ -54,5 +54,10 @@ def test_a_little_more_agreement_is_not_worth_a_long_way():
     assert np.abs(correction(scores, near, SPACING)).max() < 5
 
 
+def test_a_scan_of_one_slice():
+    flat = ball(CENTRE)[12:13, :, :30]
+    assert not correction(scores_of(flat), flat, (1.0, 1.0, 1.0)).any()
+
+
 def test_a_place_beyond_the_scan_stays():
     assert not correction(torch.zeros(SHAPE), ball(CENTRE) + 40, SPACING).any()
