@@ -176,7 +176,6 @@ class _Run:
         self.validation_dice = math.nan
         self.saved_step = 0
         self.seconds = 0.0
-        self.began = 0.0
         self.episodes: Iterator[Episode] = iter(())
 
     def go(self, step: int, seconds: float) -> None:
@@ -191,7 +190,6 @@ class _Run:
         else:
             self.save_model(step)  # the process may have died between the state and the model
         self.model.train()
-        self.began = time.perf_counter()
         with tqdm(
             initial=step,
             total=config.steps if config.minutes is None else None,
@@ -235,6 +233,7 @@ class _Run:
 
     def step(self, step: int) -> float:
         """One optimiser step; returns the loss."""
+        began = time.perf_counter()
         episode = next(self.episodes).to(self.device)
         rate = learning_rate(self.config, self.progress(step))
         for group in self.optimizer.param_groups:
@@ -252,8 +251,7 @@ class _Run:
             self.stop(step, episode.description, record)
         self.optimizer.step()
         self.optimizer.zero_grad()  # here, so that gradients do not live beside the activations
-        now = time.perf_counter()
-        seconds, self.began = now - self.began, now
+        seconds = time.perf_counter() - began
         self.seconds += seconds
         self.log.write(step, **record, learning_rate=rate, seconds=round(seconds, 4))
         return record["loss"]
@@ -289,7 +287,6 @@ class _Run:
                 )
             scores.append(episode_dice(logits, episode.query_masks))
         self.model.train()
-        self.began = time.perf_counter()  # validation is no training
         scores = [score for score in scores if not math.isnan(score)]
         self.validation_dice = sum(scores) / len(scores) if scores else math.nan
         self.log.write(step, validation_dice=self.validation_dice)
