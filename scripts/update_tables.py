@@ -114,7 +114,9 @@ def title_of(record: dict[str, Any]) -> str:
     tests = {case for cases in record["tests"].values() for case in cases}
     one = record["annotated"]
     if isinstance(one, list):
-        tests, one = tests - set(one), " or ".join(one)
+        if len(one) == 1:  # of several, each is tested with the others
+            tests -= set(one)
+        one = " or ".join(one)
     return f"{record['data']}: {how}; {len(tests)} unseen patients, annotated: {one}"
 
 
