@@ -7,6 +7,8 @@ The command line prints the message without a traceback and exits with status 2.
 
 from __future__ import annotations
 
+from functools import partial
+
 
 class InputError(ValueError):
     """Something the caller handed in cannot be used.
@@ -25,6 +27,13 @@ class InputError(ValueError):
         self.fix = fix
         message = f"{self.subject}: found {found}; allowed: {allowed}."
         super().__init__(f"{message} {fix}" if fix else message)
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        """For pickle: an error may come from another process."""
+        again = partial(
+            type(self), self.subject, found=self.found, allowed=self.allowed, fix=self.fix
+        )
+        return again, ()
 
 
 class ArgumentError(InputError):

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastproto.errors import InputError
 from fastproto.training.episodes import Episode, EpisodeSource
 
 _AHEAD = 3  # batches that each process keeps ready
@@ -15,8 +16,10 @@ _AHEAD = 3  # batches that each process keeps ready
 
 def prefetch(
     source: EpisodeSource, size: int, steps: Sequence[int], workers: int
-) -> Iterator[Episode]:
+) -> Generator[Episode]:
     """The batches of some steps in their order: step n has the episodes (n - 1) size to n size - 1.
+
+    Closing it ends the processes.
 
     Args:
         source: Of the episodes; an episode is the same whichever process draws it.
@@ -24,26 +27,32 @@ def prefetch(
         steps: Numbers of the steps, from 1.
         workers: Processes, forked, so that the scans are in memory once; 0 for none, and every
             batch is made when its turn comes.
+
+    Raises:
+        InputError: What the source raised, in whichever process.
     """
-    batches = _Batches(source, size)
-    if workers == 0:
-        yield from map(batches.__getitem__, steps)
-        return
-    yield from DataLoader(
-        batches,
+    loader = DataLoader(
+        _Batches(source, size),
         batch_size=None,
         sampler=steps,
         num_workers=workers,
-        prefetch_factor=_AHEAD,
-        pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="fork",
+        prefetch_factor=_AHEAD if workers else None,
+        pin_memory=workers > 0 and torch.cuda.is_available(),
+        multiprocessing_context="fork" if workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
-class _Batches(Dataset[Episode]):
+class _Batches(Dataset["Episode | InputError"]):
     def __init__(self, source: EpisodeSource, size: int):
         self.source = source
         self.size = size
 
-    def __getitem__(self, step: int) -> Episode:
-        return self.source.batch(range((step - 1) * self.size, step * self.size))
+    def __getitem__(self, step: int) -> Episode | InputError:
+        try:
+            return self.source.batch(range((step - 1) * self.size, step * self.size))
+        except InputError as error:  # raised here, it would reach the reader as a RuntimeError
+            return error

@@ -182,22 +182,24 @@ class _Run:
         """Train on from the state after ``step`` steps and ``seconds`` seconds."""
         config = self.config
         self.seconds = seconds
-        self.episodes = prefetch(
-            self.data.training, config.batch, range(step + 1, config.steps + 1), self.workers()
-        )
         if step == 0:
             self.checkpoint(0)
         else:
             self.save_model(step)  # the process may have died between the state and the model
         self.model.train()
-        with tqdm(
-            initial=step,
-            total=config.steps if config.minutes is None else None,
-            unit="step",
-            # Redrawn rarely where it goes to a file.
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            disable=not config.progress,
-        ) as bar:
+        steps = range(step + 1, config.steps + 1)
+        episodes = prefetch(self.data.training, config.batch, steps, self.workers())
+        with (
+            contextlib.closing(episodes) as self.episodes,
+            tqdm(
+                initial=step,
+                total=config.steps if config.minutes is None else None,
+                unit="step",
+                # Redrawn rarely where it goes to a file.
+                mininterval=0.5 if sys.stderr.isatty() else 30,
+                disable=not config.progress,
+            ) as bar,
+        ):
             while not self.finished(step):
                 step += 1
                 loss = self.step(step)

@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+from typing import NoReturn
+
+import pytest
 import torch
 
+from fastproto.errors import DatasetError
 from fastproto.training.episodes import SupervoxelEpisodes
 from fastproto.training.prefetch import prefetch
 from fastproto.training.slices import CaseSlices, SliceStore
@@ -44,3 +50,27 @@ def test_nothing_is_prepared_before_it_is_asked_for():
     assert made == []
     next(batches)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_source_arrives_as_it_is(workers):
+    batches = prefetch(Failing(), 1, range(1, 9), workers)
+    with pytest.raises(
+        DatasetError, match=r"^scans: found nothing; allowed: something\. Add some\.$"
+    ):
+        next(batches)
+    assert not multiprocessing.active_children()
+
+
+def test_closing_ends_the_processes():
+    batches = prefetch(source(), 2, range(1, 100), 2)
+    next(batches)
+    assert multiprocessing.active_children()
+    batches.close()
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+class Failing:
+    def batch(self, numbers: range) -> NoReturn:
+        raise DatasetError("scans", found="nothing", allowed="something", fix="Add some.")
