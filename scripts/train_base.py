@@ -8,6 +8,8 @@ eleventh, which may be the other side of one of them. Each data set is drawn fro
 other. Resumable.
 
     python scripts/train_base.py --data SCANS --run RUN --minutes 8 --batch 24
+
+The model is written to RUN/base.safetensors; the package's is fastproto/models/base.safetensors.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ SETS = ("ixi_brain_mr", "openkbp_hn_ct", "openkbp_hn_ct_more", "msd_hippocampus_
 SINGLE = ("ct_whole", "mr_small")  # ct_small is a part of ct_whole
 TEST_PATIENTS = ("IXI034-HH-1260", "IXI039-HH-1261", "pt_99", "pt_83")
 HIPPOCAMPI = 11
-TARGET = Path(__file__).resolve().parent.parent / "fastproto" / "models" / "base.safetensors"
 
 
 def main() -> None:
@@ -35,7 +36,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=TrainConfig.batch, help="episodes in a step")
     parser.add_argument("--start", help='model to go on from, e.g. "base"')
     parser.add_argument("--seed", type=int, default=0, help="another one when going on")
-    parser.add_argument("--export", type=Path, default=TARGET)
     args = parser.parse_args()
     folders = [args.data / name for name in SETS]
     for name in SINGLE:  # plain folders of one scan each: the set mixes CT and MR
@@ -61,14 +61,13 @@ def main() -> None:
         minutes=args.minutes,
     )
     train(config, resume=(args.run / "state.safetensors").exists())
-    export(args.run, args.export)
+    export(args.run, args.run / "base.safetensors")
 
 
 def export(run: Path, target: Path) -> None:
     """Half the bytes: weights in float16, which are float32 again when loaded."""
     model = load_model(run)
     extra = {**model.extra, "name": "fastproto base", "licence": "Apache-2.0"}
-    target.parent.mkdir(parents=True, exist_ok=True)
     model.half().save(target, extra)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 

@@ -115,7 +115,7 @@ def model_preprocessing(model: FewShotModel, modality: str) -> Preprocessing:
             f"looks like {modality.upper()}",
             allowed="a model and a scan of one modality",
         )
-    return Preprocessing.from_dict(known[modality])
+    return known[modality]
 
 
 def annotate(

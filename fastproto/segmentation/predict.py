@@ -162,11 +162,13 @@ def segment_volume(
     prepared = tasks[0].preprocessing.prepare(volume)
     priors = [locate(task.atlas, volume, prior) for task in tasks]
     claims = []
-    done = 0
+    before = done = 0  # slices of earlier tasks, slices in all
 
     def advance(now: int, total: int) -> None:
+        nonlocal done
+        done = before + now
         if progress is not None:
-            progress(done + now, done + total)
+            progress(done, before + total)
 
     for task, located in zip(tasks, priors, strict=True):
         found = gather(
@@ -177,7 +179,7 @@ def segment_volume(
             batch_size=BATCH if batch_size is None else batch_size,
             progress=advance,
         )
-        done += sum(len(evidence.scores) for evidence in found)
+        before = done
         claims.append(weigh(task, found, fusion or FUSIONS[located.kind]))
     return settle(volume, prepared, priors[0], average(claims), probabilities=probabilities)
 
@@ -227,7 +229,12 @@ def gather(
     if batch_size < 1:
         raise ArgumentError("batch_size", found=str(batch_size), allowed="a whole number above 0")
     places = [prior.only(index) for index in range(len(task.organs))]
-    total = sum(len(place.slices(MARGINS_MM[prior.kind])) for place in places)
+
+    def slices(place: Prior) -> int:
+        first, stop = place.box(MARGINS_MM[place.kind])[0]
+        return stop - first
+
+    total = sum(map(slices, places))
     done = 0
 
     def look(organ: Organ, place: Prior) -> Evidence:
@@ -259,7 +266,7 @@ def gather(
         way = correction(evidence.scores + organ.bias, evidence.distance, prepared.spacing)
         if way.any():
             place = place.moved(way)
-            total += len(place.slices(MARGINS_MM[prior.kind]))
+            total += slices(place)
             evidence = look(organ, place)
         found.append(evidence)
     return found

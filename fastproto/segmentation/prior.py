@@ -274,7 +274,10 @@ class Prior:
         return replace(self, values=self.values[index : index + 1], maps=(self.maps[index],))
 
     def moved(self, way: np.ndarray) -> Prior:
-        """The organs expected ``way`` [3] mm further along slices, rows and columns."""
+        """The organs expected ``way`` [3] mm further along slices, rows and columns.
+
+        The affine part moves with them; a displacement stays where it was.
+        """
         maps = tuple(replace(map_, first=map_.first + way) for map_ in self.maps)
         alignment = replace(
             self.alignment, offset=self.alignment.offset - self.alignment.matrix @ way
@@ -332,10 +335,6 @@ class Prior:
         """
         distance = self.signed_distance(start, stop, prepared=prepared)
         return torch.sigmoid_(distance.div_(-blur)).clamp_(min=floor)
-
-    def slices(self, margin: float = 0.0) -> range:
-        """Those of `box`."""
-        return range(*self.box(margin)[0])
 
     def box(self, margin: float = 0.0) -> tuple[tuple[int, int], ...]:
         """Slices, rows and columns [first, one past the last) of all organs and ``margin`` mm."""

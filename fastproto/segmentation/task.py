@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from fastproto.data.preprocessing import Preprocessing
-from fastproto.errors import ArgumentError, CheckpointError
+from fastproto.errors import ArgumentError, CheckpointError, InputError
 from fastproto.nn import FewShotUNet, Prototypes
 from fastproto.nn.base import FewShotModel
 from fastproto.nn.weights import read_safetensors, write_safetensors
@@ -196,23 +196,25 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def known_preprocessing(model: FewShotModel) -> dict[str, dict[str, Any]]:
-    """How a model wants its scans, by modality: the fields of `Preprocessing`.
+def known_preprocessing(model: FewShotModel) -> dict[str, Preprocessing]:
+    """How a model wants its scans, by modality.
 
     Raises:
         CheckpointError: Its metadata does not say.
     """
-    known = model.extra.get("preprocessing")
-    if not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
-        known = {}
-    if not known:
+    known = model.extra.get("preprocessing", {})
+    try:
+        found = {name: Preprocessing.from_dict(fields) for name, fields in known.items()}
+    except (AttributeError, TypeError, InputError):
+        found = {}
+    if not found or any(name != each.modality for name, each in found.items()):
         raise CheckpointError(
             "model",
             found="no usable preprocessing in its metadata",
             allowed="a model written by `fastproto train`",
             fix="Train one, or pass `preprocessing` when calling from Python.",
         )
-    return known
+    return found
 
 
 def load_model(path: str | Path, *, backend: str | None = None) -> FewShotUNet:

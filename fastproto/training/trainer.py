@@ -74,10 +74,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         preprocessing = saved["preprocessing"]
     elif config.start is not None:
         start = load_model(config.start)
-        preprocessing = known_preprocessing(start)
-        first = next(iter(preprocessing.values()))
-        size, plane = first["image_size"], first["plane"]
-        config = replace(config, **start.config, image_size=size, plane=plane)
+        known = known_preprocessing(start)
+        preprocessing = {modality: each.to_dict() for modality, each in known.items()}
+        first = next(iter(known.values()))
+        network = {**start.config, "image_size": first.image_size, "plane": first.plane}
+        config = replace(config, **network)
     data = read_training_data(config, preprocessing)
     if config.progress:
         print(f"fastproto: {data.summary}; {_network(config)} on {device}", file=sys.stderr)

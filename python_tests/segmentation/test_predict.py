@@ -146,7 +146,7 @@ def test_batch_size_changes_nothing(grey_model, task, scan):
         segment_volume(grey_model, task, image, batch_size=0)
 
 
-def test_progress_counts_slices_of_all_organs(grey_model, task, scan):
+def test_progress_counts_slices_of_all_organs(grey_model, task, scan, monkeypatch):
     calls: list[tuple[int, int]] = []
     segment_volume(
         grey_model, task, scan[0], batch_size=4, progress=lambda *call: calls.append(call)
@@ -158,6 +158,14 @@ def test_progress_counts_slices_of_all_organs(grey_model, task, scan):
     calls.clear()
     segment_volume(grey_model, [task, task], scan[0], progress=lambda *c: calls.append(c))
     assert calls[-1] == (40, 40)
+    calls.clear()  # an organ that is looked at again counts again, in either task
+    monkeypatch.setattr(
+        "fastproto.segmentation.predict.correction", lambda *_: np.array([4.0, 0.0, 0.0])
+    )
+    segment_volume(grey_model, [task, task], scan[0], progress=lambda *c: calls.append(c))
+    done = [now for now, _ in calls]
+    assert done == sorted(set(done))
+    assert calls[-1][0] == calls[-1][1] > 40
 
 
 def test_refuses_a_task_of_another_model(grey_model, task, scan):

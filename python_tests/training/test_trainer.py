@@ -434,8 +434,14 @@ def test_a_model_to_go_on_from_must_exist(phantom: Path, tmp_path: Path):
         train(configure(phantom, tmp_path / "run", start=str(tmp_path / "absent")))
 
 
-def test_a_model_to_go_on_from_says_how_it_wants_its_scans(phantom: Path, tmp_path: Path):
-    FewShotUNet("resnet18").save(tmp_path / "foreign.safetensors", {"by": "someone"})
+@pytest.mark.parametrize(
+    "extra",
+    [{"by": "someone"}, {"preprocessing": "mr"}, {"preprocessing": {"mr": {"image_size": 32}}}],
+)
+def test_a_model_to_go_on_from_says_how_it_wants_its_scans(
+    phantom: Path, tmp_path: Path, extra: dict[str, object]
+):
+    FewShotUNet("resnet18").save(tmp_path / "foreign.safetensors", extra)
     with pytest.raises(CheckpointError, match="no usable preprocessing"):
         train(configure(phantom, tmp_path / "run", start=str(tmp_path / "foreign.safetensors")))
     assert not (tmp_path / "run").exists()
