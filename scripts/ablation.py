@@ -127,7 +127,16 @@ def main() -> None:
     plan.sort(
         key=lambda v: list(VARIANTS).index(v["name"]) + 8 * v["timed"] + 4 * (v["data"] == "ixi")
     )
-    done = json.loads(args.results.read_text())["rows"] if args.results.exists() else []
+    done = []
+    if args.results.exists():
+        old, now = json.loads(args.results.read_text()), record(args, [])
+        for name in ("machine", "versions", "steps", "minutes", "training", "tests"):
+            if old[name] != json.loads(json.dumps(now[name])):
+                raise SystemExit(
+                    f"{args.results}: found {name} {old[name]}; allowed: {now[name]}, as this run. "
+                    "Choose another file: rows of one table are of one machine and one setting."
+                )
+        done = old["rows"]
     left = [v for v in plan if not any(v.items() <= row.items() for row in done)]
     began = time.monotonic()
 
@@ -147,13 +156,13 @@ def main() -> None:
             if row := future.result():
                 done.append(row)
                 print(row, flush=True)
-                write(args, done)
+                args.results.write_text(json.dumps(record(args, done), indent=1) + "\n")
 
 
-def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """The record, whole after every variant."""
+def record(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the file holds, whole after every variant."""
     gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-    record = {
+    return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{gpu or platform.machine()}, {os.cpu_count()} cores",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -167,7 +176,6 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             rows, key=lambda r: (r["data"], r["timed"], list(VARIANTS).index(r["name"]))
         ),
     }
-    args.results.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def run(args: argparse.Namespace, name: str, data: str, timed: bool) -> dict[str, Any]:

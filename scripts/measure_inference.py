@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each step of inference gains, on training patients: Dice with it and without it.
 
-One annotated scan teaches, others are segmented, and the decision is made again and again from the
-same evidence: without the prior, without the cleaning of pieces and holes, without the bias, and
-with the network's scores averaged over shifted or scaled fields of view.
+One annotated scan teaches, others are segmented, and the decision is made again and again: without
+the prior, without the correction of an organ's place, without the cleaning of pieces and holes,
+without the bias, and with the network's scores averaged over shifted fields of view.
 
-    python scripts/measure_inference.py --model RUN --data SET --annotated CASE --queries CASE ...
+    python scripts/measure_inference.py --model RUN --data SET --annotated CASE --queries CASE ... \
+        --results FILE.json
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,17 +26,16 @@ import torch
 
 from fastproto._version import __version__
 from fastproto.data import open_dataset, read_label, read_volume
+from fastproto.data.preprocessing import FieldOfView, PreparedVolume
 from fastproto.data.volume import Volume
 from fastproto.metrics import dice
+from fastproto.nn.base import FewShotModel
 from fastproto.segmentation import learn, load_model, predict, register
 from fastproto.segmentation.prior import Prior, locate
-from fastproto.segmentation.task import Task
+from fastproto.segmentation.task import Organ, Task
 
-# Fields of view beside the organ's own: moved by a share of the side (rows, columns), scaled.
-VIEWS = {
-    "shifts averaged": [(0.06, 0.0, 1.0), (-0.06, 0.0, 1.0), (0.0, 0.06, 1.0), (0.0, -0.06, 1.0)],
-    "scales averaged": [(0.0, 0.0, 0.85), (0.0, 0.0, 1.2)],
-}
+# Fields of view beside the organ's own: moved by a share of the side, rows and columns.
+SHIFTS = [(0.06, 0.0), (-0.06, 0.0), (0.0, 0.06), (0.0, -0.06)]
 
 
 def main() -> None:
@@ -67,29 +69,21 @@ def main() -> None:
             scores = [dice(labels == value, truth.array == value) for value in values]
             found.setdefault(name, []).append(float(np.mean(scores)))
             print(query.id, name, f"{found[name][-1]:.4f}", flush=True)
-    record = json.loads(args.results.read_text()) if args.results.exists() else {"rows": []}
-    record |= {
+    record = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {args.threads} threads",
         "versions": {"fastproto": __version__, "torch": torch.__version__},
-        "command": "python scripts/measure_inference.py",
+        "command": shlex.join(["python", "scripts/measure_inference.py", *shown(sys.argv[1:])]),
+        "data": dataset.name,
+        "model": model.extra.get("name", Path(args.model).name),
+        "annotated": args.annotated,
+        "queries": args.queries,
+        "dice": {name: round(float(np.mean(scores)), 4) for name, scores in found.items()},
     }
-    record["rows"] = [row for row in record["rows"] if row["data"] != dataset.name]
-    record["rows"].append(
-        {
-            "data": dataset.name,
-            "model": model.extra.get("name", Path(args.model).name),
-            "annotated": args.annotated,
-            "queries": args.queries,
-            "dice": {name: round(float(np.mean(scores)), 4) for name, scores in found.items()},
-        }
-    )
     args.results.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def variants(
-    model: torch.nn.Module, task: Task, scan: Volume, prior: Prior
-) -> dict[str, np.ndarray]:
+def variants(model: FewShotModel, task: Task, scan: Volume, prior: Prior) -> dict[str, np.ndarray]:
     """Label maps by what was changed."""
     prepared = task.preprocessing.prepare(scan)
     fusion = predict.FUSIONS[prior.kind]
@@ -97,47 +91,67 @@ def variants(
     def settled(found: Sequence[predict.Evidence], fusion: predict.Fusion) -> np.ndarray:
         return predict.decide(task, scan, prepared, prior, found, fusion).labels
 
+    corrected = predict.gather(model, task, prepared, prior)
+    correction, predict.correction = predict.correction, lambda *_: np.zeros(3)
     evidence = predict.gather(model, task, prepared, prior)
     alone = replace(fusion, network=1.0, prior=0.0)
     result = {
-        "as it is": settled(evidence, fusion),
-        "network alone": settled(evidence, alone),
+        "as it is": settled(corrected, fusion),
+        "network alone": settled(corrected, alone),
+        "places not corrected": settled(evidence, fusion),
+        "network alone, places not corrected": settled(evidence, alone),
         "prior alone": settled(evidence, replace(fusion, network=0.0)),
     }
+    predict.correction = correction
     clean, predict.clean = predict.clean, lambda mask: mask
-    result["pieces and holes left"] = settled(evidence, fusion)
-    result["network alone, pieces and holes left"] = settled(evidence, alone)
+    result["pieces and holes left"] = settled(corrected, fusion)
+    result["network alone, pieces and holes left"] = settled(corrected, alone)
     predict.clean = clean
-    organs = tuple(replace(organ, bias=0.0) for organ in task.organs)
-    unbiased = replace(task, organs=organs)
-    labels = predict.decide(unbiased, scan, prepared, prior, evidence, alone).labels
+    unbiased = replace(task, organs=tuple(replace(organ, bias=0.0) for organ in task.organs))
+    labels = predict.decide(unbiased, scan, prepared, prior, corrected, alone).labels
     result["network alone, no bias"] = labels
-    expected_view = predict.expected_view
-    for name, views in VIEWS.items():
-        total = [torch.clone(part.scores) for part in evidence]
-        count = [torch.ones_like(part.scores) for part in evidence]
-        for rows, columns, scale in views:
-
-            def moved(organ, own, rows=rows, columns=columns, scale=scale):  # type: ignore[no-untyped-def]
-                view = expected_view(organ, own)
-                pixel_rows, pixel_columns = prepared.spacing[1:]
-                return view._replace(
-                    row=view.row + rows * view.side / pixel_rows,
-                    column=view.column + columns * view.side / pixel_columns,
-                    side=view.side * scale,
-                )
-
-            predict.expected_view = moved
-            for index, other in enumerate(predict.gather(model, task, prepared, prior)):
-                add(total[index], count[index], evidence[index], other)
-        predict.expected_view = expected_view
-        mean = [
-            part._replace(scores=sums / number)
-            for part, sums, number in zip(evidence, total, count, strict=True)
-        ]
-        result[name] = settled(mean, fusion)
-        result[f"network alone, {name}"] = settled(mean, alone)
+    mean = shifted(model, task, prepared, prior, corrected)
+    result["shifts averaged"] = settled(mean, fusion)
+    result["network alone, shifts averaged"] = settled(mean, alone)
     return result
+
+
+def shifted(
+    model: FewShotModel,
+    task: Task,
+    prepared: PreparedVolume,
+    prior: Prior,
+    evidence: Sequence[predict.Evidence],
+) -> list[predict.Evidence]:
+    """``evidence`` with scores averaged over shifted fields of view."""
+    expected_view = predict.expected_view
+    total = [part.scores.clone() for part in evidence]
+    count = [torch.ones_like(part.scores) for part in evidence]
+    for rows, columns in SHIFTS:
+
+        def moved(
+            organ: Organ, own: Prior, rows: float = rows, columns: float = columns
+        ) -> FieldOfView:
+            view = expected_view(organ, own)
+            pixel_rows, pixel_columns = prepared.spacing[1:]
+            return view._replace(
+                row=view.row + rows * view.side / pixel_rows,
+                column=view.column + columns * view.side / pixel_columns,
+            )
+
+        predict.expected_view = moved
+        for index, other in enumerate(predict.gather(model, task, prepared, prior)):
+            add(total[index], count[index], evidence[index], other)
+    predict.expected_view = expected_view
+    return [
+        part._replace(scores=sums / number)
+        for part, sums, number in zip(evidence, total, count, strict=True)
+    ]
+
+
+def shown(arguments: Sequence[str]) -> list[str]:
+    """Paths without the folders of this machine."""
+    return [Path(argument).name if "/" in argument else argument for argument in arguments]
 
 
 def add(

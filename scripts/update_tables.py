@@ -147,12 +147,10 @@ def inference(results: Path) -> str:
     """Dice on training patients with one step of inference changed at a time."""
     blocks = []
     for record in newest(results, "inference"):
-        columns = ["", *(f"{row['data']}, {row['annotated']}" for row in record["rows"])]
-        rows = [
-            [name, *(f"{row['dice'][name]:.3f}" for row in record["rows"])]
-            for name in record["rows"][0]["dice"]
-        ]
-        blocks += [table("whole volumes, not adapted", columns, rows), provenance(record)]
+        pair = f"{record['annotated']} to {', '.join(record['queries'])}"
+        title = f"{record['data']}: model {record['model']}, {pair}"
+        rows = [[name, f"{dice:.3f}"] for name, dice in record["dice"].items()]
+        blocks += [table(title, ["whole volumes, not adapted", "Dice"], rows), provenance(record)]
     return "\n\n".join(blocks) or NO_RECORD
 
 
