@@ -32,8 +32,9 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         help="train a model on scans of your own, without labels or with some",
         description="Train a model that segments from examples. It needs no label: it learns to "
-        "find pieces of tissue (supervoxels) again in neighbouring slices. Where a data set has "
-        "labels, a share of the training is on them; held-out classes are never a foreground and "
+        "find pieces of tissue (supervoxels) again, in the same slice under random changes or in a "
+        "neighbouring one. Where a data set has labels, a share of the training is on them; "
+        "held-out classes are never a foreground and "
         "held-out cases are never read, so that both can measure it afterwards. The run folder "
         "gets model.safetensors, the training state, log.jsonl and config.json. Ctrl-C is safe: "
         "--resume goes on from the last checkpoint.",

@@ -15,7 +15,7 @@ from fastproto.errors import ArgumentError
 
 _CHOICES = {
     "encoder": ("auto", "resnet18", "resnet34", "resnet50", "resnet101"),
-    "output_stride": ("auto", 8, 16),
+    "output_stride": (8, 16),
     "plane": ("axial", "coronal", "sagittal"),
     "precision": ("auto", "float32", "bfloat16"),
 }
@@ -53,7 +53,6 @@ NETWORK = (
 # What "auto" is on a GPU and on a CPU.
 AUTO: dict[str, tuple[Any, Any]] = {
     "encoder": ("resnet34", "resnet18"),
-    "output_stride": (16, 8),
     "image_size": (256, 128),
 }
 # What may differ between a run and its continuation: none of it changes a computed number.
@@ -97,8 +96,7 @@ class TrainConfig:
         plane: Slicing plane.
         crop: Crop to the body's bounding box before resampling.
         encoder: Encoder name; "auto" is resnet34 on a GPU, resnet18 on a CPU.
-        output_stride: Pixels of a cell at the bottleneck, 8 or 16; "auto" is 16 on a GPU, 8 on a
-            CPU, where images are small.
+        output_stride: Pixels of a cell at the bottleneck, 8 or 16; small organs need small cells.
         weights: Encoder weights to start from: None, "imagenet" or a file.
         start: A trained model to go on from, a file, a run folder or "base", the package's own; it
             decides on encoder, output stride, image size, plane and how CT is normalised.
@@ -158,7 +156,7 @@ class TrainConfig:
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     crop: bool = True
     encoder: str = "auto"
-    output_stride: int | Literal["auto"] = "auto"
+    output_stride: Literal[8, 16] = 8
     weights: str | None = None
     start: str | None = None
     temperature: float = 0.05

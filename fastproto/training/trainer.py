@@ -85,8 +85,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         chosen = any(getattr(asked, name) == "auto" for name in NETWORK)
         if saved is None and start is None and device.type == "cpu" and chosen:
             print(
-                "fastproto: a network and images small enough for a CPU were chosen; encoder, "
-                "output_stride and image_size choose others",
+                "fastproto: a network and images small enough for a CPU were chosen; encoder "
+                "and image_size choose others",
                 file=sys.stderr,
             )
     if saved is not None and saved["slices"] != data.slices:
