@@ -25,6 +25,7 @@ CT_WINDOW = (-200.0, 300.0)  # HU; wider than the network's: fat and bone guide 
 
 _GRID = 128  # voxels a side, at most, to find the body in
 _SEARCH_MM = 20.0  # between the places along the slices at which the affine search may start
+_STARTS = 4  # of them, the best
 _SEARCH_SIDE = 24  # voxels a side, about, to compare them
 _SCALES = (0.5, 2.0)  # what an affine map may do to lengths; anything beyond has gone astray
 _BINS = 32
@@ -177,25 +178,39 @@ def align_boxes(query: np.ndarray, atlas: np.ndarray) -> Alignment:
     return Alignment(np.diag(scale), atlas[0] - scale * query[0])
 
 
-def best_start(query: Picture, atlas: Picture, boxes: Alignment) -> Alignment:
-    """``boxes``, or the same without scaling along the slices at the place that fits best.
+def good_starts(query: Picture, atlas: Picture, boxes: Alignment) -> list[Alignment]:
+    """``boxes``, or the same without scaling along the slices at places that fit; the best first.
 
     Two scans seldom cover the same length of the body. They are taken to share at least half of
-    the shorter one.
+    the shorter one. Of neighbouring places the best one counts.
     """
     lengths = [picture.array.shape[0] * picture.step for picture in (query, atlas)]
-    starts = [boxes]
+    starts = []
     matrix = np.diag([1.0, *np.diag(boxes.matrix)[1:]])
     low, high = -lengths[0] + min(lengths) / 2, lengths[1] - min(lengths) / 2
     for shift in np.linspace(low, high, int((high - low) / _SEARCH_MM) + 2):
         first = atlas.first[0] + shift - query.first[0]
         starts.append(Alignment(matrix, np.array([first, *boxes.offset[1:]])))
     stride = max(1, max(query.array.shape) // _SEARCH_SIDE)
-    return max(starts, key=lambda start: correlation(query, atlas, start, stride))
+    fits = np.array([correlation(query, atlas, start, stride) for start in starts])
+    beside = np.pad(fits, 1, constant_values=-np.inf)
+    peaks = np.flatnonzero((fits >= beside[:-2]) & (fits > beside[2:]))
+    found = [(fits[i], starts[i]) for i in peaks]
+    found.append((correlation(query, atlas, boxes, stride), boxes))
+    return [start for _, start in sorted(found, key=lambda pair: -pair[0])][:_STARTS]
 
 
-def align_affine(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
+def align_affine(
+    query: Picture, atlas: Picture, start: Alignment, *, across: bool = False
+) -> Alignment:
     """Refine ``start`` by mutual information (Mattes), coarse to fine.
+
+    Args:
+        query: A picture of the scan to look at.
+        atlas: One of the annotated scan.
+        start: Where to begin.
+        across: Shift, but neither stretch nor tilt the slices' axis: where the two cover different
+            lengths of the body, stretching one onto the other is a trap.
 
     Raises:
         RuntimeError: It found nothing usable, e.g. for lack of overlap.
@@ -216,6 +231,8 @@ def align_affine(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOff()
     method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 200, 0.5, 1e-5)
     method.SetOptimizerScalesFromPhysicalShift()
+    if across:  # of x, y, z: the matrix row by row, then the translation
+        method.SetOptimizerWeights([1, 1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1])
     method.SetInterpolator(sitk.sitkLinear)
     method.SetInitialTransform(transform, inPlace=True)
     method.Execute(query.image(), atlas.image())
@@ -227,19 +244,20 @@ def align_affine(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
 
 
 @torch.inference_mode(False)
-def align_deformable(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
+def align_deformable(
+    query: Picture, atlas: Picture, start: Alignment, *, levels: int = len(_LEVELS)
+) -> Alignment:
     """Bend an affine ``start`` until the two look alike, by gradient descent.
+
+    ``levels``: of them, coarse to fine, the first alone is quick and enough to compare starts by.
 
     What is compared is each voxel's likeness to its neighbours (MIND-SSC, Heinrich et al. 2013),
     which changes of contrast and brightness leave alone.
     """
-    values, within = atlas.at(start(query.points()))
-    fixed = _descriptor(torch.from_numpy(query.array.astype(np.float32)))
-    moving = _descriptor(torch.from_numpy(values))
-    weight = torch.from_numpy(within.astype(np.float32))[None, None]
+    fixed, moving, weight = _compared(query, atlas, start)
     field = torch.zeros(1, 3, 1, 1, 1)  # in cells
     scale = 1.0
-    for cell, steps in _LEVELS:
+    for cell, steps in _LEVELS[:levels]:
         still, moved, share = (
             F.avg_pool3d(x, cell, ceil_mode=True, count_include_pad=False)
             for x in (fixed, moving, weight)
@@ -259,6 +277,31 @@ def correlation(query: Picture, atlas: Picture, alignment: Alignment, stride: in
     if pair.shape[1] < 2 or not (pair.std(axis=1) > 0).all():
         return 0.0
     return float(np.corrcoef(pair)[0, 1])
+
+
+def unlikeness(query: Picture, atlas: Picture, alignment: Alignment) -> float:
+    """How far an affine alignment is from right: what a rough bend leaves that does not fit.
+
+    It is what `align_deformable` makes small, per voxel where the two overlap; infinite if nowhere.
+    The affine alignment alone does not tell: organs of one height differ more in shape than organs
+    and what lies a few slices on.
+    """
+    bent = align_deformable(query, atlas, alignment, levels=1)
+    rests = []
+    for each in (alignment, bent):  # a bend may blur what fits already
+        fixed, moving, weight = _compared(query, atlas, each)
+        rests.append((weight * (fixed - moving).square()).sum() / weight.sum())
+    return float(min(rests)) if weight.any() else float("inf")
+
+
+def _compared(
+    query: Picture, atlas: Picture, alignment: Alignment
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Descriptors of the query and of what lies there in the annotated scan; where it has one."""
+    values, within = atlas.at(alignment(query.points()))
+    fixed = _descriptor(torch.from_numpy(query.array.astype(np.float32)))
+    moving = _descriptor(torch.from_numpy(values))
+    return fixed, moving, torch.from_numpy(within.astype(np.float32))[None, None]
 
 
 @torch.enable_grad()

@@ -8,7 +8,6 @@ grid. As in `alignment`, points are (slice, row, column) in mm along the canonic
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,10 +26,11 @@ from fastproto.segmentation.alignment import (
     align_affine,
     align_boxes,
     align_deformable,
-    best_start,
     body_box,
     correlation,
+    good_starts,
     make_picture,
+    unlikeness,
     volume_box,
 )
 
@@ -40,7 +40,7 @@ _MAP_SIDE = 48  # points of a distance map along each axis, at most
 _SEARCH_SIDE = 40  # points along each axis of a scan at which organs are looked for
 _BODY_VOXELS, _DETAIL_VOXELS = 100_000, 300_000
 _SURROUNDINGS_MM = 25.0
-_TOLERATED_LOSS = 0.05  # of correlation, for which more mutual information may be worth it
+_REFINED = 2  # of the alignments found, the best
 
 
 @dataclass(frozen=True, eq=False)
@@ -417,19 +417,38 @@ def _align(
     """The alignment of a canonical volume and its quality; RuntimeError where there is none."""
     whole, detail = atlas.pictures
     query = make_picture(seen, atlas.modality, body, _BODY_VOXELS, whole.step)
-    alignment = align_affine(query, whole, best_start(query, whole, boxes))
+    found: list[tuple[float, Alignment, Picture]] = []
+    problem = RuntimeError()
+
+    def consider(moved: Picture, still: Picture, start: Alignment, across: bool) -> None:
+        nonlocal problem
+        try:
+            alignment = align_affine(moved, still, start, across=across)
+            around = _surroundings(atlas, seen, alignment)
+        except RuntimeError as error:
+            problem = error
+        else:
+            found.append((unlikeness(around, detail, alignment), alignment, around))
+            found.sort(key=lambda candidate: candidate[0])
+
+    for start in good_starts(query, whole, boxes):
+        consider(query, whole, start, across=True)
+    for _, alignment, around in found[:_REFINED]:
+        consider(around, detail, alignment, across=False)
+    if not found:
+        raise problem
+    _, alignment, around = found[0]
+    if kind == "deformable":
+        alignment = align_deformable(around, detail, alignment)
+    return alignment, correlation(around, detail, alignment)
+
+
+def _surroundings(atlas: Atlas, seen: Volume, alignment: Alignment) -> Picture:
+    """The organs and what surrounds them; RuntimeError where they lie outside the scan."""
     around = alignment.box_in_query(_around(atlas.maps)).clip(*volume_box(seen))
     if not (around[1] > around[0]).all():
         raise RuntimeError("the organs lie outside the scan")
-    query = make_picture(seen, atlas.modality, around, _DETAIL_VOXELS, detail.step)
-    quality = correlation(query, detail, alignment)
-    with contextlib.suppress(RuntimeError):  # the first alignment does, too
-        finer = align_affine(query, detail, alignment)
-        if correlation(query, detail, finer) > quality - _TOLERATED_LOSS:
-            alignment = finer
-    if kind == "deformable":
-        alignment = align_deformable(query, detail, alignment)
-    return alignment, correlation(query, detail, alignment)
+    return make_picture(seen, atlas.modality, around, _DETAIL_VOXELS, atlas.pictures[1].step)
 
 
 def _around(maps: Sequence[DistanceMap]) -> np.ndarray:

@@ -102,6 +102,22 @@ def test_affine_finds_the_place_in_a_scan_that_covers_less(atlas: Atlas, covered
     np.testing.assert_allclose(prior.slice_positions(), expected, atol=0.6)
 
 
+@pytest.mark.parametrize("kind", ["affine", "deformable"])
+@pytest.mark.parametrize(
+    ("annotated", "seen"), [(slice(0, 36), slice(14, 48)), (slice(16, 48), slice(0, 34))]
+)
+def test_finds_the_place_where_either_covers_what_the_other_does_not(
+    annotated: slice, seen: slice, kind: str
+) -> None:
+    parts = (Volume(v.array[annotated], v.spacing) for v in scan())
+    atlas = Atlas.make(*parts, [3], "mr", kind)
+    other, truth = scan(scale=(1, 0.92, 1.08), seed=2)
+    prior = locate(atlas, Volume(other.array[seen], other.spacing), kind)
+    assert dice(prior.label_map(), truth.array[seen], 3) > 0.85
+    numbers = np.arange(48)[seen] - annotated.start
+    np.testing.assert_allclose(prior.slice_positions(), numbers, atol=1.5)
+
+
 @pytest.mark.parametrize("kind", ["box", "affine"])
 def test_neither_stored_axes_nor_the_origin_matter(atlas: Atlas, kind: str) -> None:
     image, _ = scan(**CHANGED)
