@@ -309,10 +309,10 @@ def choose(
     return _choose(device, dtype, dim, _FORCED, "FASTPROTO_BACKEND")
 
 
-# The choice depends on the installation and on what torch.compile guards anyway (device, dtype, a
-# range of channels), so it may take it as a constant. This is
-# what @torch.compiler.assume_constant_result does, without importing torch._dynamo (70 MB).
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Both depend on the installation and on what torch.compile guards anyway (device, dtype, a range of
+# channels), so it may take them as constants and need not look at files. This is what
+# @torch.compiler.assume_constant_result does, without importing torch._dynamo (70 MB).
+choose._dynamo_marked_constant = why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def describe() -> list[tuple[str, bool, str]]:

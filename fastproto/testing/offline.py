@@ -54,8 +54,8 @@ class Resources:
     instructions: tuple[str, ...]
 
 
-def source_of(launch: Launch) -> ASTSource:
-    """The launch as Triton's just-in-time compiler would specialise it."""
+def source_of(launch: Launch, number: str = "fp32") -> ASTSource:
+    """The launch as Triton's just-in-time compiler would specialise it; ``number``: a float."""
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int, ...], Any] = {}
@@ -69,7 +69,7 @@ def source_of(launch: Launch) -> ASTSource:
             signature[name] = f"*{_TYPES[value.dtype]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
-            signature[name] = "fp32"
+            signature[name] = number
         elif value == 1 and name not in not_specialised:
             signature[name] = "constexpr"
             constants[name] = 1
@@ -80,11 +80,11 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def compile_launch(launch: Launch, capability: int) -> Resources:
-    """Compile for ``sm_<capability>``."""
+def compile_launch(launch: Launch, capability: int, number: str = "fp32") -> Resources:
+    """Compile for ``sm_<capability>``; ``number`` as in `source_of`."""
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source_of(launch), target=target, options=options)
+    compiled = triton.compile(source_of(launch, number), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

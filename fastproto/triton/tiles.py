@@ -31,7 +31,7 @@ def exponent_scale(temperature, count, IS_TENSOR: tl.constexpr, ACC: tl.constexp
     if IS_TENSOR:
         t = tl.load(temperature).to(ACC)
     else:
-        t = temperature
+        t = tl.cast(temperature, ACC)  # torch.compile may hand a number over as float64
     scale = tl.where(t > 0, LOG2E / t, float("nan"))
     return tl.where(count == 1, scale * 0, scale)
 

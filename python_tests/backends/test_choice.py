@@ -55,6 +55,18 @@ def test_a_forced_backend_that_cannot_run_says_why() -> None:
     assert "cannot run on 'cpu': FASTPROTO_NATIVE=0 is set" in result.stderr
 
 
+@pytest.mark.parametrize("name", backends.LADDER)
+def test_a_compiled_graph_takes_the_answer_and_does_not_look_for_it(name: str) -> None:
+    def step(feat: torch.Tensor) -> torch.Tensor:
+        dim = backends.padded_dim(feat.shape[2])
+        able = backends.why_not(name, feat.device, feat.dtype, dim) is None
+        return feat + able
+
+    feat = torch.zeros(1, 1, 8, 2, 2)
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(feat), step(feat))
+
+
 def test_unknown_backend_argument() -> None:
     with pytest.raises(InputError, match="backend: found 'quick'"):
         proto_attention(

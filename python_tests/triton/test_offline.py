@@ -22,8 +22,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 if support.INTERPRETED:
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
+from fastproto.backends.chips import H200
 from fastproto.testing import offline
 from fastproto.testing.offline import SHARED_MEMORY, Case, Resources, cases
+from fastproto.triton.configs import KERNELS, Shape, choose
 
 CASES = list(cases())
 
@@ -63,6 +65,16 @@ def test_kernels_beside_the_table(dtype: torch.dtype, channels_last: bool, capab
         resources = offline.compile_launch(launch, capability)
         assert resources.stack == 0
         assert resources.shared <= 48 * 1024  # any GPU's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_numbers_may_arrive_as_float64(kernel: str, dtype: torch.dtype) -> None:
+    """As Inductor hands them over (torch 2.11)."""
+    shape = Shape(1, 1, 2, 256, 512, dtype)
+    config = getattr(choose(shape, H200), kernel)
+    found = offline.launches(config, kernel, dtype)
+    assert offline.compile_launch(found, 90, "fp64") == offline.compile_launch(found, 90)
 
 
 def test_a_spilling_configuration_is_noticed() -> None:
