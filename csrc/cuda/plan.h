@@ -188,6 +188,7 @@ inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
 
 inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
   const int64_t maps = r.episodes * r.queries * r.ways;
+  *plan = {};
   plan->dim = padded_dim(r.dim);
   if (small) {
     plan->kernel = Kernel::kSm90Latency;
@@ -270,17 +271,7 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
     return plan;
   }
 
-  // Throughput or latency.
-  const int64_t tiles = r.episodes * r.queries * r.ways * ceil_div(r.pixels, 64);
-  const bool few = tiles < r.multiprocessors;
-  const bool small = wish.latency || (few && !wish.throughput);
-  if (wish.latency || wish.throughput)
-    say(small ? "latency" : "throughput", ": FASTPROTO_CUDA_KERNELS asks for it.");
-  else
-    say(few ? "latency: " : "throughput: ", tiles, " tiles of 64 pixels are ",
-        few ? "fewer than the " : "enough for the ", r.multiprocessors, " multiprocessors.");
-
-  // Forward.
+  // The family.
   const char* reason = why_not_sm90(r);
   if (wish.sm90 && reason != nullptr) {
     plan.error =
@@ -289,10 +280,6 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
     return plan;
   }
   const bool sm90 = reason == nullptr && !wish.sm80;
-  if (sm90)
-    plan_sm90_forward(r, small, &plan.forward);
-  else
-    plan_sm80_forward(r, small, &plan.forward);
   if (wish.sm80)
     say("not sm90: FASTPROTO_CUDA_KERNELS asks for sm80.");
   else if (reason != nullptr)
@@ -300,7 +287,26 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
   else
     say("sm90: half types on capability 9.0, in steps of 16 bytes.");
 
-  if (!sm90) {
+  // Throughput or latency. Of sm90 the latency kernel pays as long as all its blocks run at once
+  // (measured on an H200, benchmarks/results).
+  int64_t blocks = r.episodes * r.queries * r.ways * ceil_div(r.pixels, 64);
+  if (sm90) {
+    plan_sm90_forward(r, true, &plan.forward);
+    blocks = plan.forward.blocks;
+  }
+  const bool few = blocks <= r.multiprocessors;
+  const bool small = wish.latency || (few && !wish.throughput);
+  if (wish.latency || wish.throughput)
+    say(small ? "latency" : "throughput", ": FASTPROTO_CUDA_KERNELS asks for it.");
+  else
+    say(few ? "latency: its " : "throughput: latency's ", blocks, sm90 ? " blocks" : " tiles",
+        few ? " are no more than the " : " are more than the ", r.multiprocessors,
+        " multiprocessors.");
+
+  if (sm90) {
+    if (!small) plan_sm90_forward(r, false, &plan.forward);
+  } else {
+    plan_sm80_forward(r, small, &plan.forward);
     if (!small && plan.forward.tile_m == 16)
       say("forward: 16 pixels a block: 64 leave no room for prototypes in ", r.shared_memory,
           " bytes.");
@@ -321,14 +327,11 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
     say("stats: ", r.save ? "the backward reads them." : "the forward needs them beforehand.");
   }
 
-  // Few blocks of sm90's backward would leave most of the chip idle: sm80's cuts channels too. The
-  // families leave and read the same statistics.
-  if (sm90 && (!small || wish.sm90)) {
+  // The families leave and read the same statistics.
+  if (sm90)
     plan_sm90_backward(r, &plan);
-  } else {
-    if (sm90) say("backward: sm80: of sm90 there is no latency kernel.");
+  else
     plan_sm80_backward(r, small, &plan);
-  }
 
   for (const KernelPlan* one : {&plan.forward, &plan.backward_query, &plan.backward_protos}) {
     if (one->shared_bytes <= r.shared_memory || (one != &plan.forward && !r.save)) continue;

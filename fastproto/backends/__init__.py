@@ -3,8 +3,8 @@
 
 ``native`` is the compiled library, ``triton`` the Triton kernels, ``reference`` plain PyTorch. The
 first rung that can run the problem is taken, unless the ``backend`` argument or
-``FASTPROTO_BACKEND`` (read when fastproto is imported) names one. On a GPU, rungs that have been
-measured on one come before those that have not.
+``FASTPROTO_BACKEND`` (read when fastproto is imported) names one. On a kind of GPU that the native
+kernels were never measured on, they run only where they are named.
 """
 
 from __future__ import annotations
@@ -26,21 +26,19 @@ CUDA_DIMS = (256, 512)
 """Channels that the native CUDA kernels are compiled for (csrc/cuda/plan.h); fewer are padded."""
 CUDA_FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
 """Of the native CUDA kernels: values of FASTPROTO_CUDA_KERNELS, which also takes "sm80", "sm90"."""
-MEASURED_ON_GPU: dict[str, str] = {}
-"""Backend -> the file of benchmarks/results with its measurements on a GPU; python_tests/backends
-holds the two together. A kernel that has never run on a GPU is no default."""
+RECORDS = {90: "2026-11-27-h200.json"}
+"""Compute capability times ten -> the file of benchmarks/results with the native kernels' times."""
 _FORCED = os.environ.get("FASTPROTO_BACKEND") or None
 
 
-def ladder(device: str) -> tuple[str, ...]:
-    """The rungs that are tried on device type ``device`` where nobody names one."""
-    if device == "cpu":  # Triton is interpreted there, for tests
+def ladder(device: str | torch.device) -> tuple[str, ...]:
+    """The rungs that are tried on ``device`` where nobody names one."""
+    device = _indexed(device)
+    if device.type == "cpu":  # Triton is interpreted there, for tests
         return ("native", "reference")
-    if device != "cuda":
-        return LADDER
-    measured = tuple(name for name in LADDER if name in MEASURED_ON_GPU)
-    # Of the unmeasured, Triton's compiler has run on GPUs, if not its kernels here.
-    return (*measured, *(n for n in ("triton", "native", "reference") if n not in measured))
+    if device.type == "cuda" and chip_of(device).capability not in RECORDS:
+        return LADDER[1:]
+    return LADDER
 
 
 def padded_dim(dim: int) -> int:
@@ -267,29 +265,17 @@ def _choose(
             )
         return forced
     reasons: list[str] = []
-    for name in ladder(device.type):
+    for name in ladder(device):
         reason = why_not(name, device, dtype, dim)
         if reason is None:
             if name == "reference" and reasons:
                 _library.say_once(
                     f"fastproto: on {device} plain PyTorch runs; {'; '.join(reasons)}."
                 )
-            remark = _remark(name, device.type)
-            _library.logger.debug(
-                "proto_attention on %s: backend %s%s", device, name, remark and f" ({remark})"
-            )
+            _library.logger.debug("proto_attention on %s: backend %s", device, name)
             return name
         reasons.append(f"backend {name} does not: {reason}")
     raise AssertionError("the reference runs everywhere")
-
-
-def _remark(name: str, device: str) -> str:
-    """What there is to say of a backend that can run."""
-    if device != "cuda" or name == "reference" or name in MEASURED_ON_GPU:
-        return ""
-    before = ladder(device)[: ladder(device).index(name)]
-    place = f"comes after {' and '.join(before)} unless it" if before else "first unless another"
-    return f"not measured on a GPU yet; {place} is named"
 
 
 def choose(
@@ -325,6 +311,6 @@ def describe() -> list[tuple[str, bool, str]]:
             reason = why_not(name, device)
             if name == "reference" and device != "cpu" and not torch.cuda.is_available():
                 reason = "torch finds no CUDA device"
-            remark = _remark(name, device.split(":")[0]) if reason is None else reason
-            rows.append((f"{name} ({device})", reason is None, remark))
+            remark = "" if name in ladder(device) else "not measured on such a GPU: only by name"
+            rows.append((f"{name} ({device})", reason is None, reason or remark))
     return rows

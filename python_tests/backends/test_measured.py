@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel that has never run on a GPU is no default there."""
+"""Native kernels that were never measured on a kind of GPU are no default there."""
 
 from __future__ import annotations
 
@@ -7,54 +7,39 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastproto import backends
+from fastproto.backends.chips import Chip
 from fastproto.cli import info
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+A100 = Chip(80, 108, 163 * 1024)
 
 
-def test_the_table_of_what_was_measured_is_what_the_results_hold() -> None:
-    measured: dict[str, set[str]] = {"native": set(), "triton": set()}
-    for file in RESULTS.glob("*.json"):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if "multiprocessors" not in record.get("gpu", {}):
-            continue
-        for case in record["cases"]:
-            for name in measured.keys() & case["us"].keys():
-                measured[name].add(file.name)
-    assert backends.MEASURED_ON_GPU.keys() == {name for name, files in measured.items() if files}
-    for name, file in backends.MEASURED_ON_GPU.items():
-        assert file in measured[name]
+def test_every_record_is_there_and_of_that_gpu() -> None:
+    for capability, name in backends.RECORDS.items():
+        record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        assert float(record["gpu"]["capability"]) * 10 == capability
+        assert any("native" in case["us"] for case in record["cases"])
 
 
-@pytest.mark.parametrize(
-    ("measured", "expected"),
-    [
-        ((), ("triton", "native", "reference")),
-        (("native",), ("native", "triton", "reference")),
-        (("triton",), ("triton", "native", "reference")),
-        (("triton", "native"), ("native", "triton", "reference")),
-    ],
-)
-def test_measured_backends_come_first_on_a_gpu(
-    measured: tuple[str, ...], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backends, "MEASURED_ON_GPU", dict.fromkeys(measured, "some.json"))
-    assert backends.ladder("cuda") == expected
+def test_measured_kernels_come_first_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.ladder("cuda") == ("native", "triton", "reference")  # as on an H200
     assert backends.ladder("cpu") == ("native", "reference")
     assert backends.ladder("xpu") == backends.LADDER
+    monkeypatch.setattr(backends, "chip_of", lambda device: A100)
+    assert backends.ladder(torch.device("cuda", 0)) == ("triton", "reference")
 
 
 def test_what_can_run_but_was_never_measured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "MEASURED_ON_GPU", {})
     monkeypatch.setattr(backends, "why_not", lambda name, device: None)
     said = {name: remark for name, available, remark in backends.describe() if available}
-    expected = "not measured on a GPU yet; comes after triton unless it is named"
+    assert set(said.values()) == {"", "not measured on such a GPU: only by name"}
+    assert said["native (cuda)"] == ""
+    monkeypatch.setattr(backends, "chip_of", lambda device: A100)
+    said = {name: remark for name, _, remark in backends.describe()}
+    expected = "not measured on such a GPU: only by name"
     assert said["native (cuda)"] == expected
-    assert said["triton (cuda)"].endswith("first unless another is named")
-    assert said["native (cpu)"] == ""
-    text = info.to_text(info.describe())
-    assert f"available: {expected}" in text
-    monkeypatch.setattr(backends, "MEASURED_ON_GPU", {"native": "some.json"})
-    assert {name: remark for name, _, remark in backends.describe()}["native (cuda)"] == ""
+    assert said["triton (cuda)"] == said["native (cpu)"] == ""
+    assert f"available: {expected}" in info.to_text(info.describe())
