@@ -7,6 +7,7 @@ How the rows were found, and what each compiles to: docs/kernels/triton.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ SM90 = (90, 99)
 INTERPRETED = (-1, -1)
 KIB = 1024
 
-# Of the rows that apply the first is taken; the others are what autotuning may try.
+# Of the rows that apply the first is taken.
 TABLE: tuple[Row, ...] = (
     *(
         # The fewest programs: the interpreter takes milliseconds for each.
@@ -144,20 +145,10 @@ TABLE: tuple[Row, ...] = (
         512,
         Config(16, 64, 128, 0, True, 8, 2),
     ),
-    Row(
-        "backward_query",
-        "throughput",
-        HALF,
-        ALL,
-        116 * KIB,
-        512,
-        Config(32, 32, 128, 2, True, 8, 2),
-    ),
     Row("backward_query", "small", HALF, ALL, 116 * KIB, 512, Config(16, 64, 64, 2, True, 8, 2)),
     Row("backward_query", "any", HALF, SM90, 25 * KIB, ANY_DIM, Config(64, 32, 64, 4, False, 8, 2)),
     Row("backward_query", "any", HALF, ALL, 13 * KIB, ANY_DIM, Config(32, 32, 64, 4, False, 8, 2)),
     Row("backward_query", "any", SINGLE, ALL, 9 * KIB, ANY_DIM, Config(16, 32, 32, 4, False, 8, 2)),
-    Row("backward_query", "any", SINGLE, ALL, 7 * KIB, ANY_DIM, Config(16, 16, 32, 2, False, 8, 2)),
     Row(
         "backward_protos",
         "throughput",
@@ -202,11 +193,6 @@ class Plan:
     backward_query: Config
     backward_protos: Config
 
-    def replaced(self, kernel: str, config: Config) -> Plan:
-        """The same with another configuration for ``kernel``."""
-        changed: Any = {kernel: config}
-        return dataclasses.replace(self, **changed)
-
 
 def power_of_two_from(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
@@ -219,10 +205,10 @@ def variant_of(shape: Shape, chip: Chip) -> str:
     return "throughput" if tiles >= chip.multiprocessors else "small"
 
 
-def candidates(kernel: str, shape: Shape, chip: Chip) -> list[Config]:
-    """The configurations that apply, best guess first."""
+def config_of(kernel: str, shape: Shape, chip: Chip) -> Config:
+    """That of the first row of the table that applies."""
     variant = variant_of(shape, chip)
-    found = [
+    return next(
         row.config.fit(shape.dim)
         for row in TABLE
         if row.kernel == kernel
@@ -231,8 +217,7 @@ def candidates(kernel: str, shape: Shape, chip: Chip) -> list[Config]:
         and row.capabilities[0] <= chip.capability <= row.capabilities[1]
         and row.shared_memory <= chip.shared_memory
         and shape.dim <= row.max_dim
-    ]
-    return list(dict.fromkeys(found))
+    )
 
 
 def stats_config(dim: int) -> Config:
@@ -241,10 +226,11 @@ def stats_config(dim: int) -> Config:
     return Config(1, max(1, 4096 // chunk), chunk, 0, False, 4, 1)
 
 
+@functools.cache
 def choose(shape: Shape, chip: Chip) -> Plan:
     """The plan of a problem: the first row of the table that applies, for every kernel."""
     return Plan(
         variant_of(shape, chip),
         stats_config(shape.dim),
-        *(candidates(kernel, shape, chip)[0] for kernel in KERNELS),
+        *(config_of(kernel, shape, chip) for kernel in KERNELS),
     )

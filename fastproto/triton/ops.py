@@ -16,9 +16,8 @@ from torch import Tensor
 from fastproto import autograd, packing
 from fastproto.backends.chips import chip_of
 from fastproto.triton import launch, pack_launch, support
-from fastproto.triton.configs import INTERPRETER, Plan, Shape
+from fastproto.triton.configs import INTERPRETER, Plan, Shape, choose
 from fastproto.triton.launch import Launch, Run
-from fastproto.triton.tuning import plan_for
 
 # No ``from __future__ import annotations`` here: torch.library reads the annotations below.
 
@@ -42,7 +41,7 @@ def _plan(feat: Tensor, offsets: Tensor) -> Plan:
     ways = (int(offsets.shape[0]) - 1) // episodes
     shape = Shape(episodes, queries, ways, height * width, dim, feat.dtype)
     chip = INTERPRETER if support.INTERPRETED else chip_of(feat.device)
-    return plan_for(shape, chip, feat.device)
+    return choose(shape, chip)
 
 
 def _forward(

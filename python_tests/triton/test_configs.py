@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of configurations and the pure function that reads it; measured plans."""
+"""The table of configurations and the pure function that reads it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +11,14 @@ import torch
 from fastproto.backends.chips import H200, Chip
 from fastproto.triton.configs import (
     INTERPRETED,
+    INTERPRETER,
     KERNELS,
     TABLE,
-    Config,
-    Plan,
     Shape,
-    candidates,
     choose,
+    config_of,
     variant_of,
 )
-
-tuning = pytest.importorskip("fastproto.triton.tuning", reason="triton is not installed")
 
 A100 = Chip(80, 108, 163 * 1024)
 RTX_4090 = Chip(89, 128, 99 * 1024)
@@ -71,12 +66,30 @@ def test_a_chip_with_little_shared_memory_gets_smaller_tiles() -> None:
     for chip in (RTX_4090, MI300):
         for kernel in KERNELS:
             fits = {row.config.fit(512) for row in TABLE if row.shared_memory <= chip.shared_memory}
-            assert set(candidates(kernel, MANY, chip)) <= fits
+            assert config_of(kernel, MANY, chip) in fits
     assert choose(MANY, RTX_4090).forward.block_n == 32
 
 
 def test_the_number_of_prototypes_has_no_say() -> None:
     assert "protos" not in {field.name for field in dataclasses.fields(Shape)}
+
+
+def test_every_row_is_taken_somewhere() -> None:
+    chips = [INTERPRETER, *CHIPS.values()]
+    types = (torch.bfloat16, torch.float32)
+    shapes = [
+        dataclasses.replace(shape, dim=dim, dtype=dtype)
+        for shape in (ONE, MANY)
+        for dim in (512, 2048)
+        for dtype in types
+    ]
+    taken = {
+        (kernel, config_of(kernel, shape, chip))
+        for kernel in KERNELS
+        for shape in shapes
+        for chip in chips
+    }
+    assert {(row.kernel, row.config) for row in TABLE} <= taken
 
 
 def test_rows_say_where_they_apply() -> None:
@@ -85,59 +98,3 @@ def test_rows_say_where_they_apply() -> None:
         assert row.capabilities == INTERPRETED or row.shared_memory > 0
         if row.config.resident and row.capabilities != INTERPRETED:
             assert row.max_dim <= 512
-
-
-class Clock:
-    """Seconds that a test decides on: the last candidate of every kernel is the fastest."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Config]] = []
-
-    def __call__(self, shape: Shape, kernel: str, plan: Plan) -> float:
-        config = getattr(plan, kernel)
-        self.calls.append((kernel, config))
-        found = candidates(kernel, shape, H200)
-        return float(len(found) - found.index(config))
-
-
-def test_a_measured_plan_is_the_fastest_and_is_remembered(tmp_path: Path) -> None:
-    file, clock = tmp_path / "cache" / "plans.json", Clock()
-    plan = tuning.Tuner(file, clock, "GPU; 1").plan(MANY, H200, may_measure=True)
-    for kernel in KERNELS:
-        found = candidates(kernel, MANY, H200)
-        assert len(found) > 1
-        assert getattr(plan, kernel) == found[-1]
-    assert len(clock.calls) == sum(len(candidates(k, MANY, H200)) for k in KERNELS)
-
-    again = Clock()
-    tuner = tuning.Tuner(file, again, "GPU; 1")
-    assert tuner.plan(MANY, H200, may_measure=False) == plan
-    assert not again.calls
-    # Another shape or another GPU is another choice.
-    assert tuner.plan(ONE, H200, may_measure=False) == choose(ONE, H200)
-    other = tuning.Tuner(file, again, "GPU; 2")
-    assert other.plan(MANY, H200, may_measure=False) == choose(MANY, H200)
-    assert not again.calls
-
-
-def test_an_unreadable_file_of_plans_is_said_and_replaced(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = tmp_path / "plans.json"
-    file.write_text("{ half a", encoding="utf-8")
-    tuning.Tuner(file, Clock(), "GPU").plan(MANY, H200, may_measure=True)
-    assert f"{file} cannot be read" in caplog.text
-    assert json.loads(file.read_text(encoding="utf-8"))
-
-
-def test_a_remembered_configuration_that_left_the_table_is_not_used(tmp_path: Path) -> None:
-    file = tmp_path / "plans.json"
-    key = f"GPU; {MANY}"
-    known = {"forward": {"[1, 2, 3]": 0.1}, "backward_query": "fast"}
-    file.write_text(json.dumps({key: known}), encoding="utf-8")
-    plan = tuning.Tuner(file, Clock(), "GPU").plan(MANY, H200, may_measure=False)
-    assert plan == choose(MANY, H200)
-
-
-def test_without_a_gpu_the_table_decides() -> None:
-    assert tuning.plan_for(ONE, H200, torch.device("cpu")) == choose(ONE, H200)

@@ -74,7 +74,8 @@ def test_every_row_of_the_table(row: Row, layout: str, monkeypatch: pytest.Monke
 
     def plan(feat: Tensor, offsets: Tensor) -> Plan:
         shape = configs.Shape(1, 1, 2, 25, dim, dtype)
-        return configs.choose(shape, configs.INTERPRETER).replaced(row.kernel, config.fit(dim))
+        chosen = configs.choose(shape, configs.INTERPRETER)
+        return dataclasses.replace(chosen, **{row.kernel: config.fit(dim)})
 
     monkeypatch.setattr(ops, "_plan", plan)
     assert_within_rounding(triton, problem, dtype)
