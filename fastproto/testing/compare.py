@@ -111,7 +111,8 @@ def _bag_errors(
     # sum_j A_j e_j (P_j - G), where e is the exponent's error, is at most |e| std(P), both under A.
     std = (a @ p.x.square() - g.square()).clamp(min=0).sqrt()
     g_error = (by_exponent * c_error / t).sum(-1, keepdim=True).sqrt() * std
-    g_error += coarse * (a @ p.x.abs()) + sum_n * (a @ (p.x.abs() + p.mean.abs()))
+    values = p.x.abs() + p.mean.abs()  # float32's operands may be centred
+    g_error += coarse * (a @ (p.x.abs() if half else values)) + sum_n * (a @ values)
 
     do = dy * f.x
     delta = (do * g).sum(-1, keepdim=True)

@@ -8,6 +8,7 @@ at D = 512 and HW = 256.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -144,6 +145,13 @@ def test_three_tf32_products_have_the_digits_of_float32_and_one_has_not(gpu: Mod
     assert_within_rounding(tf32, problem, torch.float32, rounding=2**-11)
     with pytest.raises(AssertionError, match="error"):
         assert_within_rounding(tf32, problem, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["n_1", "n_2", "hw_1", "d_5", "spare_rows", "duplicated"])
+def test_one_tf32_product_whatever_the_bags(gpu: ModuleType, name: str) -> None:
+    (problem,) = (problem for problem in PROBLEMS if problem.name == name)
+    tf32 = functools.partial(gpu.proto_attention, tf32=True)
+    assert_within_rounding(tf32, problem, torch.float32, rounding=2**-10)
 
 
 @pytest.mark.parametrize("dim", [64, 512])  # rings of two lengths
