@@ -68,7 +68,7 @@ bench: develop
 	$(BIN)/python scripts/update_tables.py
 
 # Build, tests, kernels' resources and benchmark on an NVIDIA GPU, with the $(PYTHON) that has torch
-# with CUDA, triton and pytest: nothing is installed into it. GPU_CHECK="--out OUT --budget 6"
+# with CUDA, triton and pytest: nothing is installed into it. GPU_CHECK="--out OUT --minutes 8"
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py $(GPU_CHECK)
 

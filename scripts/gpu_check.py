@@ -4,16 +4,18 @@
 Runs with any Python that has torch with CUDA, triton, pytest and what the build needs (setuptools,
 pybind11, cmake, ninja; nvcc for the native kernels); installs nothing else and needs no network.
 The package is built and installed into a folder of its own, so that the environment stays as it
-is. A step that fails does not stop those after it; the exit code is 1 if any failed.
+is. A step that fails does not stop those after it, nor does one that hangs: all of them share
+``--minutes``. The exit code is 1 if any failed.
 
     make gpu-check                              # results to benchmarks/results
-    python scripts/gpu_check.py --out OUT --budget 6
+    python scripts/gpu_check.py --out OUT --minutes 8
     python scripts/gpu_check.py --installed     # what `import fastproto` finds, no fresh build
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
@@ -82,23 +84,11 @@ def arguments() -> argparse.Namespace:
         help="for every step's output and the summary",
     )
     parser.add_argument(
-        "--budget", type=float, default=6.0, metavar="MINUTES", help="of the benchmark"
-    )
-    parser.add_argument(
-        "--limit", type=float, default=20.0, metavar="MINUTES", help="of every other step"
-    )
-    parser.add_argument(
-        "--sanitizer-limit", type=float, default=5.0, metavar="MINUTES", help="of each sanitizer"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        help="processes of the tests, where pytest-xdist is installed (they wait for compilers)",
+        "--minutes", type=float, default=8.0, help="for everything; what is late is cut short"
     )
     parser.add_argument("--installed", action="store_true", help="do not build and install")
     parser.add_argument(
-        "--only", nargs="+", choices=STEPS, default=list(STEPS), help="some of the steps"
+        "--only", nargs="+", choices=STEPS, default=list(DEFAULT), help="some of the steps"
     )
     return parser.parse_args()
 
@@ -120,6 +110,7 @@ class Check:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.deadline = time.monotonic() + options.minutes * 60
         self.logs: Path = options.logs.resolve()
         self.checks = self.logs / "checks.json"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -180,16 +171,34 @@ class Check:
         wants_native = self.environment.get("FASTPROTO_CUDA") != "0" and find_nvcc() is not None
         return bool(facts["broken"]) or (wants_native and not facts["compiler"]), facts["text"]
 
+    def left(self, name: str) -> float:
+        """Seconds that a step may take, so that those after it get their share; some, at least."""
+        after = (
+            [SHARE[step] for step in DEFAULT[DEFAULT.index(name) + 1 :]] if name in SHARE else []
+        )
+        return max(self.deadline - time.monotonic() - sum(after) * self.options.minutes * 60, 20)
+
     def tests(self) -> Step:
-        """The tests marked gpu."""
-        junit = self.logs / "tests.xml"
+        """The tests marked gpu: each group in a process of its own, all at once.
+
+        A kernel that hangs or spoils its process takes no other group's tests with it.
+        """
+        with concurrent.futures.ThreadPoolExecutor(len(GROUPS)) as pool:
+            parts = list(pool.map(self._group, GROUPS))
+        bad = [part for part in parts if part.result == "failed"]
+        detail = "; ".join(f"{part.name}: {part.detail}" for part in parts)
+        seconds = max(part.seconds for part in parts)
+        return Step("tests", "failed" if bad else "passed", seconds, detail, (bad or parts)[0].log)
+
+    def _group(self, name: str) -> Step:
+        junit = self.logs / f"{name}.xml"
         junit.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
         command += ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-m", "gpu", "--tb=short"]
-        command += [f"--junitxml={junit}", str(ROOT / "python_tests" / "gpu")]
-        if self.options.workers > 1 and importlib.util.find_spec("xdist") is not None:
-            command += ["-n", str(self.options.workers)]
-        return self._step("tests", command, lambda: count(junit), lambda: passed(junit))
+        command += ["--verbose", f"--junitxml={junit}", "-k", GROUPS[name]]
+        command += [str(ROOT / "python_tests" / "gpu")]
+        limit = self.left("tests")
+        return self._step(name, command, lambda: count(junit), lambda: passed(junit), limit=limit)
 
     def resources(self) -> Step:
         """Compile every configuration of the table for this device."""
@@ -228,7 +237,6 @@ class Check:
         step = self._step(
             tool,
             command,
-            limit=self.options.sanitizer_limit * 60,
             extra={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         log = step.log.read_text(encoding="utf-8") if step.log is not None else ""
@@ -252,10 +260,9 @@ class Check:
         command = [sys.executable, str(program), "--out", str(out)]
         if self.checks.is_file():
             command += ["--checks", str(self.checks)]
-        command += ["--budget", str(self.options.budget)]
-        return self._step(
-            "benchmark", command, limit=(self.options.budget + 4) * 60, describe=lambda: str(out)
-        )
+        # No setting starts after the budget; the last one takes its time, and so do the tables.
+        command += ["--budget", f"{max(self.left('benchmark') - 40, 10) / 60:.2f}"]
+        return self._step("benchmark", command, describe=lambda: str(out))
 
     def _step(
         self,
@@ -269,7 +276,7 @@ class Check:
         log = self.logs / f"{name}.log"
         print(f"\n== {name}: {' '.join(command)}", flush=True)
         began = time.monotonic()
-        limit = self.options.limit * 60 if limit is None else limit
+        limit = self.left(name) if limit is None else limit
         environment = self.environment | dict(extra or {})
         code, timed_out = run(command, log, environment, self.logs, limit)
         seconds = time.monotonic() - began
@@ -280,7 +287,24 @@ class Check:
         return Step(name, result, seconds, "; ".join(filter(None, details)), log)
 
 
-STEPS = ("install", "tests", "resources", "cuda_resources", *SANITIZER_TOOLS, "benchmark")
+# What the steps that run by default need, about, of the whole time; what one leaves the next has.
+SHARE = {
+    "install": 0.15,
+    "tests": 0.3,
+    "cuda_resources": 0.05,
+    "memcheck": 0.1,
+    "racecheck": 0.1,
+    "benchmark": 0.3,
+}
+DEFAULT = tuple(SHARE)
+STEPS = (*DEFAULT[:-1], "initcheck", "resources", "benchmark")
+FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
+# Which tests run together, as pytest's -k has it.
+GROUPS = {
+    "triton": "triton",
+    "native": "not triton and not sm80 and not sm90",
+    **{family: family for family in FAMILIES},
+}
 
 
 def has_tool(name: str) -> bool:

@@ -132,7 +132,6 @@ class Suite:
         self.failed: list[dict[str, str]] = []
         self.left_out: list[dict[str, str]] = []
         self.ceilings: dict[str, list[float]] = {}
-        self._winners: dict[tuple[str, bool], str] = {}
 
     def run(self, settings: Sequence[Setting], after_each: Callable[[], None]) -> None:
         """Measure ``settings`` in their order; ``after_each`` writes what there is so far."""
@@ -174,10 +173,7 @@ class Suite:
             if self.families:
                 ops |= implementations.families(self.timer.device, setting.problem, setting.dtype)
             ops |= {n: implementations.peer(op) for n, op in uncompiled.items()}
-            wanted = self._winners.get((setting.kind, what != "forward"))
-            for name, op in compiled[what != "forward"].items():
-                if wanted in (None, name):
-                    ops[name] = implementations.peer(op)
+            ops |= {n: implementations.peer(op) for n, op in compiled[what != "forward"].items()}
             # Everything that was made here, graphs and their memory too, goes with this call.
             self._guarded(
                 f"{setting.name} {what}",
@@ -185,7 +181,6 @@ class Suite:
             )
             if self.timer.alive() is not None:
                 return
-        self._choose_form(setting)
         seconds = time.monotonic() - began
         print(f"    {setting.name}: {len(sets)} sets of inputs, {seconds:.0f} s", flush=True)
 
@@ -206,15 +201,6 @@ class Suite:
             }
             for gradient in (False, True)
         }
-
-    def _choose_form(self, setting: Setting) -> None:
-        """Compile, from now on, the form that was faster on the first setting of this kind."""
-        for case in self.cases[-len(WHATS) :]:
-            key = (setting.kind, case["what"] == "both")
-            if case["setting"] != setting.name or case["what"] == "backward":
-                continue
-            if key not in self._winners and set(FORMS) <= set(case["us"]):
-                self._winners[key] = min(FORMS, key=lambda name: case["us"][name])
 
     def _compare(
         self, setting: Setting, what: str, ops: Mapping[str, Implementation], sets: list[Inputs]

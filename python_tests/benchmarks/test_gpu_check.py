@@ -94,18 +94,19 @@ def test_all_steps_run_whatever_fails(
 ) -> None:
     outcomes = {
         "install": (1, False, ""),
-        "tests": (0, False, ""),
+        **dict.fromkeys(gpu_check.GROUPS, (0, False, "")),
         "cuda_resources": (2, False, "cuda_resources.py: cannot run: there is no library.\n"),
         "memcheck": (0, False, "12 problems\n========= ERROR SUMMARY: 0 errors\n"),
         "racecheck": (86, False, "9 problems\n========= RACECHECK SUMMARY: 1 hazard displayed\n"),
         "initcheck": (1, False, "========= Error: Device not supported.\n"),
         "benchmark": (-9, True, ""),
     }
+    limits: dict[str, float] = {}
     commands: dict[str, list[str]] = {}
 
     def run(command: list[str], log: Path, *rest: Any) -> tuple[int, bool]:
         code, expired, text = outcomes[log.stem]
-        commands[log.stem] = command
+        commands[log.stem], limits[log.stem] = command, rest[-1]
         log.write_text(text)
         return code, expired
 
@@ -114,18 +115,24 @@ def test_all_steps_run_whatever_fails(
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: Path("/bin/compute-sanitizer"))
     monkeypatch.setattr(gpu_check, "RESOURCES", tmp_path / "none.py")
     logs = tmp_path / "logs"
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--logs", str(logs)])
+    arguments = ["--out", str(tmp_path), "--logs", str(logs), "--only", *gpu_check.STEPS]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
     assert gpu_check.main() == 1
     text = capsys.readouterr().out
     assert "| install | failed |" in text
     assert "| tests | failed |" in text  # exit code 0, but no test is known to have passed
+    assert "sm90-latency: no junit file was written" in text
     assert "| resources | skipped | 0 | there is no scripts/none.py |" in text
     assert "| cuda_resources | skipped | 0 | cuda_resources.py: cannot run: there is no" in text
     assert "| memcheck | passed | 0 | ERROR SUMMARY: 0 errors; 12 problems |" in text
     assert "| racecheck | failed | 0 | exit code 86; RACECHECK SUMMARY: 1 hazard" in text
     assert "| initcheck | skipped | 0 | Error: Device not supported. |" in text
     assert "| benchmark | failed |" in text
-    assert "stopped after 600 s" in text
+    assert f"stopped after {limits['benchmark']:.0f} s" in text
+    # Eight minutes for all; each leaves the next ones their share.
+    assert limits["install"] == pytest.approx(480 * (1 - 0.85), abs=5)
+    assert limits["sm80-latency"] == pytest.approx(480 * (1 - 0.55), abs=5)
+    assert limits["benchmark"] == pytest.approx(480, abs=5)
     assert (logs / "summary.md").read_text().strip() in text
     assert "--kernel-name" in commands["memcheck"]
     assert "--kernel-name" not in commands["initcheck"]
@@ -134,6 +141,19 @@ def test_all_steps_run_whatever_fails(
     rows = {row["check"]: row["result"] for row in json.loads((logs / "checks.json").read_text())}
     assert rows["memcheck"] == "passed"
     assert rows["racecheck"] == "failed"
+
+
+def test_every_gpu_test_is_in_one_group(gpu_check: ModuleType) -> None:
+    collected = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu"]
+    found: list[str] = []
+    for words in (*gpu_check.GROUPS.values(), ""):
+        command = [*collected, "-k", words, str(ROOT / "python_tests" / "gpu")]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        lines = [line for line in result.stdout.splitlines() if "::" in line]
+        assert lines
+        if words:
+            found += lines
+    assert sorted(found) == sorted(lines)
 
 
 def test_without_a_sanitizer(
@@ -178,7 +198,7 @@ def test_a_native_backend_that_was_built_and_does_not_run_fails_the_installation
 ) -> None:
     monkeypatch.setattr(gpu_check, "find_nvcc", lambda: tmp_path if finds_nvcc else None)
     monkeypatch.delenv("FASTPROTO_CUDA", raising=False)
-    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True))
+    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True, minutes=8))
     program = PRETENDED.format(build_info=build_info, reason=reason)
     (tmp_path / "sitecustomize.py").write_text(program)
     path = check.environment.get("PYTHONPATH", "")
@@ -189,7 +209,7 @@ def test_a_native_backend_that_was_built_and_does_not_run_fails_the_installation
 
 
 def test_a_package_that_dies_fails_the_installation(gpu_check: ModuleType, tmp_path: Path) -> None:
-    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True))
+    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True, minutes=8))
     (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)")
     check.environment["PYTHONPATH"] = str(tmp_path)
     assert check._what_is_installed() == (True, "does not import: exit code 3")

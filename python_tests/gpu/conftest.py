@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fastproto import _library, backends, proto_attention
 
 FOLDER = Path(__file__).parent
 BACKENDS = ("native", "triton")
+TEST_SECONDS = 120  # of a test, compilations included
 
 Op = Callable[..., Tensor]
 
@@ -24,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(FOLDER):
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def _ends_in_time() -> Iterator[None]:
+    """A kernel that hangs ends its process: Python never hears of a signal there."""
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(TEST_SECONDS)
+    yield
+    if hasattr(signal, "SIGALRM"):
+        signal.alarm(0)
 
 
 @pytest.fixture(autouse=True)
