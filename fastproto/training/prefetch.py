@@ -39,6 +39,7 @@ def prefetch(
         prefetch_factor=_AHEAD if workers else None,
         pin_memory=workers > 0 and torch.cuda.is_available(),
         multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # the global one is part of a run's state
     )
     for batch in loader:
         if isinstance(batch, InputError):

@@ -91,13 +91,13 @@ def test_unusable_options(arguments, message, configs, capsys, tmp_path):
 def test_a_tiny_run_and_its_continuation(phantom, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["--data", str(phantom), "--holdout-classes", "spleen", "--holdout-cases", "mr_002"]
-    arguments += ["--steps", "1", "--image-size", "64", "--encoder", "resnet18", "--device", "cpu"]
+    arguments += ["--steps", "1", "--image-size", "64", "--device", "cpu"]
     arguments += ["--batch", "1"]
     settings = ["--set", "validation_episodes=0", "checkpoint_every=1"]
     assert main(["train", *arguments, *settings, "--out", str(run)]) == 0
     said = capsys.readouterr().err
     assert "fastproto: learning from 2 scans without labels (supervoxels) and, in 2, from" in said
-    assert "small enough for a CPU" in said  # the output stride
+    assert "small enough for a CPU" in said  # the encoder
     model = load_model(run)
     assert model.extra["preprocessing"]["mr"]["image_size"] == 64
     assert main(["train", *arguments, "--out", str(run)]) == 2
