@@ -179,10 +179,10 @@ def align_boxes(query: np.ndarray, atlas: np.ndarray) -> Alignment:
 
 
 def good_starts(query: Picture, atlas: Picture, boxes: Alignment) -> list[Alignment]:
-    """``boxes``, or the same without scaling along the slices at places that fit; the best first.
+    """``boxes``, and the same without scaling along the slices at places that fit; the best first.
 
     Two scans seldom cover the same length of the body. They are taken to share at least half of
-    the shorter one. Of neighbouring places the best one counts.
+    the shorter one. Of neighbouring places the best one counts, and of all `_STARTS`.
     """
     lengths = [picture.array.shape[0] * picture.step for picture in (query, atlas)]
     starts = []
@@ -237,6 +237,8 @@ def align_affine(
     method.SetInitialTransform(transform, inPlace=True)
     method.Execute(query.image(), atlas.image())
     matrix = np.array(transform.GetMatrix()).reshape(3, 3)[::-1, ::-1].copy()
+    if not np.isfinite(matrix).all():
+        raise RuntimeError("the affine alignment went astray (numbers that are not finite)")
     scales = np.linalg.svd(matrix, compute_uv=False)
     if not (_SCALES[0] <= scales.min() and scales.max() <= _SCALES[1]):
         raise RuntimeError(f"the affine alignment went astray (scales {scales.round(2).tolist()})")
@@ -287,11 +289,16 @@ def unlikeness(query: Picture, atlas: Picture, alignment: Alignment) -> float:
     and what lies a few slices on.
     """
     bent = align_deformable(query, atlas, alignment, levels=1)
-    rests = []
-    for each in (alignment, bent):  # a bend may blur what fits already
-        fixed, moving, weight = _compared(query, atlas, each)
-        rests.append((weight * (fixed - moving).square()).sum() / weight.sum())
-    return float(min(rests)) if weight.any() else float("inf")
+    # A bend may blur what fits already.
+    return min(_rest(query, atlas, each) for each in (alignment, bent))
+
+
+def _rest(query: Picture, atlas: Picture, alignment: Alignment) -> float:
+    fixed, moving, weight = _compared(query, atlas, alignment)
+    # In one order whatever the threads: a choice hangs on it.
+    rest = ((fixed - moving).square().sum(1) * weight[0]).numpy().sum(dtype=np.float64)
+    seen = float(weight.numpy().sum(dtype=np.float64))
+    return float(rest) / seen if seen else float("inf")
 
 
 def _compared(
@@ -330,8 +337,19 @@ def _descend(fixed: Tensor, moving: Tensor, weight: Tensor, field: Tensor, steps
 
 def _smooth(field: Tensor) -> Tensor:
     for _ in range(3):
-        field = F.avg_pool3d(field, 3, stride=1, padding=1, count_include_pad=False)
+        field = _mean3(field)
     return field
+
+
+def _mean3(x: Tensor) -> Tensor:
+    """Means over 3 x 3 x 3 voxels, over fewer at the border."""
+    if min(x.shape[2:]) >= 3:
+        return F.avg_pool3d(x, 3, stride=1, padding=1, count_include_pad=False)
+    # The pooling above refuses thin ones.
+    total, count = (
+        F.avg_pool3d(F.pad(each, [1] * 6), 3, stride=1) for each in (x, torch.ones_like(x))
+    )
+    return total / count
 
 
 def _descriptor(image: Tensor) -> Tensor:
@@ -344,7 +362,7 @@ def _descriptor(image: Tensor) -> Tensor:
     ]
     pairs = [(a, b) for a, b in itertools.combinations(range(6), 2) if a // 2 != b // 2]
     squares = torch.cat([(shifted[a] - shifted[b]).square() for a, b in pairs], dim=1)
-    squares = F.avg_pool3d(squares, 3, stride=1, padding=1, count_include_pad=False)
+    squares = _mean3(squares)
     squares -= squares.amin(dim=1, keepdim=True)
     noise = squares.mean(dim=1, keepdim=True)
     typical = noise.mean() + _EPS

@@ -418,26 +418,24 @@ def _align(
     whole, detail = atlas.pictures
     query = make_picture(seen, atlas.modality, body, _BODY_VOXELS, whole.step)
     found: list[tuple[float, Alignment, Picture]] = []
-    problem = RuntimeError()
+    problems: list[RuntimeError] = []
 
     def consider(moved: Picture, still: Picture, start: Alignment, across: bool) -> None:
-        nonlocal problem
         try:
             alignment = align_affine(moved, still, start, across=across)
             around = _surroundings(atlas, seen, alignment)
-        except RuntimeError as error:
-            problem = error
-        else:
             found.append((unlikeness(around, detail, alignment), alignment, around))
-            found.sort(key=lambda candidate: candidate[0])
+        except RuntimeError as error:  # other starts may do
+            problems.append(error)
 
     for start in good_starts(query, whole, boxes):
-        consider(query, whole, start, across=True)
+        consider(query, whole, start, across=start is not boxes)
+    found.sort(key=lambda candidate: candidate[0])
     for _, alignment, around in found[:_REFINED]:
         consider(around, detail, alignment, across=False)
     if not found:
-        raise problem
-    _, alignment, around = found[0]
+        raise problems[0]
+    _, alignment, around = min(found, key=lambda candidate: candidate[0])
     if kind == "deformable":
         alignment = align_deformable(around, detail, alignment)
     return alignment, correlation(around, detail, alignment)

@@ -13,6 +13,13 @@ from safetensors.torch import load, save
 
 from fastproto.data import Preprocessing, Volume
 from fastproto.errors import ArgumentError, GeometryError, LabelError
+from fastproto.segmentation.alignment import (
+    Alignment,
+    align_affine,
+    make_picture,
+    unlikeness,
+    volume_box,
+)
 from fastproto.segmentation.prior import Atlas, DistanceMap, Prior, locate
 
 # Value, intensity, centre and half axes (slice, row, column) in mm; the first is the body, those
@@ -100,6 +107,65 @@ def test_affine_finds_the_place_in_a_scan_that_covers_less(atlas: Atlas, covered
     assert dice(prior.label_map(), less[1].array, 3) > 0.9
     expected = np.arange(48)[covered]
     np.testing.assert_allclose(prior.slice_positions(), expected, atol=0.6)
+
+
+@pytest.mark.parametrize(
+    "seen", [slice(26, 31), slice(26, 33), slice(30, 48), slice(20, 48)], ids=str
+)
+def test_affine_finds_the_place_in_a_thin_scan(seen: slice) -> None:
+    atlas = Atlas.make(*scan(), [3], "mr", "affine")
+    other, truth = scan(scale=(1, 0.92, 1.08), seed=2)
+    prior = locate(atlas, Volume(other.array[seen], other.spacing), "affine")
+    assert prior.fallback is None
+    assert dice(prior.label_map(), truth.array[seen], 3) > 0.9
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_a_scan_of_few_slices_has_a_prior(atlas: Atlas, slices: int) -> None:
+    image, _ = scan()
+    few = Volume(image.array[28 : 28 + slices], image.spacing)
+    for kind in ("affine", "deformable"):
+        assert locate(atlas, few, kind).label_map().any()
+
+
+def test_starts_that_fail_do_not_end_the_search(
+    atlas: Atlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, label = scan(**CHANGED)
+    calls: list[bool] = []
+
+    def failing(*arguments: object, across: bool = False) -> Alignment:
+        calls.append(across)
+        if failures(len(calls)):
+            raise RuntimeError(f"start {len(calls)} fails")
+        return align_affine(*arguments, across=across)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fastproto.segmentation.prior.align_affine", failing)
+    failures = lambda number: number == 1  # noqa: E731
+    prior = locate(atlas, image, "affine")
+    assert prior.fallback is None
+    assert dice(prior.label_map(), label.array, 3) > 0.85
+    calls.clear()
+    failures = lambda number: True  # noqa: E731
+    prior = locate(atlas, image, "affine")
+    assert (prior.kind, prior.fallback) == ("box", "start 1 fails")
+
+
+def test_across_leaves_the_slices_axis_alone(atlas: Atlas) -> None:
+    image, _ = scan(**CHANGED)
+    query = make_picture(image, "mr", volume_box(image), 100_000)
+    start = Alignment(np.diag([1.0, 1.1, 0.95]), np.array([5.0, -3.0, 2.0]))
+    found = align_affine(query, atlas.pictures[0], start, across=True)
+    assert found.matrix[0].tolist() == [1, 0, 0]
+    assert found.matrix[1:, 0].tolist() == [0, 0]
+    assert not np.allclose(found.matrix, start.matrix)
+
+
+def test_pictures_that_do_not_meet_are_unlike(atlas: Atlas) -> None:
+    picture = atlas.pictures[1]
+    apart = Alignment(np.eye(3), np.array([1e4, 0.0, 0.0]))
+    assert unlikeness(picture, picture, apart) == float("inf")
+    assert unlikeness(picture, picture, Alignment(np.eye(3), np.zeros(3))) == 0
 
 
 @pytest.mark.parametrize("kind", ["affine", "deformable"])
