@@ -40,6 +40,7 @@ _MAP_SIDE = 48  # points of a distance map along each axis, at most
 _SEARCH_SIDE = 40  # points along each axis of a scan at which organs are looked for
 _BODY_VOXELS, _DETAIL_VOXELS = 100_000, 300_000
 _SURROUNDINGS_MM = 25.0
+_STRETCH = 1.25  # of one body along the slices, to be another's
 _REFINED = 2  # of the alignments found, the best
 
 
@@ -429,7 +430,8 @@ def _align(
             problems.append(error)
 
     for start in good_starts(query, whole, boxes):
-        consider(query, whole, start, across=start is not boxes)
+        stretch = start.matrix[0, 0]  # far from 1 it cannot be right as it is
+        consider(query, whole, start, across=1 / _STRETCH < stretch < _STRETCH)
     found.sort(key=lambda candidate: candidate[0])
     for _, alignment, around in found[:_REFINED]:
         consider(around, detail, alignment, across=False)
