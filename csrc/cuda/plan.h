@@ -287,21 +287,23 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
   else
     say("sm90: half types on capability 9.0, in steps of 16 bytes.");
 
-  // Throughput or latency. Of sm90 the latency kernel pays as long as all its blocks run at once
-  // (measured on an H200, benchmarks/results).
+  // Throughput or latency. Of sm90 the latency kernel pays as long as it has a multiprocessor for
+  // every block (measured on an H200, benchmarks/results).
   int64_t blocks = r.episodes * r.queries * r.ways * ceil_div(r.pixels, 64);
   if (sm90) {
     plan_sm90_forward(r, true, &plan.forward);
     blocks = plan.forward.blocks;
   }
-  const bool few = blocks <= r.multiprocessors;
+  const bool few = sm90 ? blocks <= r.multiprocessors : blocks < r.multiprocessors;
   const bool small = wish.latency || (few && !wish.throughput);
   if (wish.latency || wish.throughput)
     say(small ? "latency" : "throughput", ": FASTPROTO_CUDA_KERNELS asks for it.");
+  else if (sm90)
+    say(few ? "latency: its " : "throughput: latency's ", blocks, " blocks are ",
+        few ? "no more" : "more", " than the ", r.multiprocessors, " multiprocessors.");
   else
-    say(few ? "latency: its " : "throughput: latency's ", blocks, sm90 ? " blocks" : " tiles",
-        few ? " are no more than the " : " are more than the ", r.multiprocessors,
-        " multiprocessors.");
+    say(few ? "latency: " : "throughput: ", blocks, " tiles of 64 pixels are ",
+        few ? "fewer than the " : "enough for the ", r.multiprocessors, " multiprocessors.");
 
   if (sm90) {
     if (!small) plan_sm90_forward(r, false, &plan.forward);

@@ -208,7 +208,7 @@ def variant_of(shape: Shape, chip: Chip) -> str:
 def config_of(kernel: str, shape: Shape, chip: Chip) -> Config:
     """That of the first row of the table that applies."""
     variant = variant_of(shape, chip)
-    return next(
+    found = [
         row.config.fit(shape.dim)
         for row in TABLE
         if row.kernel == kernel
@@ -217,7 +217,10 @@ def config_of(kernel: str, shape: Shape, chip: Chip) -> Config:
         and row.capabilities[0] <= chip.capability <= row.capabilities[1]
         and row.shared_memory <= chip.shared_memory
         and shape.dim <= row.max_dim
-    )
+    ]
+    if not found:
+        raise ValueError(f"{kernel}: no row of the table for {shape.dtype} on {chip}")
+    return found[0]
 
 
 def stats_config(dim: int) -> Config:

@@ -140,7 +140,8 @@ def test_the_plan_is_within_a_tenth_of_the_fastest_family_measured(case: dict[st
         images, count = map(int, case["size"].split("x"))
         sizes = Problem("", ((count,),) * images).sizes
     found = plan(dtype=case["dtype"], save=case["what"] == "backward", **sizes)
-    kernel = found["forward" if case["what"] == "forward" else "backward_query"]["kernel"]
+    names = ("forward",) if case["what"] == "forward" else ("backward_query", "backward_protos")
+    (kernel,) = {found[name]["kernel"] for name in names}
     families = {name: us for name, us in case["us"].items() if name.startswith("native sm")}
     chosen = families[f"native {kernel.replace(' ', '-')}"]
     assert chosen <= 1.1 * min(families.values())
@@ -194,7 +195,11 @@ def test_what_has_no_plan_says_why(change: dict[str, Any], message: str) -> None
 def test_explain_prints_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTPROTO_CUDA_KERNELS", raising=False)
     text = backends.explain(save=True)
-    assert "no more than the" in text
+    assert "\nlatency: its 128 blocks are no more than the 132 multiprocessors.\n" in text
+    text = backends.explain(episodes=8)
+    assert "\nthroughput: latency's 1024 blocks are more than the 132 multiprocessors.\n" in text
+    text = backends.explain(dtype=torch.float32)
+    assert "\nlatency: 4 tiles of 64 pixels are fewer than the 132 multiprocessors.\n" in text
     for name in ("stats", *KERNELS):
         assert f"\n{name}: sm" in text
     with pytest.raises(InputError, match="D = 768 is above 512"):
