@@ -196,10 +196,10 @@ def test_explain_prints_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTPROTO_CUDA_KERNELS", raising=False)
     text = backends.explain(save=True)
     assert "\nlatency: its 128 blocks are no more than the 132 multiprocessors.\n" in text
-    text = backends.explain(episodes=8)
-    assert "\nthroughput: latency's 1024 blocks are more than the 132 multiprocessors.\n" in text
-    text = backends.explain(dtype=torch.float32)
-    assert "\nlatency: 4 tiles of 64 pixels are fewer than the 132 multiprocessors.\n" in text
+    many = backends.explain(episodes=8)
+    assert "\nthroughput: latency's 1024 blocks are more than the 132 multiprocessors.\n" in many
+    ampere = backends.explain(dtype=torch.float32)
+    assert "\nlatency: 4 tiles of 64 pixels are fewer than the 132 multiprocessors.\n" in ampere
     for name in ("stats", *KERNELS):
         assert f"\n{name}: sm" in text
     with pytest.raises(InputError, match="D = 768 is above 512"):
