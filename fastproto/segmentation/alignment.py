@@ -8,6 +8,7 @@ its first voxel. Where the scanner says the patient lay plays no part.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -246,20 +247,28 @@ def align_affine(
 
 
 @torch.inference_mode(False)
-def align_deformable(
-    query: Picture, atlas: Picture, start: Alignment, *, levels: int = len(_LEVELS)
-) -> Alignment:
+def align_deformable(query: Picture, atlas: Picture, start: Alignment) -> Alignment:
     """Bend an affine ``start`` until the two look alike, by gradient descent.
-
-    ``levels``: of them, coarse to fine, the first alone is quick and enough to compare starts by.
 
     What is compared is each voxel's likeness to its neighbours (MIND-SSC, Heinrich et al. 2013),
     which changes of contrast and brightness leave alone.
     """
-    fixed, moving, weight = _compared(query, atlas, start)
+    fixed = _descriptor_of(query)
+    return _bend(query, start, fixed, *_there(query, atlas, start), _LEVELS)
+
+
+def _bend(
+    query: Picture,
+    start: Alignment,
+    fixed: Tensor,
+    moving: Tensor,
+    weight: Tensor,
+    levels: Sequence[tuple[int, int]],
+) -> Alignment:
+    """``start`` with the displacement that brings ``moving`` onto ``fixed``."""
     field = torch.zeros(1, 3, 1, 1, 1)  # in cells
     scale = 1.0
-    for cell, steps in _LEVELS[:levels]:
+    for cell, steps in levels:
         still, moved, share = (
             F.avg_pool3d(x, cell, ceil_mode=True, count_include_pad=False)
             for x in (fixed, moving, weight)
@@ -281,6 +290,7 @@ def correlation(query: Picture, atlas: Picture, alignment: Alignment, stride: in
     return float(np.corrcoef(pair)[0, 1])
 
 
+@torch.inference_mode(False)
 def unlikeness(query: Picture, atlas: Picture, alignment: Alignment) -> float:
     """How far an affine alignment is from right: what a rough bend leaves that does not fit.
 
@@ -288,27 +298,28 @@ def unlikeness(query: Picture, atlas: Picture, alignment: Alignment) -> float:
     The affine alignment alone does not tell: organs of one height differ more in shape than organs
     and what lies a few slices on.
     """
-    bent = align_deformable(query, atlas, alignment, levels=1)
+    fixed, there = _descriptor_of(query), _there(query, atlas, alignment)
+    bent = _bend(query, alignment, fixed, *there, _LEVELS[:1])
     # A bend may blur what fits already.
-    return min(_rest(query, atlas, each) for each in (alignment, bent))
+    return min(_rest(fixed, *there), _rest(fixed, *_there(query, atlas, bent)))
 
 
-def _rest(query: Picture, atlas: Picture, alignment: Alignment) -> float:
-    fixed, moving, weight = _compared(query, atlas, alignment)
+def _rest(fixed: Tensor, moving: Tensor, weight: Tensor) -> float:
     # In one order whatever the threads: a choice hangs on it.
     rest = ((fixed - moving).square().sum(1) * weight[0]).numpy().sum(dtype=np.float64)
     seen = float(weight.numpy().sum(dtype=np.float64))
     return float(rest) / seen if seen else float("inf")
 
 
-def _compared(
-    query: Picture, atlas: Picture, alignment: Alignment
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Descriptors of the query and of what lies there in the annotated scan; where it has one."""
+def _descriptor_of(picture: Picture) -> Tensor:
+    return _descriptor(torch.from_numpy(picture.array.astype(np.float32)))
+
+
+def _there(query: Picture, atlas: Picture, alignment: Alignment) -> tuple[Tensor, Tensor]:
+    """Descriptor of what the annotated scan has at the query's voxels, and where it has any."""
     values, within = atlas.at(alignment(query.points()))
-    fixed = _descriptor(torch.from_numpy(query.array.astype(np.float32)))
     moving = _descriptor(torch.from_numpy(values))
-    return fixed, moving, torch.from_numpy(within.astype(np.float32))[None, None]
+    return moving, torch.from_numpy(within.astype(np.float32))[None, None]
 
 
 @torch.enable_grad()
