@@ -14,6 +14,7 @@ Here a is the half per class and b the half per image (per class and per image f
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from fastproto.nn.winograd import Conv3x3, conv3x3
 
 WIDTHS = (256, 128, 64, 32)
 """Output channels of the four stages."""
@@ -36,7 +39,14 @@ class UNetDecoder(nn.Module):
         channels: Channels of F1..F5, as ``ResNetEncoder.channels`` has them.
         output_stride: Of the encoder. At 8, F4 and F have the size of F3, and the first stage
             doubles nothing.
+
+    Attributes:
+        recompute: Whether the backward pass computes the largest maps again instead of keeping
+            them: "on", "off" or "auto", where they take more than a sixteenth of the device's
+            memory. The numbers are the same.
     """
+
+    recompute: str = "auto"
 
     def __init__(self, channels: Sequence[int], output_stride: int = 16):
         super().__init__()
@@ -79,13 +89,22 @@ class UNetDecoder(nn.Module):
             Logits ``[B, K, H, W]``, at ``output_stride`` times the size of F.
         """
         f1, f2, f3, f4 = skips
+        again = torch.is_grad_enabled() and self._recomputes(enhanced.shape[1], skips)
         x = _add_per_image(self.lift_proto(enhanced.flatten(0, 1)), self.lift_feat(feat))
-        x = self.up1(x, f4)
-        x = self.up2(self.lift2(x), f3)
-        x = self.up3(self.lift3(x), f2)
-        return self._finish(x, f1).unflatten(0, enhanced.shape[:2]).squeeze(2)
+        x = self.up1(x, f4, again)
+        x = self.up2(self.lift2(x), f3, again)
+        x = self.up3(self.lift3(x), f2, again)
+        return self._finish(x, f1, again).unflatten(0, enhanced.shape[:2]).squeeze(2)
 
-    def _finish(self, x: Tensor, skip: Tensor) -> Tensor:
+    def _recomputes(self, classes: int, skips: Sequence[Tensor]) -> bool:
+        if self.recompute != "auto":
+            return self.recompute == "on"
+        f1 = skips[0]
+        doubled = [skip.numel() for skip in skips] + [len(f1) * classes * WIDTHS[2] * f1[0, 0].numel()]
+        # four times as many pixels, kept once, and what their statistics need
+        return 8 * sum(doubled) * f1.element_size() > _memory(f1.device) / 16
+
+    def _finish(self, x: Tensor, skip: Tensor, recompute: bool) -> Tensor:
         """up4 and the 1x1 head, ``[B*K, 64, H/2, W/2] -> [B*K, 1, H, W]``, as one linear map.
 
         No nonlinearity lies between the 3x3 convolution and the head, so their product, a 3x3
@@ -93,8 +112,8 @@ class UNetDecoder(nn.Module):
         the 32 channels at full size are never computed.
         """
         block = self.up4
-        up = _double_norm_relu_conv(x, block.norm_up, self._taps(block.conv_up))
-        skip = _double_norm_relu_conv(skip, block.norm_skip, self._taps(block.conv_skip))
+        up = _double_norm_relu_conv(x, block.norm_up, self._taps(block.conv_up), recompute)
+        skip = _double_norm_relu_conv(skip, block.norm_skip, self._taps(block.conv_skip), recompute)
         taps = _add_per_image(up, skip)  # [B*K, 9, H, W]
         summed = F.fold(taps.flatten(2), taps.shape[-2:], kernel_size=3, padding=1)
         head = self.head.weight.flatten(1)  # [1, 32]
@@ -124,17 +143,18 @@ class UpBlock(nn.Module):
         self.doubles_skip = double
         self.norm_up = nn.BatchNorm2d(up_channels)
         self.norm_skip = nn.BatchNorm2d(skip_channels)
-        self.conv_up = nn.Conv2d(up_channels, out_channels, 3, padding=1)
-        self.conv_skip = nn.Conv2d(skip_channels, out_channels, 3, padding=1, bias=False)
+        self.conv_up = Conv3x3(up_channels, out_channels)
+        self.conv_skip = Conv3x3(skip_channels, out_channels, bias=False)
 
-    def forward(self, up: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, up: Tensor, skip: Tensor, recompute: bool) -> Tensor:
         """``[B*K, C, 2h, 2w]`` and ``[B, C', h, w]`` -> ``[B*K, out_channels, 2h, 2w]``.
 
-        Without ``double`` the skip is ``[B, C', 2h, 2w]`` too.
+        Without ``double`` the skip is ``[B, C', 2h, 2w]`` too. With ``recompute`` what was doubled
+        is not kept for the backward pass.
         """
         up = self.conv_up(self.norm_up(up).relu_())
         if self.doubles_skip:
-            skip = _double_norm_relu_conv(skip, self.norm_skip, self.conv_skip.weight)
+            skip = _double_norm_relu_conv(skip, self.norm_skip, self.conv_skip.weight, recompute)
         else:
             skip = self.conv_skip(self.norm_skip(skip).relu_())
         return _add_per_image(up, skip)
@@ -146,22 +166,24 @@ def _add_per_image(per_class: Tensor, per_image: Tensor) -> Tensor:
     return per_class
 
 
-def _double_norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor) -> Tensor:
+def _double_norm_relu_conv(
+    x: Tensor, norm: nn.BatchNorm2d, weight: Tensor, recompute: bool
+) -> Tensor:
     """``Conv(ReLU(BN(double(x))))``, ``[B, C, h, w] -> [B, C', 2h, 2w]``, in little memory.
 
     The weights of an interpolation sum to one, so the affine map that BN is may come first, on the
     small tensor; only ReLU and convolution see the doubled one, see :func:`_double_relu_conv`.
     """
     if not norm.training:
-        return _double_relu_conv(norm(x), weight)
+        return _double_relu_conv(norm(x), weight, recompute)
 
     def compute(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         mean, var, centred = _doubled_statistics(x)
         scale = scale[:, None, None] * (var + norm.eps).rsqrt()
         normed = torch.addcmul(shift[:, None, None], centred, scale).to(x.dtype)
-        return _double_relu_conv(normed, weight), mean, var
+        return _double_relu_conv(normed, weight, recompute), mean, var
 
-    out, mean, var = _recomputed(compute, x, norm.weight, norm.bias, weight)
+    out, mean, var = _call(compute, recompute, x, norm.weight, norm.bias, weight)
     count = out[:, 0].numel()
     with torch.no_grad():
         momentum = norm.momentum
@@ -192,25 +214,33 @@ def _doubled_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return mean, (centred * smooth).mean(dim=(0, 2, 3), keepdim=True), centred
 
 
-def _double_relu_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """``Conv(ReLU(double(x)))``, some images at a time, their inner tensors not kept.
-
-    At full size these are the bulk of the network's memory; the backward pass computes them again.
-    """
+def _double_relu_conv(x: Tensor, weight: Tensor, recompute: bool) -> Tensor:
+    """``Conv(ReLU(double(x)))``, some images at a time: at full size these take most memory."""
 
     def compute(part: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(_double(part).relu_(), weight, padding=weight.shape[-1] // 2)
+        convolve = conv3x3 if weight.shape[-1] == 3 else F.conv2d
+        return convolve(_double(part).relu_(), weight)
 
     images = max(1, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // (4 * x[0].numel()))
-    parts = [_recomputed(compute, part, weight) for part in x.split(images)]
+    parts = [_call(compute, recompute, part, weight) for part in x.split(images)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """``function(*tensors)``, computed again in the backward pass instead of kept for it."""
-    if not torch.is_grad_enabled():
+def _call(function: Callable[..., Any], recompute: bool, *tensors: Tensor) -> Any:
+    """``function(*tensors)``; with ``recompute`` the backward pass computes what is inside again."""
+    if not recompute:
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+@torch.compiler.assume_constant_result
+def _memory(device: torch.device) -> int:
+    """Bytes of all memory of a device; 8 GiB where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return 2**33
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _double(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastproto.errors import ArgumentError
+from fastproto.nn.winograd import Conv3x3
 
 
 class BasicBlock(nn.Module):
@@ -26,9 +27,9 @@ class BasicBlock(nn.Module):
         downsample: nn.Module | None = None,
     ):
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, channels, stride, dilation)
+        self.conv1 = Conv3x3(in_channels, channels, stride=stride, dilation=dilation, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv3x3(channels, channels, 1, dilation)
+        self.conv2 = Conv3x3(channels, channels, dilation=dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = downsample
 
@@ -57,7 +58,7 @@ class Bottleneck(nn.Module):
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv3x3(channels, channels, stride, dilation)
+        self.conv2 = Conv3x3(channels, channels, stride=stride, dilation=dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -144,12 +145,6 @@ class ResNetEncoder(nn.Module):
         f3 = self.layer2(f2)
         f4 = self.layer3(f3)
         return f1, f2, f3, f4, self.layer4(f4)
-
-
-def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
-    return nn.Conv2d(
-        in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
-    )
 
 
 def _layer(

@@ -18,6 +18,7 @@ _CHOICES = {
     "output_stride": (8, 16),
     "plane": ("axial", "coronal", "sagittal"),
     "precision": ("auto", "float32", "bfloat16"),
+    "recompute": ("auto", "on", "off"),
 }
 _AT_LEAST_ONE = (
     *("ways", "shots", "queries", "batch", "min_pixels"),
@@ -56,7 +57,9 @@ AUTO: dict[str, tuple[Any, Any]] = {
     "image_size": (256, 128),
 }
 # What may differ between a run and its continuation: none of it changes a computed number.
-_FREE_ON_RESUME = ("data", "output", "checkpoint_every", "progress", "tensorboard", "workers")
+_FREE_ON_RESUME = (
+    *("data", "output", "checkpoint_every", "progress", "tensorboard", "workers", "recompute"),
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ class TrainConfig:
         background_weight: Class weight of the background in the losses; foregrounds have 1.
         precision: "float32", "bfloat16" (autocast; weights and Adam stay float32) or "auto":
             bfloat16 where the hardware computes in it, float32 elsewhere.
+        recompute: Whether the backward pass computes the decoder's largest maps again, which takes
+            a fifth longer, instead of keeping them: "on", "off" or "auto", where they take more
+            than a sixteenth of the device's memory.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
         workers: Processes that prepare the next steps' episodes meanwhile; "auto" is one for each
             core, 8 at most, on a GPU, and none on a CPU, which has no time to spare.
@@ -174,6 +180,7 @@ class TrainConfig:
     cycle: float = 0.0
     background_weight: float = 0.2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute: Literal["auto", "on", "off"] = "auto"
     device: str = "auto"
     workers: int | Literal["auto"] = "auto"
     seed: int = 0

@@ -106,6 +106,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             weights=config.weights if saved is None else None,
             **{name: getattr(config, name) for name in FewShotUNet.config_keys},
         )
+        model.decoder.recompute = config.recompute
         # Channels last: a third faster on CPUs, and what tensor cores want.
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(
