@@ -100,7 +100,8 @@ class UNetDecoder(nn.Module):
         if self.recompute != "auto":
             return self.recompute == "on"
         f1 = skips[0]
-        doubled = [skip.numel() for skip in skips] + [len(f1) * classes * WIDTHS[2] * f1[0, 0].numel()]
+        doubled = [skip.numel() for skip in skips]
+        doubled.append(len(f1) * classes * WIDTHS[2] * f1[0, 0].numel())
         # four times as many pixels, kept once, and what their statistics need
         return 8 * sum(doubled) * f1.element_size() > _memory(f1.device) / 16
 
@@ -227,7 +228,7 @@ def _double_relu_conv(x: Tensor, weight: Tensor, recompute: bool) -> Tensor:
 
 
 def _call(function: Callable[..., Any], recompute: bool, *tensors: Tensor) -> Any:
-    """``function(*tensors)``; with ``recompute`` the backward pass computes what is inside again."""
+    """``function(*tensors)``; with ``recompute`` gradients compute what is inside again."""
     if not recompute:
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)

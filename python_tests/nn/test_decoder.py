@@ -217,3 +217,34 @@ def test_repeatable_to_the_bit() -> None:
         split(*inputs).square().sum().backward()
         grads.append([p.grad.clone() for p in split.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_recomputing_keeps_less_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    split = random_decoder().float().train()
+    feat, enhanced, skips = random_inputs(1, 2, 2, 2)
+    inputs = (feat.float(), enhanced.float(), [skip.float() for skip in skips])
+
+    def step(mode: str) -> tuple[list[Tensor], int]:
+        split.recompute = mode
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        split.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = split(*inputs).square().sum()
+        forward = kept
+        loss.backward()
+        return [p.grad.clone() for p in split.parameters() if p.grad is not None], forward
+
+    keeping, most = step("off")
+    again, least = step("on")
+    assert all(torch.equal(a, b) for a, b in zip(keeping, again, strict=True))
+    assert least < 0.8 * most
+    assert step("auto")[1] == most
+    monkeypatch.setattr(decoder_module, "_memory", lambda device: 2**16)
+    assert step("auto")[1] == least

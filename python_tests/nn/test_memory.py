@@ -58,4 +58,4 @@ def test_resident_memory(tmp_path: Path) -> None:
     )
     peak = json.loads(result.stdout)  # MiB
     assert peak["segment"] < 400  # on top of the network: four images, two classes
-    assert peak["train"] < 1200
+    assert peak["train"] < 1400  # the largest maps kept, as this little batch allows

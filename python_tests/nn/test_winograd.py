@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Winograd's convolution against the direct one in float64, within the bound of docs/math.md."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastproto.losses import EpisodeLoss
+from fastproto.nn import FewShotUNet, winograd
+from fastproto.nn.winograd import MATRICES, Conv3x3, conv3x3, winograd_conv3x3
+
+SHAPES = [  # x, outputs, dilation
+    ((3, 8, 16, 16), 6, 4),
+    ((2, 5, 13, 9), 7, 2),  # fits no tile
+    ((2, 5, 24, 24), 7, 4),  # tiles of 2
+    ((1, 3, 2, 3), 4, 1),  # smaller than a tile
+    ((1, 1, 1, 1), 1, 3),  # the padding is all there is
+    ((5, 64, 16, 16), 128, 2),
+]
+
+
+def operands(shape: tuple[int, ...], outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, shape[1], 3, 3) / (3 * math.sqrt(shape[1]))
+    return torch.randn(shape), weight, torch.randn(outputs)
+
+
+def bound(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """4 e(Y) of docs/math.md: the same computation with the magnitude of every number."""
+    _, _, height, width = x.shape
+    m, _ = winograd._choose(height, width, dilation)
+    b, g, a = (matrix.abs().double() for matrix in MATRICES[m])
+    step = m * dilation
+    d, span = dilation, (m + 1) * dilation + 1
+    ends = [-side % step + d + d for side in (width, height)]
+    padded = F.pad(x.double().abs(), (d, ends[0], d, ends[1]))
+    filters = (weight.double().abs().flatten(2) @ g.t()).permute(2, 0, 1)  # [p, O, C]
+    result = x.new_zeros(len(x), len(weight), *padded.shape[2:], dtype=torch.float64)
+    for i in range(0, padded.shape[2] - span + 1):
+        for j in range(0, padded.shape[3] - span + 1):
+            if (i // d) % m or (j // d) % m:
+                continue
+            tile = padded[:, :, i : i + span : d, j : j + span : d].flatten(2)  # [N, C, p]
+            products = torch.einsum("poc,ncp->nop", filters, tile @ b.t())
+            out = (products @ a.t()).unflatten(2, (m, m))
+            result[:, :, i : i + step : d, j : j + step : d] = out
+    rounding = torch.finfo(torch.float32).eps
+    factor = math.sqrt(x.shape[1]) + 2 * (m + 2) + 3
+    return 4 * rounding * factor * result[:, :, :height, :width]
+
+
+@pytest.mark.parametrize(("shape", "outputs", "dilation"), SHAPES)
+def test_within_the_bound(shape: tuple[int, ...], outputs: int, dilation: int) -> None:
+    x, weight, bias = operands(shape, outputs)
+    ours = winograd_conv3x3(x, weight, bias, dilation)
+    exact = F.conv2d(
+        x.double(), weight.double(), bias.double(), padding=dilation, dilation=dilation
+    )
+    allowed = bound(x, weight, dilation) + torch.finfo(torch.float32).eps * exact.abs() + 1e-30
+    assert ((ours - exact).abs() <= allowed).all()
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("shape", "outputs", "dilation"), SHAPES)
+def test_gradients(shape: tuple[int, ...], outputs: int, dilation: int) -> None:
+    x, weight, bias = (each.requires_grad_() for each in operands(shape, outputs))
+    upstream = torch.randn(shape[0], outputs, *shape[2:])
+    ours = torch.autograd.grad(
+        winograd_conv3x3(x, weight, bias, dilation), (x, weight, bias), upstream
+    )
+    doubles = [each.detach().double().requires_grad_() for each in (x, weight, bias)]
+    exact = torch.autograd.grad(
+        F.conv2d(*doubles, padding=dilation, dilation=dilation), doubles, upstream.double()
+    )
+    turned = weight.detach().flip(2, 3).transpose(0, 1)
+    allowed = bound(upstream, turned, dilation) + 1e-30
+    assert ((ours[0] - exact[0]).abs() <= allowed).all()
+    for mine, truth in zip(ours[1:], exact[1:], strict=True):
+        # A sum over pixels: its parts err like the result, by 1e-5 of what is summed.
+        assert (mine - truth).norm() <= 1e-5 * truth.norm()
+
+
+def test_a_frozen_filter_or_input_costs_no_gradient() -> None:
+    x, weight, _ = operands((2, 4, 8, 8), 3)
+    weight.requires_grad_()
+    winograd_conv3x3(x, weight).sum().backward()
+    assert x.grad is None
+    assert weight.grad is not None
+
+
+def test_repeatable_and_free_of_what_was_computed_before() -> None:
+    x, weight, _ = operands((5, 64, 16, 16), 128)
+    first = winograd_conv3x3(x, weight, None, 2)
+    winograd_conv3x3(*operands((3, 70, 20, 20), 64)[:2], None, 1)
+    assert torch.equal(first, winograd_conv3x3(x, weight, None, 2))
+
+
+def test_threads_do_not_share_buffers() -> None:
+    x, weight, _ = operands((6, 64, 16, 16), 64)
+    inputs = [x * scale for scale in (1, 2, 3, 4)]
+    want = [winograd_conv3x3(each, weight) for each in inputs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            if not torch.equal(winograd_conv3x3(inputs[index], weight), want[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_buffers_serve_inside_and_outside_of_inference_mode(monkeypatch) -> None:
+    monkeypatch.setattr(winograd, "_kept", threading.local())
+    x, weight, _ = operands((2, 4, 8, 8), 3)
+    with torch.inference_mode():
+        first = winograd_conv3x3(x, weight)
+    assert torch.equal(winograd_conv3x3(x, weight.clone().requires_grad_()).detach(), first)
+
+
+@pytest.mark.parametrize(
+    ("x", "outputs", "taken"),
+    [
+        (torch.zeros(8, 64, 16, 16), 64, True),
+        (torch.zeros(8, 32, 16, 16), 64, False),  # few channels
+        (torch.zeros(2, 64, 16, 16), 64, False),  # few tiles
+        (torch.zeros(8, 64, 16, 16, dtype=torch.float64), 64, False),
+        (torch.zeros(8, 64, 16, 16, dtype=torch.bfloat16), 64, False),
+    ],
+)
+def test_taken_where_it_pays(x: Tensor, outputs: int, taken: bool, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(winograd, "winograd_conv3x3", lambda *args: calls.append(args))
+    conv3x3(x, torch.zeros(outputs, x.shape[1], 3, 3, dtype=x.dtype))
+    assert bool(calls) == taken
+
+
+def test_not_under_autocast_and_not_compiled(monkeypatch) -> None:
+    module, x = Conv3x3(64, 64, dilation=2), torch.randn(8, 64, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+    want = F.conv2d(x, module.weight, module.bias, padding=2, dilation=2)
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), want)
+    strided = Conv3x3(64, 64, stride=2)
+    want = F.conv2d(x, strided.weight, strided.bias, stride=2, padding=1)
+    assert torch.equal(strided(x), want)
+
+
+def test_a_training_step_is_that_of_direct_convolutions(monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = FewShotUNet("resnet18", output_stride=8).train()
+    masks = torch.zeros(4, 1, 64, 64, dtype=torch.long)
+    masks[..., 16:48, 8:40] = 1
+    episode = SimpleNamespace(
+        support_images=torch.randn(4, 1, 3, 64, 64),
+        support_masks=masks,
+        query_images=torch.randn(4, 1, 3, 64, 64),
+        query_masks=masks,
+        num_classes=2,
+    )
+    calls = []
+    apply = winograd._Winograd.apply
+    monkeypatch.setattr(winograd._Winograd, "apply", lambda *args: calls.append(1) or apply(*args))
+    direct = copy.deepcopy(model)
+    total, _, _ = EpisodeLoss()(model, episode)
+    total.backward()
+    assert calls
+    monkeypatch.setattr(winograd, "_LEAST_CHANNELS", 10**6)
+    other, _, _ = EpisodeLoss()(direct, episode)
+    other.backward()
+    assert total.item() == pytest.approx(other.item(), rel=1e-4)
+    mine, theirs = (
+        torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (model, direct)
+    )
+    assert (mine - theirs).norm() < 1e-3 * theirs.norm()
