@@ -131,13 +131,13 @@ class LearnedNetwork:
             prior=prior,
             adapt=adapt,
         )
-        self.adapted = self.task.adapted(model)
+        self.network = self.task.ready(model)
 
     def segment(self, scan: Volume) -> dict[str, np.ndarray]:
         """See `Learned`. The network alone looks where it would with the prior, no further."""
         prior = self.example.locate(scan, self.prior)
         prepared = self.task.preprocessing.prepare(scan)
-        found = gather(self.adapted, self.task, prepared, prior)
+        found = gather(self.network, self.task, prepared, prior)
         fusion = FUSIONS[prior.kind]
         variants = {
             "network + prior": fusion,

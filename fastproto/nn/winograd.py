@@ -79,7 +79,7 @@ def winograd_conv3x3(
         ``[N, O, H, W]``, channels_last.
     """
     y: Tensor = _Winograd.apply(x, weight, dilation)
-    return y if bias is None else y + bias[:, None, None]
+    return y if bias is None else y.add_(bias[:, None, None])
 
 
 def _pays(x: Tensor, weight: Tensor, dilation: int) -> bool:
@@ -245,12 +245,15 @@ def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     )
     filters = filters.view(-1, outputs, channels).transpose(1, 2)
     rows = x.permute(0, 2, 3, 1).contiguous()
-    out = rows.new_empty(*rows.shape[:3], outputs)
+    out = torch.empty(
+        (len(x), outputs, *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last
+    )
+    pixels = out.permute(0, 2, 3, 1)
     for part in grid.parts(max(channels, outputs)):
         inputs = grid.transform(rows[part], "inputs")
         products = _scratch("products", (*inputs.shape[:2], outputs))
-        grid.put(torch.bmm(inputs, filters, out=products), out[part])
-    return out.permute(0, 3, 1, 2)
+        grid.put(torch.bmm(inputs, filters, out=products), pixels[part])
+    return out
 
 
 def _filter_gradient(x: Tensor, grad: Tensor, dilation: int) -> Tensor:

@@ -172,7 +172,7 @@ def segment_volume(
 
     for task, located in zip(tasks, priors, strict=True):
         found = gather(
-            task.adapted(model),
+            task.ready(model),
             task,
             prepared,
             located,
@@ -378,7 +378,7 @@ def score_slices(
     """Log odds of an organ in some slices.
 
     Args:
-        model: The adapted model.
+        model: The network, adapted or not, as it is or `for_inference`.
         organ: With its prototypes.
         view: The scan in the organ's field of view.
         numbers: Slices of it, without gaps or not.
@@ -387,11 +387,11 @@ def score_slices(
     Returns:
         ``[n, S, S]`` float32 on the CPU.
     """
-    device = next(model.parameters()).device
-    images = view.some_images(numbers)[:, None].to(device)
-    bags = organ.prototypes.to(device).pick([_nearest(organ, place) for place in positions])
-    features = model.encode(images.expand(-1, -1, 3, -1, -1))
-    logits = model.decode(features, bags)[:, 0].float()
+    weight = next(model.parameters())
+    images = view.some_images(numbers)[:, None].to(weight.device, weight.dtype)
+    bags = organ.prototypes.pick([_nearest(organ, place) for place in positions])
+    bags = bags.to(weight.device, weight.dtype)
+    logits = model.segment(images.expand(-1, -1, 3, -1, -1), bags)[:, 0].float()
     return (logits[:, 1] - logits[:, 0]).cpu()
 
 

@@ -74,6 +74,7 @@ class Task:
     fingerprint: str
     weights: dict[str, Tensor] = field(default_factory=dict)
     adapted_steps: int = 0
+    _ready: dict[Any, FewShotModel] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def labels(self) -> dict[int, str]:
@@ -108,6 +109,17 @@ class Task:
         for name, value in self.weights.items():
             state[name].copy_(value)
         return model
+
+    def ready(self, model: FewShotModel) -> FewShotModel:
+        """The network that segments with this task: adapted and `for_inference`; made once.
+
+        Args:
+            model: One that `check_model` accepts.
+        """
+        key = next(model.parameters()).device, model.backend
+        if key not in self._ready:
+            self._ready[key] = self.adapted(model).for_inference()
+        return self._ready[key]
 
     def save(self, path: str | Path) -> None:
         """Write the task as one safetensors file with JSON metadata, atomically.

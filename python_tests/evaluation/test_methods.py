@@ -164,12 +164,12 @@ def test_adaptation_is_for_whole_volumes_alone(example, model, monkeypatch) -> N
     def register(network, *args, adapt, **options):
         seen["steps"] = adapt
         weights = {"decoder.head.bias": torch.ones(1)}
-        return SimpleNamespace(adapted=lambda _: "adapted", weights=weights)
+        return SimpleNamespace(ready=lambda _: "adapted", weights=weights)
 
     monkeypatch.setattr(methods, "register", register)
     learned = make_method("adapted", model, adapt_steps=7)(example)
     assert seen == {"steps": 7}
-    assert learned.adapted == "adapted"
+    assert learned.network == "adapted"
     assert learned.model is model  # which EP1 uses
     make_method("fastproto", model, adapt_steps=7)(example)
     assert seen == {"steps": 0}

@@ -40,12 +40,14 @@ class GreyModel(nn.Module):
         offsets = torch.tensor(ends, dtype=torch.int32)
         return Prototypes(torch.stack(protos)[:, None], offsets, num_classes)
 
-    def encode(self, images: Tensor) -> Tensor:
-        self.batches.append(len(images))
-        return images
+    backend = None
 
-    def decode(self, features: Tensor, prototypes: Prototypes) -> Tensor:
-        logits = []
+    def for_inference(self) -> GreyModel:
+        return self
+
+    def segment(self, images: Tensor, prototypes: Prototypes) -> Tensor:
+        self.batches.append(len(images))
+        features, logits = images, []
         bounds = prototypes.offsets.tolist()
         for index, image in enumerate(features[:, 0, 0]):
             for way in range(2):

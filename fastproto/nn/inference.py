@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network that only segments: normalisation folded away, and on a GPU one launch a batch."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from fastproto.nn.decoder import UNetDecoder
+from fastproto.nn.prototypes import Prototypes
+
+if TYPE_CHECKING:
+    from fastproto.nn.base import FewShotModel
+
+    Model = TypeVar("Model", bound=FewShotModel)
+
+_GRAPHS = 8  # shapes whose graphs are kept
+_ROWS = 256  # prototypes are padded to multiples of it, so that few shapes occur
+_WARM_UP = 3
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """Bfloat16 where matrix units compute in it, float32 elsewhere."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Without AMX our float32 convolutions are as fast, see nn/winograd.py.
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = capabilities.get("amx_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def folded(model: Model, dtype: torch.dtype) -> Model:
+    """A copy in evaluation mode whose normalisations are part of the layers before them."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    _fold_convolutions(model.encoder)
+    for module in model.modules():
+        if isinstance(module, UNetDecoder):
+            _fold_decoder(module)
+    return model.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _fold_convolutions(module: nn.Module) -> None:
+    """``bn1`` into ``conv1``, and each ``nn.BatchNorm2d`` of a sequence into the layer before."""
+    for name, child in module.named_children():
+        _fold_convolutions(child)
+        if not isinstance(child, nn.BatchNorm2d):
+            continue
+        before = str(int(name) - 1) if name.isdigit() else name.replace("bn", "conv")
+        setattr(module, before, fuse_conv_bn_eval(getattr(module, before), child))
+        setattr(module, name, nn.Identity().eval())
+
+
+def _fold_decoder(decoder: UNetDecoder) -> None:
+    """The normalisation of ``up`` into what makes it.
+
+    Those of the skips stay: the encoder goes on with what they see.
+    """
+    blocks = decoder.up1, decoder.up2, decoder.up3, decoder.up4
+    makers: list[tuple[nn.Module, nn.Module | None]] = [
+        (decoder.lift_feat, decoder.lift_proto),
+        (decoder.lift2, None),
+        (decoder.lift3, None),
+        (decoder.up3.conv_up, decoder.up3.conv_skip),
+    ]
+    for block, (maker, rest) in zip(blocks, makers, strict=True):
+        norm = block.norm_up
+        scale = norm.weight / (norm.get_buffer("running_var") + norm.eps).sqrt()
+        for layer in (maker, rest):
+            if layer is not None:
+                weight = layer.get_parameter("weight")
+                outputs = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+                shape = [-1 if axis == outputs else 1 for axis in range(4)]
+                weight.mul_(scale.view(shape))
+        bias = maker.get_parameter("bias")
+        bias.copy_((bias - norm.get_buffer("running_mean")) * scale + norm.bias)
+        block.register_module("norm_up", nn.Identity().eval())
+
+
+class Graphs:
+    """CUDA graphs of ``segment``, one for each shape: captured when it comes a second time."""
+
+    def __init__(self) -> None:
+        self._captured: OrderedDict[tuple[object, ...], _Graph | None] = OrderedDict()
+
+    def segment(self, model: FewShotModel, images: Tensor, prototypes: Prototypes) -> Tensor:
+        """Logits as ``model.decode`` gives them, in memory of their own."""
+        rows = -(-len(prototypes.protos) // _ROWS) * _ROWS
+        key = (images.shape, images.dtype, prototypes.offsets.shape, prototypes.num_classes, rows)
+        if key not in self._captured:
+            self._captured[key] = None
+            if len(self._captured) > _GRAPHS:
+                self._captured.popitem(last=False)
+            return model.decode(model.encode(images), prototypes)
+        self._captured.move_to_end(key)
+        # The buffers must serve inside and outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(images.device):
+            graph = self._captured[key]
+            if graph is None:
+                graph = self._captured[key] = _Graph(model, images, prototypes, rows)
+            return graph.replay(images, prototypes)
+
+
+class _Graph:
+    """One captured pass through the network, and the buffers it reads and writes."""
+
+    def __init__(self, model: FewShotModel, images: Tensor, prototypes: Prototypes, rows: int):
+        protos = prototypes.protos
+        self._images = images.clone()
+        self._prototypes = Prototypes(
+            protos.new_zeros(rows, protos.shape[1]),
+            prototypes.offsets.clone(),
+            prototypes.num_classes,
+        )
+        self._prototypes.protos[: len(protos)].copy_(protos)
+
+        def run() -> Tensor:
+            return model.decode(model.encode(self._images), self._prototypes)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):  # what libraries do at a first call cannot be captured
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the device.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits = run()
+
+    def replay(self, images: Tensor, prototypes: Prototypes) -> Tensor:
+        self._images.copy_(images)
+        # Rows beyond the last bag are never read.
+        self._prototypes.protos[: len(prototypes.protos)].copy_(prototypes.protos)
+        self._prototypes.offsets.copy_(prototypes.offsets)
+        self._graph.replay()
+        return self._logits.clone()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network for inference against the one it was made from."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastproto.nn import FewShotUNet, PrototypeNet, Prototypes, inference
+
+
+def trained(kind: type, encoder: str = "resnet18", output_stride: int = 16) -> nn.Module:
+    """A network whose normalisations have statistics, scales and shifts of their own."""
+    torch.manual_seed(0)
+    model = kind(encoder, output_stride=output_stride)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return model.eval()
+
+
+def support(model: nn.Module, size: int = 64) -> tuple[Tensor, Prototypes]:
+    images, masks = (
+        torch.randn(1, 3, 3, size, size),
+        torch.zeros(1, 3, size, size, dtype=torch.long),
+    )
+    masks[..., 8:40, 16:48] = 1
+    with torch.no_grad():
+        return images, model.encode_support(images, masks).trim()
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoder", "output_stride"),
+    [
+        (FewShotUNet, "resnet18", 16),
+        (FewShotUNet, "resnet18", 8),
+        (FewShotUNet, "resnet50", 16),
+        (PrototypeNet, "resnet18", 8),
+    ],
+)
+def test_folding_changes_nothing(kind: type, encoder: str, output_stride: int) -> None:
+    model = trained(kind, encoder, output_stride).double()
+    images, prototypes = support(model.float())
+    model, prototypes = model.double(), prototypes.to(dtype=torch.float64)
+    fast = model.for_inference(torch.float64)
+    with torch.no_grad():
+        want = model.segment(images.double(), prototypes)
+        got = fast.segment(images.double(), prototypes)
+    assert (got - want).abs().max() < 1e-8 * want.abs().max()
+    left = [name for name, part in fast.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    assert all("norm_skip" in name for name in left)
+
+
+def test_bfloat16_is_near_and_the_network_itself_untouched() -> None:
+    model = trained(FewShotUNet)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, prototypes = support(model)
+    fast = model.for_inference(torch.bfloat16)
+    assert {each.dtype for each in fast.parameters()} == {torch.bfloat16}
+    assert not any(each.requires_grad for each in fast.parameters())
+    with torch.no_grad():
+        want = model.segment(images, prototypes)
+        got = fast.segment(images.bfloat16(), prototypes.to(dtype=torch.bfloat16))
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).norm() < 0.1 * want.norm()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(each.requires_grad for each in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_dtype_by_what_the_processor_has(
+    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert inference.inference_dtype(torch.device("cpu")) == dtype
+
+
+@pytest.fixture
+def without_a_chip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """CUDA graphs of a CPU: replaying runs the network again, into the same memory."""
+    events: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            events.append("replay")
+            self.logits.copy_(self.run())
+
+    @contextmanager
+    def nothing(*args: object, **kwargs: object):
+        yield
+
+    class Captured(inference._Graph):
+        def __init__(self, model: FewShotUNet, *args: object) -> None:
+            super().__init__(model, *args)
+            self._graph.logits = self._logits
+            self._graph.run = lambda: model.decode(model.encode(self._images), self._prototypes)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("stream", "graph", "device"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
+    monkeypatch.setattr(inference, "_Graph", Captured)
+    return events
+
+
+def test_graphs_serve_every_number_of_prototypes(without_a_chip: list[str]) -> None:
+    model = trained(FewShotUNet)
+    images, prototypes = support(model)
+    fast = model.for_inference(torch.float32)
+    plain = model.for_inference(torch.float32)
+    fast.graphs = inference.Graphs()
+    few = prototypes.pick([[[0], [0]]])
+    less = Prototypes(few.protos[:-3], few.offsets - few.offsets.new_tensor([0, 2, 3]), 2)
+    results = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        for bags in (few, less, few):
+            for batch in (images, images.flip(1)):
+                with mode():
+                    got, want = fast.segment(batch, bags), plain.segment(batch, bags)
+                torch.testing.assert_close(got, want)
+                results.append((got, got.clone()))
+    assert without_a_chip == ["replay"] * 11  # all but the first
+    assert all(torch.equal(now, then) for now, then in results)  # in memory of their own
+
+
+def test_graphs_of_old_shapes_go(without_a_chip: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(inference, "_GRAPHS", 2)
+    model = trained(FewShotUNet)
+    fast = model.for_inference(torch.float32)
+    fast.graphs = inference.Graphs()
+    _, prototypes = support(model)
+    with torch.no_grad():
+        for size in (32, 32, 48, 64, 32):
+            fast.segment(torch.randn(1, 1, 3, size, size), prototypes)
+    assert without_a_chip == ["replay"]  # the last 32 is new again
+    assert len(fast.graphs._captured) == 2
