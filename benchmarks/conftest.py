@@ -77,6 +77,12 @@ def pytest_terminal_summary(
         terminalreporter.write_line(
             f"{label} {native:9.3f} ms {case['native_gflops']:6.1f} GFLOP/s  {peers}"
         )
+    if record.network:
+        terminalreporter.section("medians of the whole network, ms")
+    for row in record.network:
+        times = "  ".join(f"{name} {value:.1f}" for name, value in row["ms"].items())
+        label = f"{row['what']:<9} {row['batch']:>2} {row['dtype']:<8} {row['device']}"
+        terminalreporter.write_line(f"{label}: {times}")
     doubt = record.ceilings.doubt()
     if doubt:
         terminalreporter.write_line(f"Warning: {doubt}", yellow=True)

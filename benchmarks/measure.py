@@ -183,6 +183,7 @@ class Record:
         self.cases: list[dict[str, Any]] = []
         self.overhead: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []
+        self.network: list[dict[str, Any]] = []
 
     def write(self, folder: Path, arguments: Sequence[str]) -> Path:
         """Write ``folder/<date>-cpu-<machine>.json``."""
@@ -202,6 +203,7 @@ class Record:
             "cases": [case | self._of_ceilings(case) for case in self.cases],
             "overhead": self.overhead,
             "memory": self.memory,
+            "network": self.network,
         }
         tag = re.sub(r"\((?:r|tm)\)|[^a-z0-9]+", "-", f"{model} {cores}c".lower())
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole network beside the ResNet-101 baseline: time and peak memory of what users do with it.
+
+pytest benchmarks/bench_network.py --record benchmarks/results
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+from measure import OURS, THREADS, Record, rounds_for, take_turns
+from pytest_benchmark.fixture import BenchmarkFixture
+
+# Our form of the U-Net is called as the peers' benchmarks call ours.
+PEERS = {
+    "inference": ["unet eager", "unet direct", "baseline", "baseline eager"],
+    "training": ["unet recomputing", "unet direct", "baseline"],
+}
+BATCHES = {
+    "cpu": {"inference": [1, 8], "training": [1]},
+    "cuda": {"inference": [1, 16, 64], "training": [1, 8]},
+}
+
+
+def dtypes(device: str) -> list[torch.dtype]:
+    """Float32, and bfloat16 where the machine computes in it."""
+    if device == "cuda":
+        return [torch.float32, torch.bfloat16]
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    half = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return [torch.float32, *([torch.bfloat16] if half else [])]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every device, pass and batch; the quick run is one tiny case."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if metafunc.config.getoption("quick"):
+        cases = [("cpu", "inference", 1, torch.float32), ("cpu", "training", 1, torch.float32)]
+    else:
+        cases = [
+            (device, what, batch, dtype)
+            for device in devices
+            for what, batches in BATCHES[device].items()
+            for batch in batches
+            for dtype in dtypes(device)
+        ]
+    names = ["-".join([d, w, str(b), str(t)[6:]]) for d, w, b, t in cases]
+    metafunc.parametrize(("device", "what", "batch", "dtype"), cases, ids=names)
+
+
+def test_network(
+    benchmark: BenchmarkFixture,
+    device: str,
+    what: str,
+    batch: int,
+    dtype: torch.dtype,
+    quick: bool,
+    record: Record,
+) -> None:
+    threads = THREADS[-1]
+    torch.set_num_threads(threads)
+    size = 32 if quick else networks.SIZE
+    titles = {OURS: "unet", **{name: name for name in PEERS[what]}}
+    if device == "cuda":
+        titles.pop("unet direct")
+    calls = {
+        key: networks.make(name, what, batch, device, dtype, size) for key, name in titles.items()
+    }
+    for call in calls.values():
+        for _ in range(2 if device == "cpu" else 3):  # the second call captures a graph
+            call()
+    benchmark.group = f"{what}, {batch} at once, {dtype}, {device}"
+    rounds = 2 if quick else rounds_for(calls, budget=5.0, least=3)
+    seconds = take_turns(benchmark, calls, rounds)
+    if not seconds[OURS]:  # --benchmark-disable
+        return
+    del calls
+    row = {
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "what": what,
+        "batch": batch,
+        "dtype": str(dtype)[6:],
+        "threads": threads,
+        "rounds": rounds,
+        "ms": {
+            titles[key]: round(statistics.median(values) * 1e3, 3)
+            for key, values in seconds.items()
+        },
+    }
+    if not quick and (device == "cuda" or Path("/proc/self/status").exists()):
+        row["peak_mib"] = {
+            name: networks.peak_mib(name, what, batch, device, dtype)
+            for name in ("unet", "baseline", *(["unet recomputing"] * (what == "training")))
+        }
+    record.network.append(row)
