@@ -36,7 +36,7 @@ _FRACTION = (
 )
 _SWITCHES = (
     *("drop_excluded_slices", "augment", "crop", "append_global", "progress", "tensorboard"),
-    "all_planes",
+    *("all_planes", "cuda_graph"),
 )
 _LISTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("data", (str,), "folders"),
@@ -58,7 +58,8 @@ AUTO: dict[str, tuple[Any, Any]] = {
 }
 # What may differ between a run and its continuation: none of it changes a computed number.
 _FREE_ON_RESUME = (
-    *("data", "output", "checkpoint_every", "progress", "tensorboard", "workers", "recompute"),
+    *("data", "output", "checkpoint_every", "progress", "tensorboard"),
+    *("workers", "recompute", "cuda_graph"),
 )
 
 
@@ -125,6 +126,8 @@ class TrainConfig:
         recompute: Whether the backward pass computes the decoder's largest maps again, which takes
             a fifth longer, instead of keeping them: "on", "off" or "auto", where they take more
             than a sixteenth of the device's memory.
+        cuda_graph: On a GPU capture a whole step as one CUDA graph, so that it need not wait for
+            the host.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
         workers: Processes that prepare the next steps' episodes meanwhile; "auto" is one for each
             core, 8 at most, on a GPU, and none on a CPU, which has no time to spare.
@@ -181,6 +184,7 @@ class TrainConfig:
     background_weight: float = 0.2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: bool = True
     device: str = "auto"
     workers: int | Literal["auto"] = "auto"
     seed: int = 0

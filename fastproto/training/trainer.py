@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from fastproto._files import write_text
@@ -30,6 +29,7 @@ from fastproto.training.episodes import Episode
 from fastproto.training.log import RunLog
 from fastproto.training.prefetch import prefetch
 from fastproto.training.sources import TrainingData, read_training_data
+from fastproto.training.step import Step
 from fastproto.training.supervoxels import cores
 
 
@@ -168,13 +168,23 @@ class _Run:
         self.model = model
         self.optimizer = optimizer
         self.log = log
-        weights = [config.background_weight] + [1.0] * config.ways
-        self.loss = EpisodeLoss(
-            ce=config.ce, align=config.align, cycle=config.cycle, class_weights=weights
-        )
         self.device = next(model.parameters()).device
         self.low_precision = _bfloat16_wanted(config.precision, self.device)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        weights = torch.tensor([config.background_weight] + [1.0] * config.ways)
+        loss = EpisodeLoss(
+            ce=config.ce,
+            align=config.align,
+            cycle=config.cycle,
+            class_weights=weights.to(self.device),
+        )
+        self.take_step = Step(
+            model,
+            optimizer,
+            loss,
+            config.clip_norm,
+            self.autocast,
+            capture=config.cuda_graph and self.device.type == "cuda",
+        )
         self.validation_dice = math.nan
         self.saved_step = 0
         self.seconds = 0.0
@@ -238,23 +248,11 @@ class _Run:
     def step(self, step: int) -> float:
         """One optimiser step; returns the loss."""
         began = time.perf_counter()
-        episode = next(self.episodes).to(self.device)
+        episode = next(self.episodes)
         rate = learning_rate(self.config, self.progress(step))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with self.autocast():
-            total, parts, _ = self.loss(self.model, episode)
-        total.backward()
-        norm = clip_grad_norm_(self.parameters, self.config.clip_norm)
-        names = ["loss", "grad_norm", *parts]
-        numbers = [total, norm, *parts.values()]
-        values = [torch.as_tensor(n, device=self.device).detach().float() for n in numbers]
-        # the one synchronisation of a step
-        record = dict(zip(names, torch.stack(values).tolist(), strict=True))
+        record = self.take_step(episode, rate)
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
             self.stop(step, episode.description, record)
-        self.optimizer.step()
-        self.optimizer.zero_grad()  # here, so that gradients do not live beside the activations
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.log.write(step, **record, learning_rate=rate, seconds=round(seconds, 4))
