@@ -62,7 +62,7 @@ sanitize: $(VENV)/.extras
 	$(SANITIZER) $(BIN)/pytest python_tests/cuda/test_emulated.py python_tests/cuda/test_pack.py \
 	  -k "not opcheck and not compile"
 
-# Measures for about six minutes, writes benchmarks/results and the tables in docs/performance.md.
+# Measures for about ten minutes, writes benchmarks/results and the tables in docs/performance.md.
 bench: develop
 	$(BIN)/pytest benchmarks --record benchmarks/results
 	$(BIN)/python scripts/update_tables.py

@@ -186,7 +186,7 @@ class Record:
         self.network: list[dict[str, Any]] = []
 
     def write(self, folder: Path, arguments: Sequence[str]) -> Path:
-        """Write ``folder/<date>-cpu-<machine>.json``."""
+        """Write ``folder/<date>-cpu-<machine>.json``; with the network's rows alone "network"."""
         date = datetime.date.today().isoformat()
         model, cores = cpu_model(), available_threads()
         record = {
@@ -205,9 +205,13 @@ class Record:
             "memory": self.memory,
             "network": self.network,
         }
+        alone = bool(self.network) and not (self.cases or self.overhead or self.memory)
+        if alone and self.network[-1]["device"] != "cpu":
+            model = self.network[-1]["device"]
         tag = re.sub(r"\((?:r|tm)\)|[^a-z0-9]+", "-", f"{model} {cores}c".lower())
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{date}-cpu-{re.sub('-+', '-', tag).strip('-')}.json"
+        kind = "network" if alone else "cpu"
+        path = folder / f"{date}-{kind}-{re.sub('-+', '-', tag).strip('-')}.json"
         path.write_text(_one_line_per_row(record), encoding="utf-8")
         return path
 

@@ -37,7 +37,14 @@ def direct_convolutions() -> Iterator[None]:
 
 
 def make(
-    name: str, what: str, batch: int, device: str, dtype: torch.dtype, size: int = SIZE
+    name: str,
+    what: str,
+    batch: int,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    size: int = SIZE,
+    encoder: str | None = None,
 ) -> Callable[[], None]:
     """A call that does the work and waits for the device.
 
@@ -52,10 +59,11 @@ def make(
         device: "cpu" or "cuda".
         dtype: Of the arithmetic.
         size: Side of the images in pixels.
+        encoder: Another than the network's own.
     """
     torch.manual_seed(0)
     kind, _, form = name.partition(" ")
-    model = NETWORKS[kind]().to(device)
+    model = NETWORKS[kind](**({"encoder": encoder} if encoder else {})).to(device)
     if form != "direct" or what == "training":
         model = model.to(memory_format=torch.channels_last)
     work = _inference if what == "inference" else _training

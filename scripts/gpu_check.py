@@ -253,6 +253,16 @@ class Check:
         lines = [line for line in text.splitlines() if line and not line.startswith("=====")]
         return lines[-1] if lines else ""
 
+    def network(self) -> Step:
+        """The whole network beside the baseline; the record goes beside the other one."""
+        if not has_tool("pytest_benchmark"):
+            return Step("network", "skipped", 0.0, "there is no pytest-benchmark")
+        folder = self.options.out.resolve()
+        command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
+        command += ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-k", "cuda"]
+        command += [str(ROOT / "benchmarks" / "bench_network.py"), "--record", str(folder)]
+        return self._step("network", command)
+
     def benchmark(self) -> Step:
         """The GPU suite; what the steps before found goes into its record."""
         program = ROOT / "benchmarks" / "run_gpu.py"
@@ -290,11 +300,12 @@ class Check:
 # What the steps that run by default need, about, of the whole time; what one leaves the next has.
 SHARE = {
     "install": 0.15,
-    "tests": 0.3,
+    "tests": 0.25,
     "cuda_resources": 0.05,
     "memcheck": 0.1,
     "racecheck": 0.1,
-    "benchmark": 0.3,
+    "network": 0.15,
+    "benchmark": 0.2,
 }
 DEFAULT = tuple(SHARE)
 STEPS = (*DEFAULT[:-1], "initcheck", "resources", "benchmark")

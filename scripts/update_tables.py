@@ -280,13 +280,17 @@ def ceilings(results: Path) -> str:
     return "\n\n".join(blocks) or NO_RECORD
 
 
+def network_records(results: Path) -> list[dict[str, Any]]:
+    """The newest record of every machine that measured the whole network."""
+    records = [*newest(results, "cpu"), *newest(results, "network")]
+    return [record for record in records if record.get("network")]
+
+
 def network(results: Path) -> str:
     """The whole network beside the baseline, and what the source document promised of it."""
     blocks = []
-    for record in newest(results, "cpu"):
-        rows = record.get("network", [])
-        if not rows:
-            continue
+    for record in network_records(results):
+        rows = record["network"]
         names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
         cells = []
         for row in rows:
@@ -303,13 +307,15 @@ def network(results: Path) -> str:
 
 def promises(results: Path) -> str:
     """What the source document promised, line by line; a line that does not hold says so."""
+    if not network_records(results):
+        return NO_RECORD
     lines = ["| promised of the ResNet-34 U-Net | measured | holds |", "|---|---|---|"]
 
     def add(promise: str, measured: str | None, holds: bool | None) -> None:
         verdict = "-" if holds is None else "yes" if holds else "**no**"
         lines.append(f"| {promise} | {measured or 'not measured'} | {verdict} |")
 
-    rows = [row for record in newest(results, "cpu") for row in record.get("network", [])]
+    rows = [row for record in network_records(results) for row in record["network"]]
 
     def ratios(what: str, key: str) -> list[tuple[str, float]]:
         found = []
@@ -339,7 +345,9 @@ def promises(results: Path) -> str:
         f"{max(on_gpu):.1f} ms" if on_gpu else None,
         max(on_gpu) < 100 if on_gpu else None,
     )
-    peaks = [row["peak_mib"]["unet"] for row in rows if row["what"] == "training"]
+    peaks = [
+        row["peak_mib"]["unet"] for row in rows if row["what"] == "training" and "peak_mib" in row
+    ]
     add(
         "training under 4 GB",
         f"{max(peaks)} MiB" if peaks else None,

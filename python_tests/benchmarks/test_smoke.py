@@ -52,7 +52,7 @@ def update_tables(pages: Path) -> str:
 def test_measure_record_tables(pages: Path) -> None:
     results = pages / "benchmarks" / "results"
     configuration = ["-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider"]
-    part = ["-k", "1t or test_overhead or (test_memory and forward)"]
+    part = ["-k", "1t or test_overhead or test_network or (test_memory and forward)"]
     options = ["--quick", "--record", results, *part]
     run("-m", "pytest", *configuration, ROOT / "benchmarks", *options, cwd=pages)
     (path,) = results.glob("????-??-??-cpu-*.json")
@@ -64,9 +64,15 @@ def test_measure_record_tables(pages: Path) -> None:
         assert {"fastest_peer", "peer_over_native", "of_matmul", "of_fma_loop"} <= set(case)
     assert {row["rate"] for row in record["ceilings"]} == {"fma_loop", "matmul_float32"}
     assert len(record["overhead"]) == 5
+    assert [row["what"] for row in record["network"]] == ["inference", "training"]
+    for row in record["network"]:
+        assert {"unet", "unet direct", "baseline"} <= set(row["ms"])
     text = update_tables(pages)
     assert path.name in text
     assert "**forward, float32, 1 thread**" in text
+    assert "| training, 1 at once, float32, cpu |" in text
+    assert "| inference 2x faster than the ResNet-101 baseline | " in text
+    assert "| under 100 ms an image on a GPU | not measured | - |" in text
 
 
 def test_gpu_suite_record_tables(pages: Path) -> None:

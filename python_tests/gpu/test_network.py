@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import math
+import sys
 from collections.abc import Callable
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from torch import Tensor
 pytest.importorskip("safetensors", reason="fastproto.nn imports safetensors")
 
 from fastproto import FewShotUNet
+from fastproto.losses import EpisodeLoss
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -88,3 +94,67 @@ def test_backends_agree(forward: Forward, backend: str, device: str) -> None:
     with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
         expected = plain(support, masks, query, num_classes=3)
     close(forward(support, masks, query), expected)
+
+
+def test_for_inference_replays_what_it_would_compute(backend: str, device: str) -> None:
+    torch.manual_seed(0)
+    model = FewShotUNet("resnet18", backend=backend).eval().to(device)
+    support, masks, query = episode(0, device)
+    with torch.no_grad():
+        prototypes = model.encode_support(support, masks, num_classes=3).trim()
+        expected = model.segment(query, prototypes)
+    fast = model.for_inference()
+    assert fast.encoder.conv1.weight.dtype == torch.bfloat16
+    bags = prototypes.to(dtype=torch.bfloat16)
+    results = []
+    for images in (query, query.flip(1), query):  # eager, captured, replayed
+        with torch.inference_mode():
+            results.append(fast.segment(images.bfloat16(), bags))
+    close(results[0], expected)
+    close(results[1], expected.flip(1))
+    assert torch.equal(results[0], results[2])
+    few = bags.pick([[[0], [0], [0]]])
+    shorter = few.offsets.clamp(max=int(few.offsets[-1]) - 2)
+    less = type(bags)(few.protos[:-2].contiguous(), shorter, 3)
+    with torch.inference_mode():
+        close(
+            fast.segment(query.bfloat16(), less), model.segment(query, less.to(dtype=query.dtype))
+        )
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_captured_training_steps(backend: str, device: str, low_precision: bool) -> None:
+    if importlib.util.find_spec("SimpleITK") is None:  # nothing here reads a file
+        sys.modules["SimpleITK"] = MagicMock()
+    training = pytest.importorskip("fastproto.training.step", exc_type=ImportError)
+    episodes = importlib.import_module("fastproto.training.episodes")
+
+    def batch(seed: int) -> object:
+        generator = torch.Generator().manual_seed(seed)
+        masks = torch.zeros(2, 1, 64, 64, dtype=torch.int64)
+        masks[..., 8 : 40 + seed, 16:48] = 1
+        images = [torch.randn(2, 1, 3, 64, 64, generator=generator) for _ in range(2)]
+        return episodes.Episode(images[0], masks, images[1], masks.clone(), 2, "random")
+
+    found = []
+    for capture in (False, True):
+        torch.manual_seed(0)
+        model = FewShotUNet("resnet18", backend=backend).to(device).train()
+        model = model.to(memory_format=torch.channels_last)
+        step = training.Step(
+            model,
+            torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
+            EpisodeLoss(class_weights=torch.tensor([0.2, 1.0], device=device)),
+            1.0,
+            lambda: torch.autocast(device, torch.bfloat16, enabled=low_precision),
+            capture=capture,
+        )
+        found.append([step(batch(seed), 1e-4 / (1 + seed))["loss"] for seed in range(8)])
+        assert (step._graph is not None) == capture
+        before = [parameter.clone() for parameter in model.parameters()]
+        bad = batch(9)
+        bad.query_images[0, 0, 0, 3, 3] = float("nan")
+        assert not math.isfinite(step(bad, 1e-4)["loss"])
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    # Sums of atomics differ from run to run, and a step amplifies that.
+    assert found[0] == pytest.approx(found[1], rel=0.05)
