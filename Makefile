@@ -59,7 +59,7 @@ sanitize: $(VENV)/.extras
 	  $(PIP) --no-deps --upgrade --target $(SANITIZED) .
 	$(SANITIZER) $(BIN)/pytest python_tests/ops \
 	  python_tests/backends/test_choice.py::test_every_instruction_set_of_this_cpu_passes_the_op_tests
-	$(SANITIZER) $(BIN)/pytest python_tests/cuda/test_emulated.py python_tests/cuda/test_pack.py \
+	$(SANITIZER) $(BIN)/pytest python_tests/cuda/test_emulated.py \
 	  -k "not opcheck and not compile"
 
 # Measures for about ten minutes, writes benchmarks/results and the tables in docs/performance.md.

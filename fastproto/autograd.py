@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class OpPair:
-    """A backend's ops: of proto_attention, or of packing (packing.py).
+    """A backend's ops.
 
     Attributes:
         backend: Its name.

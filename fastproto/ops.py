@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastproto import _library, autograd, packing
+from fastproto import _library, autograd
 from fastproto.layout import new_maps
 
 _reason = _library.why_not_cpu()
@@ -118,21 +118,3 @@ autograd.register(_PAIR)
 @torch.library.register_fake("fastproto::null")
 def _(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
-
-
-# Packing of prototypes, on CUDA alone.
-
-
-_PACK = autograd.library_pair(
-    "native", "fastproto::pack_prototypes", "fastproto::pack_prototypes_bwd"
-)
-torch.library.register_fake(_PACK.forward, packing.fake_forward)
-torch.library.register_fake(_PACK.backward, packing.fake_backward)
-packing.register(_PACK)
-
-
-def pack_prototypes(
-    features: Tensor, share: Tensor, threshold: float, append_global: bool
-) -> tuple[Tensor, Tensor]:
-    """Pack prototypes; see :func:`fastproto.packing.call`."""
-    return packing.call(_PACK, features, share, threshold, append_global)

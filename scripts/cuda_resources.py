@@ -28,7 +28,7 @@ def page_of(kernel: Kernel) -> str | None:
     """Where a kernel is described; None for the template's."""
     if kernel.name.startswith("sm90::"):
         return "sm90"
-    return "sm80" if kernel.name.startswith(("sm80::", "pack_")) else None
+    return "sm80" if kernel.name.startswith("sm80::") else None
 
 
 def table(kernels: list[Kernel], budgets: dict[str, Budget], ptx: dict[str, int]) -> str:

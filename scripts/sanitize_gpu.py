@@ -3,7 +3,7 @@
 
 compute-sanitizer --tool racecheck python scripts/sanitize_gpu.py --for racecheck
 
-Forward, backward and packing, every family of kernels that this GPU has, forced. Values are not
+Forward and backward, every family of kernels that this GPU has, forced. Values are not
 compared: the tests do that.
 """
 
@@ -20,7 +20,6 @@ from torch import Tensor
 import fastproto
 from fastproto import _library, backends
 from fastproto.errors import ArgumentError
-from fastproto.nn import class_masks, extract_prototypes
 from fastproto.testing.problems import Problem
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -67,21 +66,6 @@ def run_op(problem: Problem, dtype: torch.dtype, layout: str) -> None:
     torch.cuda.synchronize()
 
 
-def run_pack(dtype: torch.dtype) -> None:
-    """Bags with cells, with an average alone, and empty ones."""
-    labels = torch.zeros(2, 2, 10, 14, dtype=torch.long)
-    labels[..., 7:] = 1
-    labels[..., :1, :1] = 2
-    masks = class_masks(labels, 4).cuda()
-    for features in (torch.ones(2, 2, 70, 5, 7), torch.ones(2, 2, 5, 7, 70).movedim(-1, 2)):
-        leaf = features.to(dtype).cuda().requires_grad_()
-        for append_global in (False, True):
-            found = extract_prototypes(leaf, masks, append_global=append_global, backend="native")
-            grad = torch.ones(found.protos.shape, dtype=dtype).cuda()
-            torch.autograd.grad(found.protos, leaf, grad)
-    torch.cuda.synchronize()
-
-
 def main() -> int:
     """Run them, and say how many."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -108,9 +92,6 @@ def main() -> int:
             runs += 1
             print(family, problem.name, str(dtype)[6:], layout, flush=True)
     del os.environ["FASTPROTO_CUDA_KERNELS"]
-    for dtype in DTYPES:
-        run_pack(dtype)
-        runs += 1
     print(f"{runs} problems")
     return 0
 

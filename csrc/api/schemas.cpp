@@ -7,8 +7,6 @@
 STABLE_TORCH_LIBRARY(fastproto, m) {
   m.def(fastproto::kProtoAttentionFwd);
   m.def(fastproto::kProtoAttentionBwd);
-  m.def(fastproto::kPackPrototypes);
-  m.def(fastproto::kPackPrototypesBwd);
   // `rounds` rounds of float32 multiply-adds on registers, on each of torch's threads; `operations`
   // (one float64) receives how many floating-point operations that was. For benchmarks.
   m.def("fma_loop(Tensor(a!) operations, int rounds) -> ()");

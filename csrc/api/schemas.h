@@ -22,14 +22,4 @@ constexpr const char* kProtoAttentionBwd =
     "bool concat, bool needs_protos, bool needs_temperature, bool tf32=False) "
     "-> (Tensor grad_feat, Tensor grad_protos, Tensor grad_temperature)";
 
-// Prototypes that a mask selects, packed; CUDA only. features [E, S, D, h, w], share [E, K, C] with
-// C = S*h*w: how much of every cell belongs to a class. protos [E*K*(C + 1), D], offsets [E*K + 1];
-// position [E*K, C + 1] and mass [E*K] are what the backward needs (csrc/cuda/pack.h).
-constexpr const char* kPackPrototypes =
-    "pack_prototypes(Tensor features, Tensor share, float threshold, bool append_global) "
-    "-> (Tensor protos, Tensor offsets, Tensor position, Tensor mass)";
-constexpr const char* kPackPrototypesBwd =
-    "pack_prototypes_bwd(Tensor grad_protos, Tensor share, Tensor position, Tensor mass, "
-    "Tensor offsets, int height, int width, bool channels_last) -> Tensor grad_features";
-
 }  // namespace fastproto

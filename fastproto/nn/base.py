@@ -81,7 +81,7 @@ class FewShotModel(nn.Module):
     """Of ``segment`` on a GPU; see :meth:`for_inference`."""
 
     backend: str | None = None
-    """Of ``extract_prototypes`` and ``proto_attention``; None for the best one that can run."""
+    """Of ``proto_attention``; None for the best one that can run."""
 
     def __init__(
         self,
@@ -215,7 +215,6 @@ class FewShotModel(nn.Module):
             one_hot,
             threshold=self.mask_threshold,
             append_global=self.append_global,
-            backend=self.backend,
         )
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:

@@ -31,8 +31,7 @@ class FewShotUNet(FewShotModel):
         temperature: t of the aggregation, above 0.
         mask_threshold: tau, the share of a cell that a class must exceed to give a prototype.
         append_global: Append the mask-weighted average to every bag that is not empty.
-        backend: Backend of ``extract_prototypes`` and ``proto_attention``, or None for the best one
-            that can run.
+        backend: Backend of ``proto_attention``, or None for the best one that can run.
 
     Raises:
         ArgumentError: An argument out of its range.

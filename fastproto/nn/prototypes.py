@@ -6,14 +6,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastproto import backends
 from fastproto.errors import ArgumentError, CheckpointError
 from fastproto.nn.weights import read_safetensors, write_safetensors
 from fastproto.reference import normalize
@@ -166,7 +165,6 @@ def extract_prototypes(
     *,
     threshold: float = 0.5,
     append_global: bool = False,
-    backend: str | None = None,
 ) -> Prototypes:
     """Prototypes of every class: the features of the cells that the class fills.
 
@@ -183,12 +181,9 @@ def extract_prototypes(
         masks: One mask per class, values in [0, 1]; H and W the same multiple of h and w.
         threshold: tau, in [0, 1).
         append_global: Append the mask-weighted average to every bag that is not empty.
-        backend: As in ``proto_attention``. On a GPU ``"native"`` and ``"triton"`` pack with a
-            kernel, but for masks that require a gradient; all else is plain PyTorch.
 
     Raises:
-        ArgumentError: Shapes or devices that do not fit, a threshold outside [0, 1), or a
-            ``backend`` that cannot run there.
+        ArgumentError: Shapes or devices that do not fit, or a threshold outside [0, 1).
     """
     if features.ndim != 5 or not features.is_floating_point():
         raise ArgumentError(
@@ -215,31 +210,8 @@ def extract_prototypes(
 
     share = F.avg_pool2d(masks.flatten(0, 1), cell).unflatten(0, (episodes, shots))
     share = share.transpose(1, 2).flatten(2)  # [E, K, S*h*w]
-    pack = _packing_kernel(features, share, backend)
-    if pack is not None:
-        protos, offsets = pack(features, share.float(), float(threshold), append_global)
-    else:
-        protos, offsets = _pack(features, share, threshold, append_global)
+    protos, offsets = _pack(features, share, threshold, append_global)
     return Prototypes(protos, offsets, masks.shape[2])
-
-
-def _packing_kernel(
-    features: Tensor, share: Tensor, backend: str | None
-) -> Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]] | None:
-    """The chosen backend's kernel; None where plain PyTorch packs."""
-    chosen = backends.choose(features.device, backend, features.dtype)
-    # The kernels have no gradient for masks, and nothing to do without cells.
-    if share.requires_grad or features.numel() == 0 or share.numel() == 0:
-        return None
-    if chosen == "native" and features.is_cuda:
-        from fastproto import ops
-
-        return ops.pack_prototypes
-    if chosen == "triton":
-        from fastproto.triton import ops as triton_ops
-
-        return triton_ops.pack_prototypes
-    return None
 
 
 def _pack(

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastproto.backends.chips import SHARED_MEMORY
-from fastproto.triton import launch, pack_launch
+from fastproto.triton import launch
 from fastproto.triton.configs import TABLE, Config, Plan, Row, stats_config
 from fastproto.triton.launch import Launch
 
@@ -129,21 +129,12 @@ def launches(
     return wanted
 
 
-def launches_beside_the_table(dtype: torch.dtype, channels_last: bool) -> list[Launch]:
-    """Statistics of the prototypes, packing and its backward: one configuration each."""
+def stats_launch(dtype: torch.dtype) -> Launch:
+    """Statistics of the prototypes: one configuration for all."""
     found: list[Launch] = []
-    launch.proto_stats(
-        found.append, torch.empty(320, 512, dtype=dtype, device="meta"), 1e-6, stats_config(512)
-    )
-    features = torch.empty(2, 2, 16, 16, 512, dtype=dtype, device="meta").movedim(-1, 2)
-    if not channels_last:
-        features = features.contiguous()
-    share = torch.empty(2, 2, 512, device="meta")
-    protos, offsets, position, mass = pack_launch.run_pack(found.append, features, share, 0.5, True)
-    pack_launch.run_pack_backward(
-        found.append, protos, share, position, mass, offsets, 16, 16, channels_last
-    )
-    return found
+    protos = torch.empty(320, 512, dtype=dtype, device="meta")
+    launch.proto_stats(found.append, protos, 1e-6, stats_config(512))
+    return found[0]
 
 
 @dataclasses.dataclass(frozen=True)

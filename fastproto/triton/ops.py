@@ -13,9 +13,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fastproto import autograd, packing
+from fastproto import autograd
 from fastproto.backends.chips import chip_of
-from fastproto.triton import launch, pack_launch, support
+from fastproto.triton import launch, support
 from fastproto.triton.configs import INTERPRETER, Plan, Shape, choose
 from fastproto.triton.launch import Launch, Run
 
@@ -225,60 +225,3 @@ def proto_attention(
 ) -> Tensor:
     """Call the kernels on checked arguments; shapes as in ``fastproto.proto_attention``."""
     return autograd.call(_PAIR, feat, protos, offsets, temperature, eps, concat)
-
-
-def _pack_now(features: Tensor, *rest: Any) -> Any:
-    with _on_device_of(features):
-        return pack_launch.run_pack(launch.run_now, features, *rest)
-
-
-def _pack_backward_now(grad_protos: Tensor, *rest: Any) -> Any:
-    with _on_device_of(grad_protos):
-        return pack_launch.run_pack_backward(launch.run_now, grad_protos, *rest)
-
-
-@_register("fastproto::triton_pack", mutates_args=())
-def _pack_op(
-    features: Tensor, share: Tensor, threshold: float, append_global: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with _on_device_of(features):
-        return pack_launch.run_pack(_RUN, features, share, threshold, append_global)
-
-
-@_register("fastproto::triton_pack_bwd", mutates_args=())
-def _pack_backward_op(
-    grad_protos: Tensor,
-    share: Tensor,
-    position: Tensor,
-    mass: Tensor,
-    offsets: Tensor,
-    height: int,
-    width: int,
-    channels_last: bool,
-) -> Tensor:
-    with _on_device_of(grad_protos):
-        return pack_launch.run_pack_backward(
-            _RUN, grad_protos, share, position, mass, offsets, height, width, channels_last
-        )
-
-
-if support.INTERPRETED:
-    _pack_op.register_fake(functools.partial(pack_launch.run_pack, _run_not))
-    _pack_backward_op.register_fake(functools.partial(pack_launch.run_pack_backward, _run_not))
-
-
-_PACK = autograd.OpPair(
-    "triton",
-    "fastproto::triton_pack",
-    "fastproto::triton_pack_bwd",
-    _pack_now,
-    _pack_backward_now,
-)
-packing.register(_PACK)
-
-
-def pack_prototypes(
-    features: Tensor, share: Tensor, threshold: float, append_global: bool
-) -> tuple[Tensor, Tensor]:
-    """Pack prototypes; see :func:`fastproto.packing.call`."""
-    return packing.call(_PACK, features, share, threshold, append_global)
