@@ -124,7 +124,7 @@ class TrainConfig:
         precision: "float32", "bfloat16" (autocast; weights and Adam stay float32) or "auto":
             bfloat16 where the hardware computes in it, float32 elsewhere.
         recompute: Whether the backward pass computes the decoder's largest maps again, which takes
-            a fifth longer, instead of keeping them: "on", "off" or "auto", where they take more
+            somewhat longer, instead of keeping them: "on", "off" or "auto", where they take more
             than a sixteenth of the device's memory.
         cuda_graph: On a GPU capture a whole step as one CUDA graph, so that it need not wait for
             the host.
