@@ -22,11 +22,14 @@ from torch.nn.utils import clip_grad_norm_
 from fastproto import FewShotUNet
 from fastproto._memory import return_large_buffers
 from fastproto.losses import EpisodeLoss
-from fastproto.nn import PrototypeNet, winograd
+from fastproto.nn import PrototypeNet, Prototypes, winograd
 
 SIZE = 256  # pixels
 NETWORKS = {"unet": FewShotUNet, "baseline": PrototypeNet}
 """ResNet-34 with decoder; ResNet-101 at output stride 8 with its scores enlarged."""
+
+PROTOTYPES = (1000, 1140)
+"""Ends of the bags of background and organ, as of five annotated slices."""
 
 
 @contextmanager
@@ -53,7 +56,7 @@ def make(
             for half types, and with " direct" besides that no convolution of ours; without, it is
             `for_inference`. For training with " recomputing" the decoder keeps less, and " direct"
             is as before.
-        what: "inference" (two classes, 5 annotated slices) or "training" (a whole step, cross
+        what: "inference" (two classes) or "training" (a whole step, cross
             entropy alone).
         batch: Images, or episodes of a support and a query.
         device: "cpu" or "cuda".
@@ -88,12 +91,10 @@ def _inference(
 ) -> Callable[[], None]:
     model.eval()
     device = next(model.parameters()).device
-    masks = _masks(1, 5, size, size).to(device)
     images = torch.randn(1, batch, 3, size, size, device=device)
-    with torch.inference_mode():
-        prototypes = model.encode_support(
-            torch.randn(1, 5, 3, size, size, device=device), masks
-        ).trim()
+    bounds = torch.tensor([0, *PROTOTYPES], dtype=torch.int32, device=device)
+    protos = torch.randn(PROTOTYPES[-1], model.encoder.channels[-1], device=device).relu()
+    prototypes = Prototypes(protos, bounds, 2)
     if form:
 
         @torch.inference_mode()

@@ -282,8 +282,13 @@ def ceilings(results: Path) -> str:
 
 def network_records(results: Path) -> list[dict[str, Any]]:
     """The newest record of every machine that measured the whole network."""
-    records = [*newest(results, "cpu"), *newest(results, "network")]
-    return [record for record in records if record.get("network")]
+    latest: dict[str, dict[str, Any]] = {}
+    for record in sorted(
+        [*newest(results, "cpu"), *newest(results, "network")], key=lambda record: record["date"]
+    ):
+        if record.get("network"):
+            latest[record["network"][-1]["device"] + record["machine"]] = record
+    return list(latest.values())
 
 
 def network(results: Path) -> str:

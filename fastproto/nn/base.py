@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastproto.errors import ArgumentError, CheckpointError
-from fastproto.nn.inference import Graphs, folded, inference_dtype
+from fastproto.nn.inference import Graphs, can_replay, folded, inference_dtype
 from fastproto.nn.prototypes import (
     Prototypes,
     check_num_classes,
@@ -79,6 +79,9 @@ class FewShotModel(nn.Module):
 
     graphs: Graphs | None = None
     """Of ``segment`` on a GPU; see :meth:`for_inference`."""
+
+    is_folded: bool = False
+    """Whether :meth:`for_inference` made it."""
 
     backend: str | None = None
     """Of ``proto_attention``; None for the best one that can run."""
@@ -145,8 +148,10 @@ class FewShotModel(nn.Module):
 
     def segment(self, query_images: Tensor, prototypes: Prototypes) -> Tensor:
         """Logits ``[E, Q, K, H, W]`` of ``query_images`` ``[E, Q, 3, H, W]``."""
-        if self.graphs is not None:
-            return self.graphs.segment(self, query_images, prototypes)
+        if self.graphs is not None and can_replay(self, query_images, prototypes):
+            logits = self.graphs.segment(self, query_images, prototypes)
+            if logits is not None:
+                return logits
         return self.decode(self.encode(query_images, name="query_images"), prototypes)
 
     @torch.no_grad()
@@ -161,6 +166,9 @@ class FewShotModel(nn.Module):
             dtype: Of the weights and of what is computed; None takes bfloat16 where matrix units
                 compute in it (GPUs from capability 8.0, CPUs with AMX), float32 elsewhere.
 
+        Raises:
+            ArgumentError: It is such a copy itself.
+
         Example:
             >>> model = FewShotUNet("resnet18").eval()
             >>> images, masks = torch.randn(1, 2, 3, 64, 64), torch.ones(1, 2, 64, 64, dtype=int)
@@ -169,10 +177,32 @@ class FewShotModel(nn.Module):
             >>> fast.segment(images.bfloat16(), prototypes.to(dtype=torch.bfloat16)).shape
             torch.Size([1, 2, 2, 64, 64])
         """
+        self._refuse_if_folded("for_inference")
         device = self.encoder.conv1.weight.device
-        model = folded(self, dtype or inference_dtype(device))
+        with torch.inference_mode(False):
+            model = folded(self, dtype or inference_dtype(device))
+        model.is_folded = True
         model.graphs = Graphs() if device.type == "cuda" else None
         return model
+
+    def _refuse_if_folded(self, what: str) -> None:
+        if self.is_folded:
+            raise ArgumentError(
+                what,
+                found="a copy that for_inference made",
+                allowed="the network that it was made from",
+            )
+
+    def train(self: _Model, mode: bool = True) -> _Model:
+        """As of every module; a copy for inference cannot be trained."""
+        if mode:
+            self._refuse_if_folded("train")
+        return super().train(mode)
+
+    def _apply(self: _Model, *args: Any, **kwargs: Any) -> _Model:
+        if self.graphs is not None:
+            self.graphs = Graphs()  # the weights move away from what was captured
+        return super()._apply(*args, **kwargs)
 
     def encode(self, images: Tensor, *, name: str = "images") -> Features:
         """Encoder features of ``images`` ``[E, B, 3, H, W]``, padded to the output stride."""
@@ -224,6 +254,7 @@ class FewShotModel(nn.Module):
             ArgumentError: ``extra`` cannot be written as JSON.
             OutputError: The file cannot be written.
         """
+        self._refuse_if_folded("save")
         header = {
             "kind": _KIND,
             "architecture": type(self).__name__,

@@ -14,7 +14,6 @@ Here a is the half per class and b the half per image (per class and per image f
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastproto._memory import machine_memory
 from fastproto.nn.winograd import Conv3x3, conv3x3
 
 WIDTHS = (256, 128, 64, 32)
@@ -236,12 +236,10 @@ def _call(function: Callable[..., Any], recompute: bool, *tensors: Tensor) -> An
 
 @torch.compiler.assume_constant_result
 def _memory(device: torch.device) -> int:
-    """Bytes of all memory of a device; 8 GiB where the system does not say."""
+    """Bytes of all memory of a device."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    if not hasattr(os, "sysconf"):
-        return 2**33
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine_memory()
 
 
 def _double(x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import warnings
 from collections import OrderedDict
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastproto import backends
 from fastproto.nn.decoder import UNetDecoder
 from fastproto.nn.prototypes import Prototypes
 
@@ -27,7 +30,8 @@ _WARM_UP = 3
 def inference_dtype(device: torch.device) -> torch.dtype:
     """Bfloat16 where matrix units compute in it, float32 elsewhere."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Without AMX our float32 convolutions are as fast, see nn/winograd.py.
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -38,6 +42,8 @@ def inference_dtype(device: torch.device) -> torch.dtype:
 def folded(model: Model, dtype: torch.dtype) -> Model:
     """A copy in evaluation mode whose normalisations are part of the layers before them."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
+    if model.encoder.conv1.weight.dtype != torch.float64:
+        model = model.float()  # folding rounds; once is enough
     _fold_convolutions(model.encoder)
     for module in model.modules():
         if isinstance(module, UNetDecoder):
@@ -83,27 +89,75 @@ def _fold_decoder(decoder: UNetDecoder) -> None:
 
 
 class Graphs:
-    """CUDA graphs of ``segment``, one for each shape: captured when it comes a second time."""
+    """CUDA graphs of ``segment``, one for each shape: captured when it comes a second time.
+
+    A shape that cannot be captured stays as it is, which is said once.
+    """
 
     def __init__(self) -> None:
         self._captured: OrderedDict[tuple[object, ...], _Graph | None] = OrderedDict()
+        self._eager: set[tuple[object, ...]] = set()
+        self._lock = threading.Lock()  # what a graph reads and writes is there once
 
-    def segment(self, model: FewShotModel, images: Tensor, prototypes: Prototypes) -> Tensor:
-        """Logits as ``model.decode`` gives them, in memory of their own."""
+    def __deepcopy__(self, memo: object) -> Graphs:
+        return Graphs()  # another network's weights lie elsewhere
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        return Graphs, ()
+
+    def segment(self, model: FewShotModel, images: Tensor, prototypes: Prototypes) -> Tensor | None:
+        """Logits as ``model.decode`` gives them, in memory of their own; None without a graph."""
         rows = -(-len(prototypes.protos) // _ROWS) * _ROWS
-        key = (images.shape, images.dtype, prototypes.offsets.shape, prototypes.num_classes, rows)
-        if key not in self._captured:
-            self._captured[key] = None
-            if len(self._captured) > _GRAPHS:
-                self._captured.popitem(last=False)
-            return model.decode(model.encode(images), prototypes)
-        self._captured.move_to_end(key)
+        stream = torch.cuda.current_stream(images.device)
+        key = (
+            *(images.shape, prototypes.offsets.shape, prototypes.num_classes, rows),
+            *(stream.cuda_stream, model.backend, model.temperature),
+        )
+        if key in self._eager:
+            return None
         # The buffers must serve inside and outside of inference mode.
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(images.device):
+        with (
+            self._lock,
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.cuda.device(images.device),
+        ):
+            if key not in self._captured:
+                self._captured[key] = None
+                if len(self._captured) > _GRAPHS:
+                    self._captured.popitem(last=False)
+                return None
+            self._captured.move_to_end(key)
             graph = self._captured[key]
             if graph is None:
-                graph = self._captured[key] = _Graph(model, images, prototypes, rows)
+                try:
+                    graph = self._captured[key] = _Graph(model, images, prototypes, rows)
+                except RuntimeError as error:
+                    torch.cuda.set_stream(stream)  # capturing may have failed to give it back
+                    self._eager.add(key)
+                    warnings.warn(f"no CUDA graph, so slower: {error}", stacklevel=4)
+                    return None
             return graph.replay(images, prototypes)
+
+
+def can_replay(model: FewShotModel, images: Tensor, prototypes: Prototypes) -> bool:
+    """Whether a graph would do what ``model.segment`` does with these arguments."""
+    weight = model.encoder.conv1.weight
+    return (
+        images.is_cuda
+        and images.device == weight.device == prototypes.protos.device
+        and images.dtype == weight.dtype == prototypes.protos.dtype
+        and images.ndim == 5
+        and images.numel() > 0
+        and prototypes.episodes == images.shape[0]
+        and prototypes.dim == model.encoder.channels[-1]
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+        # It asks the device for the offsets.
+        and backends.choose(images.device, model.backend, images.dtype) != "reference"
+    )
 
 
 class _Graph:
@@ -117,7 +171,7 @@ class _Graph:
             prototypes.offsets.clone(),
             prototypes.num_classes,
         )
-        self._prototypes.protos[: len(protos)].copy_(protos)
+        self._fill(prototypes)
 
         def run() -> Tensor:
             return model.decode(model.encode(self._images), self._prototypes)
@@ -130,13 +184,17 @@ class _Graph:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the device.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._logits = run()
 
     def replay(self, images: Tensor, prototypes: Prototypes) -> Tensor:
         self._images.copy_(images)
-        # Rows beyond the last bag are never read.
-        self._prototypes.protos[: len(prototypes.protos)].copy_(prototypes.protos)
-        self._prototypes.offsets.copy_(prototypes.offsets)
+        self._fill(prototypes)
         self._graph.replay()
         return self._logits.clone()
+
+    def _fill(self, prototypes: Prototypes) -> None:
+        count = len(prototypes.protos)
+        self._prototypes.protos[:count].copy_(prototypes.protos)
+        self._prototypes.protos[count:].zero_()
+        self._prototypes.offsets.copy_(prototypes.offsets)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 _LEAST_CHANNELS = 64  # with fewer, moving the data costs more than the products save
 _LEAST_TILES = 48  # with fewer, so does transforming the filter
+_KEPT = 16 << 20  # numbers in a buffer that is kept, at most: a filter of 512 x 512 has 9
 _PART = 5 << 20  # bytes of the transformed input at once, to stay in the cache
 
 
@@ -85,6 +86,8 @@ def winograd_conv3x3(
 def _pays(x: Tensor, weight: Tensor, dilation: int) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
+    if type(x) is not Tensor or x.ndim != 4 or torch._C._are_functorch_transforms_active():
+        return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     count, channels, height, width = x.shape
@@ -103,7 +106,7 @@ class _Matrices(NamedTuple):
 
     @classmethod
     def of(cls, b: list[list[float]], g: list[list[float]], a: list[list[float]]) -> _Matrices:
-        each = (torch.tensor(rows, dtype=torch.float64) for rows in (b, g, a))
+        each = (torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in (b, g, a))
         return cls(*(torch.kron(matrix, matrix).float() for matrix in each))
 
 
@@ -220,9 +223,15 @@ class _Winograd(torch.autograd.Function):
         return _convolve(x, weight, dilation)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            sides = [ctx.dilation] * 2
+            mask = [*ctx.needs_input_grad[:2], False]
+            grads = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, [1, 1], sides, sides, False, [0, 0], 1, mask
+            )
+            return grads[0], grads[1], None
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             # of a convolution that keeps the size: one with the filter turned around
@@ -246,7 +255,10 @@ def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     filters = filters.view(-1, outputs, channels).transpose(1, 2)
     rows = x.permute(0, 2, 3, 1).contiguous()
     out = torch.empty(
-        (len(x), outputs, *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last
+        (len(x), outputs, *x.shape[2:]),
+        dtype=torch.float32,
+        device="cpu",
+        memory_format=torch.channels_last,
     )
     pixels = out.permute(0, 2, 3, 1)
     for part in grid.parts(max(channels, outputs)):
@@ -282,6 +294,7 @@ def _scratch(name: str, shape: tuple[int, ...]) -> Tensor:
     buffer: Tensor | None = getattr(_kept, name, None)
     if buffer is None or len(buffer) < size:
         with torch.inference_mode(False):  # so that it serves outside of that mode too
-            buffer = torch.empty(size)
-        setattr(_kept, name, buffer)
+            buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+        if size <= _KEPT:
+            setattr(_kept, name, buffer)
     return buffer[:size].view(shape)

@@ -89,13 +89,13 @@ def register(
     atlas = Atlas.make(
         image, label, list(names), preprocessing.modality, prior, plane=preprocessing.plane
     )
-    organs = tuple(_learn(model, organ) for organ in annotated)
+    organs = _learn(model, annotated)
     task = Task(organs, preprocessing, atlas, model.fingerprint())
     if steps == 0 or not any(_split(organ)[1] for organ in annotated):
         return task  # nothing could show that it helped
     training = [replace(organ, slices=_split(organ)[0]) for organ in annotated]
     learner, weights = adapt_model(model, training, steps, seed=seed, progress=progress)
-    after = tuple(_learn(learner, organ) for organ in annotated)
+    after = _learn(learner, annotated)
     if _expected(after) <= _expected(organs):
         return task
     return replace(task, organs=after, weights=weights, adapted_steps=steps)
@@ -175,15 +175,20 @@ def _split(organ: AnnotatedOrgan) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(n for n in organ.slices if n not in left_out), tuple(left_out)
 
 
-def _learn(model: FewShotModel, organ: AnnotatedOrgan) -> Organ:
+def _learn(model: FewShotModel, annotated: Sequence[AnnotatedOrgan]) -> tuple[Organ, ...]:
     """Prototypes of all chosen slices; bias and expected Dice by the slices left out."""
-    kept, left_out = _split(organ)
-    known = _encode(model, organ, kept)
-    bias, expected = 0.0, None
-    if left_out:
-        scores = score_slices(model, known, organ.view, left_out, left_out)
-        bias, expected = _fit_bias(scores, organ.masks[list(left_out)])
-    return replace(_encode(model, organ, organ.slices), bias=bias, expected_dice=expected)
+    network = model.for_inference()  # as it will segment
+    organs = []
+    for organ in annotated:
+        kept, left_out = _split(organ)
+        known = _encode(model, organ, kept)
+        bias, expected = 0.0, None
+        if left_out:
+            scores = score_slices(network, known, organ.view, left_out, left_out)
+            bias, expected = _fit_bias(scores, organ.masks[list(left_out)])
+        taught = _encode(model, organ, organ.slices)
+        organs.append(replace(taught, bias=bias, expected_dice=expected))
+    return tuple(organs)
 
 
 @torch.inference_mode()

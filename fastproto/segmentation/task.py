@@ -74,7 +74,12 @@ class Task:
     fingerprint: str
     weights: dict[str, Tensor] = field(default_factory=dict)
     adapted_steps: int = 0
-    _ready: dict[Any, FewShotModel] = field(default_factory=dict, init=False, repr=False)
+    _ready: dict[Any, FewShotModel] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ready": {}}  # neither copied nor sent to other processes
 
     @property
     def labels(self) -> dict[int, str]:
@@ -111,15 +116,19 @@ class Task:
         return model
 
     def ready(self, model: FewShotModel) -> FewShotModel:
-        """The network that segments with this task: adapted and `for_inference`; made once.
+        """The network that segments with this task: adapted and `for_inference`; kept.
 
         Args:
             model: One that `check_model` accepts.
         """
-        key = next(model.parameters()).device, model.backend
-        if key not in self._ready:
-            self._ready[key] = self.adapted(model).for_inference()
-        return self._ready[key]
+        weights = tuple((name, id(t), t._version) for name, t in self.weights.items())
+        key = next(model.parameters()).device, model.backend, weights
+        ready = self._ready.get(key)
+        if ready is None:
+            ready = self.adapted(model).for_inference()
+            self._ready.clear()  # one at a time: it may take a GPU's memory
+            self._ready[key] = ready
+        return ready
 
     def save(self, path: str | Path) -> None:
         """Write the task as one safetensors file with JSON metadata, atomically.

@@ -57,7 +57,7 @@ class Step:
         self._stream = torch.cuda.Stream(self._device) if capture else None
         if capture:
             for group in optimizer.param_groups:
-                group["lr"] = torch.tensor(0.0, device=self._device)
+                group["lr"] = torch.tensor(0.0, dtype=torch.float32, device=self._device)
 
     def __call__(self, episode: Episode, rate: float) -> dict[str, float]:
         """Take the step.
@@ -73,8 +73,8 @@ class Step:
         for group in self._optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            else:  # the same bits as from a tensor
+                group["lr"] = torch.tensor(rate, dtype=torch.float32).item()
         with self._on_stream():
             values = self._replay(episode) if self._capture else None
             if values is None:
@@ -115,8 +115,7 @@ class Step:
 
     def _record(self, episode: Episode) -> None:
         self._episode = episode.to(self._device)._moved(Tensor.clone)
-        for group in self._optimizer.param_groups:
-            group["capturable"] = True
+        self._set_capturable(True)
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads go on using the device: one pins memory.
@@ -131,6 +130,12 @@ class Step:
             self._optimizer.zero_grad()
         else:
             self._graph = graph
+        finally:
+            self._set_capturable(False)  # it warns of steps that are not captured
+
+    def _set_capturable(self, value: bool) -> None:
+        for group in self._optimizer.param_groups:
+            group["capturable"] = value
 
     def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
         if self._stream is None:

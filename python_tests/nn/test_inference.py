@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastproto.nn import FewShotUNet, PrototypeNet, Prototypes, inference
+from fastproto.errors import ArgumentError
+from fastproto.nn import FewShotUNet, PrototypeNet, Prototypes, base, inference
 
 
 def trained(kind: type, encoder: str = "resnet18", output_stride: int = 16) -> nn.Module:
@@ -109,9 +113,10 @@ def without_a_chip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             self._graph.logits = self._logits
             self._graph.run = lambda: model.decode(model.encode(self._images), self._prototypes)
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(base, "can_replay", lambda *args: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     for name in ("stream", "graph", "device"):
         monkeypatch.setattr(torch.cuda, name, nothing)
@@ -150,3 +155,52 @@ def test_graphs_of_old_shapes_go(without_a_chip: list[str], monkeypatch) -> None
             fast.segment(torch.randn(1, 1, 3, size, size), prototypes)
     assert without_a_chip == ["replay"]  # the last 32 is new again
     assert len(fast.graphs._captured) == 2
+
+
+def test_a_shape_that_cannot_be_captured_runs_without_a_graph(
+    without_a_chip: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(inference, "_Graph", fail)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    model = trained(FewShotUNet)
+    images, prototypes = support(model)
+    fast = model.for_inference(torch.float32)
+    with torch.no_grad():
+        want = fast.segment(images, prototypes)
+        fast.graphs = inference.Graphs()
+        assert torch.equal(fast.segment(images, prototypes), want)
+        with pytest.warns(UserWarning, match="no CUDA graph, so slower: operation not permitted"):
+            assert torch.equal(fast.segment(images, prototypes), want)
+        assert torch.equal(fast.segment(images, prototypes), want)  # said once
+
+
+def test_graphs_stay_behind_when_a_network_moves_or_is_copied() -> None:
+    fast = trained(FewShotUNet).for_inference(torch.float32)
+    fast.graphs = graphs = inference.Graphs()
+    graphs._captured["a shape"] = None
+    assert not copy.deepcopy(fast).graphs._captured
+    assert not pickle.loads(pickle.dumps(fast)).graphs._captured
+    assert fast.graphs is graphs
+    fast.to(torch.float64)
+    assert not fast.graphs._captured
+
+
+def test_a_copy_for_inference_is_neither_trained_nor_saved(tmp_path: Path) -> None:
+    fast = trained(FewShotUNet).for_inference()
+    for use in (fast.train, fast.for_inference, lambda: fast.save(tmp_path / "model")):
+        with pytest.raises(ArgumentError, match="a copy that for_inference made"):
+            use()
+    assert not list(tmp_path.iterdir())
+    fast.eval()
+
+
+def test_weights_of_half_a_width_are_folded_in_float32() -> None:
+    model = trained(FewShotUNet).bfloat16()
+    images, prototypes = support(copy.deepcopy(model).float())
+    with torch.no_grad():
+        want = copy.deepcopy(model).float().segment(images, prototypes)
+        got = model.for_inference(torch.float32).segment(images, prototypes)
+    assert (got - want).norm() < 1e-4 * want.norm()

@@ -88,6 +88,46 @@ def test_gradients(shape: tuple[int, ...], outputs: int, dilation: int) -> None:
         assert (mine - truth).norm() <= 1e-5 * truth.norm()
 
 
+def test_second_derivative() -> None:
+    x, weight, _ = operands((2, 4, 8, 8), 3)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+
+    def penalty(function) -> Tensor:
+        (first,) = torch.autograd.grad(function().square().sum(), x, create_graph=True)
+        return first.square().sum()
+
+    ours = torch.autograd.grad(penalty(lambda: winograd_conv3x3(x, weight)), leaves)
+    want = torch.autograd.grad(penalty(lambda: F.conv2d(x, weight, padding=1)), leaves)
+    for mine, theirs in zip(ours, want, strict=True):
+        assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+
+
+def test_whatever_the_default_dtype_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_kept", threading.local())
+    x, weight, _ = operands((2, 4, 8, 8), 3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = winograd_conv3x3(x, weight)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, winograd_conv3x3(x, weight))
+
+
+def test_a_large_buffer_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_kept", threading.local())
+    monkeypatch.setattr(winograd, "_KEPT", 100)
+    winograd_conv3x3(*operands((2, 4, 8, 8), 3)[:2])
+    assert not vars(winograd._kept)
+
+
+def test_transforms_of_functions_and_single_images_go_another_way() -> None:
+    module, x = Conv3x3(64, 64), torch.randn(8, 64, 16, 16)
+    assert torch.func.vmap(module)(x[:, None]).shape == (8, 1, 64, 16, 16)
+    torch.testing.assert_close(module(x[0]), module(x)[0], rtol=1e-3, atol=1e-3)
+
+
 def test_a_frozen_filter_or_input_costs_no_gradient() -> None:
     x, weight, _ = operands((2, 4, 8, 8), 3)
     weight.requires_grad_()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -207,3 +208,20 @@ class TestModels:
 
     def test_it_is_looked_for_in_the_package(self):
         assert task_module.BASE_FILE.parts[-3:] == ("fastproto", "models", "base.safetensors")
+
+
+def test_the_ready_network_is_kept_until_weights_change(task) -> None:
+    torch.manual_seed(0)
+    network = FewShotUNet("resnet18").eval()
+    ready = task.ready(network)
+    assert task.ready(network) is ready
+    size = len(pickle.dumps(task))
+    task._ready.clear()
+    assert len(pickle.dumps(task)) == size  # it does not travel
+    assert task.ready(network) is not ready
+    task.weights["decoder.head.bias"] = torch.tensor([5.0])
+    assert task.ready(network).decoder.head.bias.item() == 5
+    task.weights["decoder.head.bias"].fill_(7.0)
+    assert task.ready(network).decoder.head.bias.item() == 7
+    assert len(task._ready) == 1
+    assert copy.deepcopy(task).ready(network).decoder.head.bias.item() == 7

@@ -50,7 +50,8 @@ def state(model: FewShotUNet, step: Step) -> list[Tensor]:
 def test_equals_the_plain_loop() -> None:
     model, step = make()
     plain = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True)
+    rate = torch.tensor(1e-3).item()  # float32, as everywhere
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=rate, fused=True)
     for index in range(3):
         found = step(episode(index), 1e-3)
         total, parts, _ = LOSS(plain, episode(index))
