@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.safetensors')
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES))
 
-.PHONY: install develop demo test test-compiled test-interpreted sanitize bench gpu-check lint format clean
+.PHONY: install develop demo test test-parts test-whole test-interpreted sanitize bench gpu-check lint format clean
 
 install: $(VENV)/.installed
 
@@ -34,13 +34,17 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
 demo: install
 	$(BIN)/python scripts/demo.py
 
-# The Triton kernels in a process of their own, in which they are interpreted; both at a time, since
-# most tests keep one core busy.
+# Two parts at a time, since most tests keep one core busy. The Triton kernels are interpreted in a
+# process of their own.
+WHOLE := $(addprefix python_tests/,training segmentation evaluation cli)
 test: develop
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-compiled test-interpreted
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-parts test-interpreted test-whole
 
-test-compiled:
-	$(BIN)/pytest
+test-parts:
+	$(BIN)/pytest $(WHOLE:%=--ignore=%)
+
+test-whole:
+	$(BIN)/pytest $(WHOLE) -p no:cacheprovider
 
 test-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/triton -p no:cacheprovider
