@@ -97,8 +97,8 @@ class UNetDecoder(nn.Module):
         return self._finish(x, f1, again).unflatten(0, enhanced.shape[:2]).squeeze(2)
 
     def _recomputes(self, classes: int, skips: Sequence[Tensor]) -> bool:
-        if self.recompute != "auto":
-            return self.recompute == "on"
+        if self.recompute != "auto" or torch.compiler.is_compiling():
+            return self.recompute != "off"
         f1 = skips[0]
         doubled = [skip.numel() for skip in skips]
         doubled.append(len(f1) * classes * WIDTHS[2] * f1[0, 0].numel())
@@ -234,7 +234,6 @@ def _call(function: Callable[..., Any], recompute: bool, *tensors: Tensor) -> An
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
-@torch.compiler.assume_constant_result
 def _memory(device: torch.device) -> int:
     """Bytes of all memory of a device."""
     if device.type == "cuda":

@@ -303,7 +303,7 @@ class TestAdaptation:
     def test_it_is_kept_where_it_helps(self, grey_model, scan, preprocessing, monkeypatch, better):
         weights = {"weight": torch.full((1,), 2.0).half()}
         good, bad = grey_model, type(grey_model)()
-        bad.decode = lambda features, bags: -good.decode(features, bags)
+        bad.segment = lambda images, bags: -good.segment(images, bags)
         before, after = (bad, good) if better else (good, bad)
         seen = []
 
