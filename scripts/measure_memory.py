@@ -84,11 +84,14 @@ def segment(slices: int) -> None:
         mask[2:6, 200:300, 200:300] = 1
         write(folder / "mask.nii.gz", mask)
         preprocessing = Preprocessing("ct", mean=20.0, std=60.0).to_dict()
-        FewShotUNet().save(folder / "model.safetensors", extra={"preprocessing": preprocessing})
+        FewShotUNet().save(
+            folder / "model.safetensors", extra={"preprocessing": {"ct": preprocessing}}
+        )
         del array, mask
         command = f"""
-            segment --model {folder}/model.safetensors --support-image {folder}/support.nii.gz
-            --support-label {folder}/mask.nii.gz -i {folder}/query.nii.gz -o {folder}/out.nii.gz
+            segment --model {folder}/model.safetensors --adapt 0
+            --example {folder}/support.nii.gz {folder}/mask.nii.gz
+            -i {folder}/query.nii.gz -o {folder}/out.nii.gz
         """
         status = program(command.split())
         if status:
