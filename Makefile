@@ -66,7 +66,7 @@ sanitize: $(VENV)/.extras
 	$(SANITIZER) $(BIN)/pytest python_tests/cuda/test_emulated.py \
 	  -k "not opcheck and not compile"
 
-# Measures for about ten minutes, writes benchmarks/results and the tables in docs/performance.md.
+# Measures for a quarter of an hour, writes benchmarks/results and the tables in docs/performance.md.
 bench: develop
 	$(BIN)/pytest benchmarks --record benchmarks/results
 	$(BIN)/python scripts/update_tables.py
