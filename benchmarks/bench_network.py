@@ -21,9 +21,12 @@ PEERS = {
     "training": ["unet recomputing", "unet direct", "baseline"],
 }
 BATCHES = {
-    "cpu": {"inference": [1, 8], "training": [1]},
+    "cpu": {"inference": [1, 8], "training": [1], "inference, small": [8], "training, small": [8]},
     "cuda": {"inference": [1, 16, 64], "training": [1, 8]},
 }
+
+# What comes with the package, and what a CPU trains: without a baseline of its size.
+SMALL = {"size": 128, "encoder": "resnet18", "output_stride": 8}
 
 
 def dtypes(device: str) -> list[torch.dtype]:
@@ -70,12 +73,17 @@ def test_network(
 ) -> None:
     threads = THREADS[-1]
     torch.set_num_threads(threads)
-    small = {"size": 32, "encoder": "resnet18"} if quick else {}
+    what, _, small = what.partition(", ")
+    options = SMALL if small else {}
+    if quick:
+        options = {"size": 32, "encoder": "resnet18"}
     titles = {OURS: "unet", **{name: name for name in PEERS[what]}}
+    if small:
+        titles = {key: name for key, name in titles.items() if name.startswith("unet")}
     if device == "cuda":
         titles.pop("unet direct")
     calls = {
-        key: networks.make(name, what, batch, device, dtype, **small)
+        key: networks.make(name, what, batch, device, dtype, **options)
         for key, name in titles.items()
     }
     for call in calls.values():
@@ -90,6 +98,7 @@ def test_network(
     row = {
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "what": what,
+        "network": "ResNet-18, 128 x 128" if small else "ResNet-34, 256 x 256",
         "batch": batch,
         "dtype": str(dtype)[6:],
         "threads": threads,
@@ -99,7 +108,7 @@ def test_network(
             for key, values in seconds.items()
         },
     }
-    if not quick and has_peak(device, what, batch, dtype):
+    if not quick and not small and has_peak(device, what, batch, dtype):
         row["peak_mib"] = {
             name: networks.peak_mib(name, what, batch, device, dtype)
             for name in ("unet", "baseline", *(["unet recomputing"] * (what == "training")))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -47,7 +48,7 @@ def make(
     dtype: torch.dtype,
     *,
     size: int = SIZE,
-    encoder: str | None = None,
+    **options: Any,
 ) -> Callable[[], None]:
     """A call that does the work and waits for the device.
 
@@ -56,17 +57,16 @@ def make(
             for half types, and with " direct" besides that no convolution of ours; without, it is
             `for_inference`. For training with " recomputing" the decoder keeps less, and " direct"
             is as before.
-        what: "inference" (two classes) or "training" (a whole step, cross
-            entropy alone).
+        what: "inference" (two classes) or "training" (a whole step, cross entropy alone).
         batch: Images, or episodes of a support and a query.
         device: "cpu" or "cuda".
         dtype: Of the arithmetic.
         size: Side of the images in pixels.
-        encoder: Another than the network's own.
+        options: Of the network, instead of its defaults.
     """
     torch.manual_seed(0)
     kind, _, form = name.partition(" ")
-    model = NETWORKS[kind](**({"encoder": encoder} if encoder else {})).to(device)
+    model = NETWORKS[kind](**options).to(device)
     if form != "direct" or what == "training":
         model = model.to(memory_format=torch.channels_last)
     work = _inference if what == "inference" else _training

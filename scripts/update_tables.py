@@ -299,13 +299,14 @@ def network(results: Path) -> str:
         names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
         cells = []
         for row in rows:
-            label = f"{row['what']}, {row['batch']} at once, {row['dtype']}, {row['device']}"
+            label = f"{row['what']}, {row['batch']} at once, {row['dtype']}, {row['device']}, "
+            label += row["network"]
             peaks = [row.get("peak_mib", {}).get(name) for name in ("unet", "baseline")]
             cells.append([label])
             cells[-1] += [digits(row["ms"][name]) if name in row["ms"] else "-" for name in names]
             cells[-1] += ["-" if peak is None else str(peak) for peak in peaks]
-        columns = ["256 x 256, ms", *names, "MiB, unet", "MiB, baseline"]
-        title = f"the network, {rows[0]['threads']} threads on a CPU"
+        columns = ["milliseconds", *names, "MiB, unet", "MiB, baseline"]
+        title = f"the whole network, {rows[0]['threads']} threads on a CPU"
         blocks += [table(title, columns, cells), provenance(record)]
     return "\n\n".join(blocks) or NO_RECORD
 

@@ -70,7 +70,7 @@ def test_measure_record_tables(pages: Path) -> None:
     text = update_tables(pages)
     assert path.name in text
     assert "**forward, float32, 1 thread**" in text
-    assert "| training, 1 at once, float32, cpu |" in text
+    assert "| training, 1 at once, float32, cpu, ResNet-34, 256 x 256 |" in text
     assert "| inference 2x faster than the ResNet-101 baseline | " in text
     assert "| under 100 ms an image on a GPU | not measured | - |" in text
 
