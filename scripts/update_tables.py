@@ -339,7 +339,8 @@ def promises(results: Path) -> str:
         ("training in half the memory", "training", "peak_mib", 2.0),
     ):
         found = ratios(what, key)
-        text = "; ".join(f"{ratio:.2f} times ({where})" for where, ratio in found)
+        how = "{:.2f} times as fast" if key == "ms" else "the baseline takes {:.2f} times as much"
+        text = "; ".join(f"{how.format(ratio)} ({where})" for where, ratio in found)
         add(promise, text, min(r for _, r in found) >= least if found else None)
     on_gpu = [
         row["ms"]["unet"]
