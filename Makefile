@@ -34,11 +34,12 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
 demo: install
 	$(BIN)/python scripts/demo.py
 
-# Two parts at a time, since most tests keep one core busy. The Triton kernels are interpreted in a
-# process of their own.
+# Two parts at a time, with one thread each: two threads in both would wait for each other's cores.
+# The Triton kernels are interpreted in a process of their own.
 WHOLE := $(addprefix python_tests/,training segmentation evaluation cli)
 test: develop
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-parts test-interpreted test-whole
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target \
+	  test-parts test-interpreted test-whole
 
 test-parts:
 	$(BIN)/pytest $(WHOLE:%=--ignore=%)
