@@ -15,6 +15,8 @@ import torch
 from measure import OURS, THREADS, Record, rounds_for, take_turns
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from fastproto.nn.inference import computes_bfloat16
+
 # Our form of the U-Net is called as the peers' benchmarks call ours.
 PEERS = {
     "inference": ["unet eager", "unet direct", "baseline", "baseline eager"],
@@ -31,10 +33,7 @@ SMALL = {"size": 128, "encoder": "resnet18", "output_stride": 8}
 
 def dtypes(device: str) -> list[torch.dtype]:
     """Float32, and bfloat16 where the machine computes in it."""
-    if device == "cuda":
-        return [torch.float32, torch.bfloat16]
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    half = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    half = computes_bfloat16(torch.device(device))
     return [torch.float32, *([torch.bfloat16] if half else [])]
 
 

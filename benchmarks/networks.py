@@ -12,12 +12,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from peak_memory import resident
 from torch.nn.utils import clip_grad_norm_
 
 from fastproto import FewShotUNet
@@ -157,22 +157,16 @@ def peak_mib(name: str, what: str, batch: int, device: str, dtype: torch.dtype) 
     return int(result.stdout)
 
 
-def _resident_peak() -> int:
-    # Not ru_maxrss: a child's begins with what its parent has.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) // 1024
-
-
 def main() -> None:
     """Measure what the command line says."""
     name, what, batch, device, dtype = sys.argv[1:]
     return_large_buffers()  # as the program does
-    before = _resident_peak() if device == "cpu" else 0
+    before = resident("VmHWM") if device == "cpu" else 0
     call = make(name, what, int(batch), device, getattr(torch, dtype))
     for _ in range(2):
         call()
     if device == "cpu":
-        print(_resident_peak() - before)
+        print((resident("VmHWM") - before) // 2**20)
     else:
         print(torch.cuda.max_memory_allocated() // 2**20)
 

@@ -50,7 +50,8 @@ def peak_memory(name: str, problem: Problem, what: str, threads: int) -> tuple[i
     return int(needed), int(kept)
 
 
-def _status(key: str) -> int:
+def resident(key: str) -> int:
+    """Bytes of a line of /proc/self/status, e.g. "VmRSS"."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -89,14 +90,14 @@ def main() -> None:
     work = _Work(name, find(size), what)
     for _ in range(2):
         tiny.run()
-    before = _status("RssAnon")
+    before = resident("RssAnon")
     for _ in range(2):
         work.run()
-    kept = _status("RssAnon") - before
+    kept = resident("RssAnon") - before
     _CLEAR_REFS.write_text(_RESET_PEAK)
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     results = work.run()
-    needed = _status("VmHWM") - before - sum(x.nbytes for x in results)
+    needed = resident("VmHWM") - before - sum(x.nbytes for x in results)
     # Counters of the kernel lag by a few pages.
     print(max(needed, 0), max(kept, 0))
 

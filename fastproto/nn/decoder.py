@@ -13,6 +13,7 @@ Here a is the half per class and b the half per image (per class and per image f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -234,6 +235,7 @@ def _call(function: Callable[..., Any], recompute: bool, *tensors: Tensor) -> An
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
+@functools.cache
 def _memory(device: torch.device) -> int:
     """Bytes of all memory of a device."""
     if device.type == "cuda":

@@ -7,6 +7,7 @@ import copy
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -29,14 +30,22 @@ _WARM_UP = 3
 
 def inference_dtype(device: torch.device) -> torch.dtype:
     """Bfloat16 where matrix units compute in it, float32 elsewhere."""
+    # Without AMX a CPU's float32 convolutions are as fast, see nn/winograd.py.
+    return torch.bfloat16 if computes_bfloat16(device, ("amx_bf16",)) else torch.float32
+
+
+def computes_bfloat16(
+    device: torch.device, features: Sequence[str] = ("avx512_bf16", "amx_bf16")
+) -> bool:
+    """Whether the hardware computes in bfloat16; a CPU with any of ``features``.
+
+    Another CPU would convert back and forth and be slower than in float32.
+    """
     if device.type == "cuda":
         with torch.cuda.device(device):
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Without AMX our float32 convolutions are as fast, see nn/winograd.py.
-        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = capabilities.get("amx_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(feature, False) for feature in features)
 
 
 def folded(model: Model, dtype: torch.dtype) -> Model:

@@ -14,6 +14,7 @@ dilation, one for each remainder modulo the dilation. ``docs/math.md`` has the b
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, NamedTuple
 
@@ -90,11 +91,10 @@ def _pays(x: Tensor, weight: Tensor, dilation: int) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    count, channels, height, width = x.shape
-    if min(channels, weight.shape[0]) < _LEAST_CHANNELS:
+    if min(weight.shape[:2]) < _LEAST_CHANNELS:
         return False
-    _, tiles = _choose(height, width, dilation)
-    return count * tiles >= _LEAST_TILES
+    grid = _Grid(x.shape, dilation)
+    return grid.images * grid.tiles >= _LEAST_TILES
 
 
 class _Matrices(NamedTuple):
@@ -139,16 +139,6 @@ MATRICES = {
 }
 
 
-def _choose(height: int, width: int, dilation: int) -> tuple[int, int]:
-    """The m of fewest multiplications, and the tiles of an image."""
-
-    def tiles(m: int) -> int:
-        return -(-height // (m * dilation)) * -(-width // (m * dilation)) * dilation**2
-
-    m = min(MATRICES, key=lambda m: (m + 2) ** 2 * tiles(m))
-    return m, tiles(m)
-
-
 class _Grid:
     """How the rows and columns of images fall into tiles.
 
@@ -159,11 +149,13 @@ class _Grid:
     def __init__(self, shape: torch.Size, dilation: int):
         self.images, _, self.height, self.width = shape
         self.dilation = dilation
-        self.m, self.tiles = _choose(self.height, self.width, dilation)
+        sides = self.height, self.width
+        counts = {m: [-(-side // (m * dilation)) for side in sides] for m in MATRICES}
+        # of fewest multiplications
+        self.m = min(counts, key=lambda m: (m + 2) ** 2 * math.prod(counts[m]))
         self.points = (self.m + 2) ** 2
-        self.rows, self.columns = (
-            -(-side // (self.m * dilation)) for side in (self.height, self.width)
-        )
+        self.rows, self.columns = counts[self.m]
+        self.tiles = self.rows * self.columns * dilation**2  # of an image
 
     def parts(self, channels: int) -> list[slice]:
         """Images that are done at once."""

@@ -69,12 +69,18 @@ class Episode:
         """The same in memory that a GPU reads by itself."""
         return self._moved(Tensor.pin_memory)
 
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> Episode:
+    def clone(self) -> Episode:
+        """The same in memory of its own."""
+        return self._moved(Tensor.clone)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors: dict[str, Any] = {
-            name: move(v) for name, v in values.items() if isinstance(v, Tensor)
-        }
-        return replace(self, **tensors)
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Episode:
+        moved: dict[str, Any] = {name: move(value) for name, value in self.tensors().items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -108,13 +107,13 @@ class Step:
             return None
         if _shapes(episode) != _shapes(self._episode):
             return None
-        for name, buffer in _tensors(self._episode).items():
+        for name, buffer in self._episode.tensors().items():
             buffer.copy_(getattr(episode, name), non_blocking=True)
         self._graph.replay()
         return self._values
 
     def _record(self, episode: Episode) -> None:
-        self._episode = episode.to(self._device)._moved(Tensor.clone)
+        self._episode = episode.to(self._device).clone()
         self._set_capturable(True)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -144,10 +143,5 @@ class Step:
         return torch.cuda.stream(self._stream)
 
 
-def _tensors(episode: Episode) -> dict[str, Tensor]:
-    values = {field.name: getattr(episode, field.name) for field in fields(episode)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
 def _shapes(episode: Episode) -> tuple[object, ...]:
-    return (episode.num_classes, *(tensor.shape for tensor in _tensors(episode).values()))
+    return (episode.num_classes, *(tensor.shape for tensor in episode.tensors().values()))

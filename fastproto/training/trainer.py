@@ -22,6 +22,7 @@ from fastproto._memory import return_large_buffers
 from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError
 from fastproto.losses import EpisodeLoss
 from fastproto.nn import FewShotUNet
+from fastproto.nn.inference import computes_bfloat16
 from fastproto.segmentation.task import known_preprocessing, load_model
 from fastproto.training.checkpoint import load_metadata, load_state, save_state
 from fastproto.training.config import NETWORK, TrainConfig
@@ -376,8 +377,4 @@ def _device(name: str) -> torch.device:
 def _bfloat16_wanted(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Without bfloat16 instructions the CPU would convert back and forth and be slower than float32.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return computes_bfloat16(device)

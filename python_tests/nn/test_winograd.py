@@ -36,7 +36,7 @@ def operands(shape: tuple[int, ...], outputs: int) -> tuple[Tensor, Tensor, Tens
 def bound(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """4 e(Y) of docs/math.md: the same computation with the magnitude of every number."""
     _, _, height, width = x.shape
-    m, _ = winograd._choose(height, width, dilation)
+    m = winograd._Grid(x.shape, dilation).m
     b, g, a = (matrix.abs().double() for matrix in MATRICES[m])
     step = m * dilation
     d, span = dilation, (m + 1) * dilation + 1
