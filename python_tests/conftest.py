@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 try:
     from hypothesis import settings
@@ -28,3 +31,18 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real scans at {folder}; set FASTPROTO_TEST_DATA to their folder")
     return folder
+
+
+@pytest.fixture
+def pretended_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's streams and captures on a CPU, where everything is done at once anyway."""
+
+    @contextlib.contextmanager
+    def nothing(*args: object, **kwargs: object):
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    for name in ("stream", "graph", "device"):
+        monkeypatch.setattr(torch.cuda, name, nothing)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,7 +92,7 @@ def test_dtype_by_what_the_processor_has(
 
 
 @pytest.fixture
-def without_a_chip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def without_a_chip(pretended_streams: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """CUDA graphs of a CPU: replaying runs the network again, into the same memory."""
     events: list[str] = []
 
@@ -103,23 +101,14 @@ def without_a_chip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             events.append("replay")
             self.logits.copy_(self.run())
 
-    @contextmanager
-    def nothing(*args: object, **kwargs: object):
-        yield
-
     class Captured(inference._Graph):
         def __init__(self, model: FewShotUNet, *args: object) -> None:
             super().__init__(model, *args)
             self._graph.logits = self._logits
             self._graph.run = lambda: model.decode(model.encode(self._images), self._prototypes)
 
-    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(base, "can_replay", lambda *args: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    for name in ("stream", "graph", "device"):
-        monkeypatch.setattr(torch.cuda, name, nothing)
     monkeypatch.setattr(inference, "_Graph", Captured)
     return events
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,7 +80,7 @@ def test_a_number_that_is_not_finite_changes_no_weight() -> None:
 
 
 @pytest.fixture
-def without_a_chip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def without_a_chip(pretended_streams: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """CUDA graphs of a CPU: capturing notes what is to be done, replaying does it."""
     events: list[str] = []
 
@@ -89,10 +88,6 @@ def without_a_chip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def replay(self) -> None:
             events.append("replay")
             self.step._values.copy_(work(self.step, self.step._episode))
-
-    @contextlib.contextmanager
-    def nothing(*args: object, **kwargs: object):
-        yield
 
     work = Step._work
 
@@ -109,11 +104,6 @@ def without_a_chip(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         graphs.append(Graph())
         return graphs[-1]
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", nothing)
-    monkeypatch.setattr(torch.cuda, "graph", nothing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(Step, "_work", noted)
     return events
