@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which kernels a problem runs with: a pure function of sizes and chip. The number of prototypes
-// has no say beyond the rows of `protos`, which is all that the host knows of it.
+// Which kernels a problem runs with: a pure function of sizes and chip. Of the bags the host knows
+// no more than the rows of `protos` and how many bags share them.
 #pragma once
 
 #include <cstdint>
@@ -209,7 +209,17 @@ inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
   }
 }
 
-inline void plan_sm90_backward(const Request& r, Plan* plan) {
+// Blocks that take turns at the tiles one accumulator sums over, where the chip is not full
+// without. A cluster stays within a group of multiprocessors, most of which have a multiple of 8.
+inline void spread(const Request& r, int64_t turns, KernelPlan* plan) {
+  while (plan->cluster < 8 && 2 * plan->cluster <= turns &&
+         2 * plan->blocks <= r.multiprocessors / 8 * 8) {
+    plan->cluster *= 2;
+    plan->blocks *= 2;
+  }
+}
+
+inline void plan_sm90_backward(const Request& r, bool spreads, Plan* plan) {
   KernelPlan& query = plan->backward_query;
   query.kernel = Kernel::kSm90Throughput;
   query.dim = padded_dim(r.dim);
@@ -227,6 +237,10 @@ inline void plan_sm90_backward(const Request& r, Plan* plan) {
   protos.threads = query.threads;
   protos.shared_bytes = sm90::backward_protos_bytes(protos.dim);
   protos.blocks = int(owned_tiles(r, protos.tile_n));
+  if (!spreads) return;
+  // What the host knows of the bags: their rows on average.
+  spread(r, ceil_div(ceil_div(r.total, r.episodes * r.ways), query.tile_n), &query);
+  spread(r, r.queries * ceil_div(r.pixels, protos.tile_m), &protos);
 }
 
 // Why nothing of csrc/cuda runs the problem; empty: something does.
@@ -330,9 +344,11 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
   }
 
   // The families leave and read the same statistics.
-  if (sm90)
-    plan_sm90_backward(r, &plan);
-  else
+  if (sm90) {
+    plan_sm90_backward(r, !wish.throughput, &plan);
+    if (r.save && plan.backward_query.cluster + plan.backward_protos.cluster > 2)
+      say("backward: clusters share a tile: one block each would leave multiprocessors idle.");
+  } else
     plan_sm80_backward(r, small, &plan);
 
   for (const KernelPlan* one : {&plan.forward, &plan.backward_query, &plan.backward_protos}) {

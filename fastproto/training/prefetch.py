@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The episodes of the next steps, prepared by other processes while a GPU works on this one."""
+"""The episodes of the next steps, prepared and copied while a GPU works on this one."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Sequence
 
 import torch
@@ -45,6 +46,32 @@ def prefetch(
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+def ahead(episodes: Generator[Episode], device: torch.device) -> Generator[Episode]:
+    """The same episodes on ``device``; a GPU is sent the next one while it works on this one.
+
+    Closing it closes ``episodes``.
+    """
+    with contextlib.closing(episodes):
+        if device.type != "cuda":
+            yield from episodes
+            return
+        stream = torch.cuda.Stream(device)
+        before: Episode | None = None
+        for episode in episodes:
+            with torch.cuda.stream(stream):
+                copied = episode.to(device)
+            if before is not None:
+                yield before
+            # Its step waits for this copy, not for the next; and keeps its memory to the end.
+            work = torch.cuda.current_stream(device)
+            work.wait_stream(stream)
+            for tensor in copied.tensors().values():
+                tensor.record_stream(work)
+            before = copied
+        if before is not None:
+            yield before
 
 
 class _Batches(Dataset["Episode | InputError"]):

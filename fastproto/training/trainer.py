@@ -28,7 +28,7 @@ from fastproto.training.checkpoint import load_metadata, load_state, save_state
 from fastproto.training.config import NETWORK, TrainConfig
 from fastproto.training.episodes import Episode
 from fastproto.training.log import RunLog
-from fastproto.training.prefetch import prefetch
+from fastproto.training.prefetch import ahead, prefetch
 from fastproto.training.sources import TrainingData, read_training_data
 from fastproto.training.step import Step
 from fastproto.training.supervoxels import cores
@@ -201,7 +201,8 @@ class _Run:
             self.save_model(step)  # the process may have died between the state and the model
         self.model.train()
         steps = range(step + 1, config.steps + 1)
-        episodes = prefetch(self.data.training, config.batch, steps, self.workers())
+        batches = prefetch(self.data.training, config.batch, steps, self.workers())
+        episodes = ahead(batches, self.device)
         with (
             contextlib.closing(episodes) as self.episodes,
             tqdm(

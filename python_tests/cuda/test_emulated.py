@@ -188,6 +188,21 @@ def test_what_tma_and_wgmma_use_was_fenced_by_who_wrote_it(
         run(gpu.proto_attention, problem, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dim", [72, 272])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_a_cluster_adds_up_what_its_blocks_saw(gpu: ModuleType, layout: str, dim: int) -> None:
+    """One bag has fewer tiles than the cluster blocks."""
+    if not gpu.has_sm90():
+        pytest.skip("no kernels for Hopper")
+    problem = Problem("cluster", ((130, 256),), 2, dim=dim, height=3, width=24, layout=layout)
+    last = layout == "channels_last"
+    sizes = problem.sizes
+    plan = backends.plan(H200, dtype=torch.bfloat16, save=True, channels_last=last, **sizes)
+    assert plan["backward_query"]["cluster"] == plan["backward_protos"]["cluster"] == 4
+    with gpu.pretending(kernels="sm90", proxies=dim == 72 and not last, seed=1):
+        assert_within_rounding(gpu.proto_attention, problem, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_element_of_every_result_is_written(
     gpu: ModuleType, family: str, dtype: torch.dtype

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 import torch
 
 from fastproto.errors import DatasetError
-from fastproto.training.episodes import SupervoxelEpisodes
-from fastproto.training.prefetch import prefetch
+from fastproto.training.episodes import Episode, SupervoxelEpisodes
+from fastproto.training.prefetch import ahead, prefetch
 from fastproto.training.slices import CaseSlices, SliceStore
 
 
@@ -50,6 +51,26 @@ def test_nothing_is_prepared_before_it_is_asked_for():
     assert made == []
     next(batches)
     assert len(made) == 2
+
+
+def test_a_gpu_has_the_next_batch_copied_before_it_works_on_this_one(monkeypatch, pretended_streams):
+    done = []
+    monkeypatch.setattr(Episode, "to", lambda self, device: done.append("copy") or self)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    batches = prefetch(source(), 1, range(1, 4), 0)
+    episodes = ahead(batches, SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    found = []
+    for episode in episodes:
+        done.append("step")
+        found.append(episode.description)
+    assert done == ["copy", "copy", "step", "copy", "step", "step"]
+    assert found == [batch.description for batch in prefetch(source(), 1, range(1, 4), 0)]
+    assert list(batches) == []  # closed
+
+
+def test_a_cpu_has_nothing_copied():
+    (batch,) = ahead(prefetch(source(), 1, range(1, 2), 0), torch.device("cpu"))
+    assert batch.query_images.device.type == "cpu"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -17,6 +17,12 @@ namespace fastproto::cuda {
 // ---------------------------------------------------------------- threads
 
 FP_DEVICE int thread_index() { return int(threadIdx.x); }
+// The same, but nothing that was computed from thread_index() is kept in registers for it.
+FP_DEVICE int thread_index_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 FP_DEVICE int block_index() { return int(blockIdx.x); }
 FP_DEVICE int grid_size() { return int(gridDim.x); }
 FP_DEVICE int lane_index() { return int(threadIdx.x) & 31; }

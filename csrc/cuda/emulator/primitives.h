@@ -10,6 +10,7 @@ namespace fastproto::cuda {
 // ---------------------------------------------------------------- threads
 
 inline int thread_index() { return emulator::self().thread; }
+inline int thread_index_again() { return thread_index(); }
 inline int block_index() { return emulator::self().block->index; }
 inline int grid_size() { return emulator::self().machine->grid; }
 inline int lane_index() { return emulator::self().lane; }

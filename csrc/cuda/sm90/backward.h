@@ -4,6 +4,10 @@
 
 #include "forward.h"
 
+namespace fastproto::cuda {
+struct KernelPlan;
+}
+
 namespace fastproto::cuda::sm90 {
 
 // What the kernels are compiled for, for the plan; their Traits assert the same. `dim` is that of
@@ -45,31 +49,23 @@ inline bool backward_vectors_apply(const BackwardParams& p) {
 
 // backward_query.cuh: dF and delta.
 constexpr int kBackwardQueryPixels = 64;
-// Blocks, each of which writes one of temperature_terms.
-inline int64_t backward_query_programs(const Problem& p) {
-  return int64_t(p.episodes) * p.queries *
-         ((p.pixels + kBackwardQueryPixels - 1) / kBackwardQueryPixels);
-}
 inline bool backward_query_applies(const BackwardParams& p) {
   const auto inner = [&](const Dense& maps) {
     return is_channels_last(p) ? maps.channel : maps.pixel;
   };
   return backward_vectors_apply(p) && inner(p.agg) == 1 && inner(p.grad_feat) == 1 &&
-         is_vector(p.agg.data) && is_vector(p.grad_feat.data) &&
-         backward_query_programs(p.problem) <= 0x7fffffff;
+         is_vector(p.agg.data) && is_vector(p.grad_feat.data);
 }
 template <class T>  // bf16, half
-const char* launch_backward_query_of(const BackwardParams& p, void* stream);
+const char* launch_backward_query_of(const BackwardParams& p, const KernelPlan& plan, void* stream);
 
 // backward_protos.cuh: dP; reads delta.
 constexpr int kBackwardProtosRows = 64;
-inline int64_t backward_protos_programs(const Problem& p) {
-  return int64_t(p.total) / kBackwardProtosRows + int64_t(p.episodes) * p.ways + 1;
-}
 inline bool backward_protos_applies(const BackwardParams& p) {
   return backward_vectors_apply(p) && is_vector(p.grad_protos);
 }
 template <class T>  // bf16, half
-const char* launch_backward_protos_of(const BackwardParams& p, void* stream);
+const char* launch_backward_protos_of(const BackwardParams& p, const KernelPlan& plan,
+                                      void* stream);
 
 }  // namespace fastproto::cuda::sm90

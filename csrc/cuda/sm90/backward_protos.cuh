@@ -13,8 +13,12 @@
 //   shared    P 64 KiB (dP behind), a ring of 9 pairs of boxes 144 KiB, exchange 16 KiB
 //   products  4 x 1024 cycles a tile; operands are read from shared memory at its full rate
 //   traffic   128 KiB a tile, from the L2 cache where a bag has more tiles: 32 bytes a cycle
+//
+// Where that is too few blocks for the chip, those of a cluster take turns at the tiles of pixels
+// and add up their accumulators (backward_tiles.cuh).
 #pragma once
 
+#include "../plan.h"
 #include "backward_tiles.cuh"
 
 namespace fastproto::cuda::sm90 {
@@ -24,6 +28,7 @@ struct BackwardProtosMaps {
   TensorMap enhanced;  // dY2 [E][Q][K]
   TensorMap protos;
   MapSteps feat_steps, grad_steps;
+  Turns turns;
 };
 
 template <class T_, int Dim, bool ChannelsLast>
@@ -32,7 +37,7 @@ struct BackwardProtosTraits {
   static constexpr int kThreads = backward_threads();
   static constexpr int kMaxRegisters = kLaunchRegisters;
   static constexpr int kConsumerRegisters = 232;
-  static constexpr int kProducerRegisters = 40;
+  static constexpr int kProducerRegisters = 48;
   static_assert(256 * kConsumerRegisters + 128 * kProducerRegisters <= 65536);
   static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kBoxes = Dim / kBox;
@@ -87,11 +92,17 @@ struct BackwardProtosShared {
         ring_empty(ring_formed + Traits::kRing),
         stats_full(ring_empty + Traits::kRing),
         stats_empty(stats_full + 2) {}
+
+  // Scales dS r(P) into the range of float16; bounded, because w is scaled with it. From shared
+  // memory where it is wanted: registers are scarce.
+  FP_DEVICE float power_of(int row, float eps) const {
+    return fminf(fmaxf(power_of_two_near(of_constant(rows[kBox + row], eps)), 1.f), 1024.f);
+  }
 };
 
-// Which part of the problem a block has. Bag b owns the tiles from offsets[b] / 64 + b on: a few
-// more than it needs, and neither the host nor a scan over all bags has to know how many those are.
-// Rows of no bag are those of the bag behind the last.
+// Which part of the problem a block (a cluster) has. Bag b owns the tiles from offsets[b] / 64 + b
+// on: a few more than it needs, and neither the host nor a scan over all bags has to know how many
+// those are. Rows of no bag are those of the bag behind the last.
 struct ProtoTile {
   int first;  // row
   int begin;  // of the bag
@@ -119,9 +130,17 @@ struct ProtoTile {
   }
 };
 
-// Tiles of pixels of all queries.
-FP_DEVICE uint32_t pixel_tiles(const Problem& s) {
-  return uint32_t(s.queries) * uint32_t((s.pixels + kBox - 1) / kBox);
+// Tiles of pixels: of one query, and of all queries those that are this block's.
+FP_DEVICE int tiles_of_query(const Problem& s) { return (s.pixels + kBox - 1) / kBox; }
+FP_DEVICE uint32_t tiles_of_block(const Problem& s, const Turns& turns) {
+  return uint32_t(s.queries * tiles_of_query(s) + turns.size() - 1 - turns.rank()) >> turns.shift;
+}
+// Calls each(query, first pixel) for every tile of this block.
+template <class Each>
+FP_DEVICE void for_each_tile(const Problem& s, const Turns& turns, const Each& each) {
+  const int per_query = tiles_of_query(s);
+  for (int tile = turns.rank(); tile < s.queries * per_query; tile += turns.size())
+    each(tile / per_query, tile % per_query * kBox);
 }
 
 // One lane: P, then F and dY2 of every tile of pixels.
@@ -135,24 +154,23 @@ FP_DEVICE void load_pixels(const Problem& s, const BackwardProtosMaps& maps,
     tma_load(shared.protos + box * kBoxBytes, &maps.protos, shared.protos_full, box * kBox,
              at.first);
   uint32_t count = 0;
-  for (int query = 0; query < s.queries; ++query)
-    for (int pixel = 0; pixel < s.pixels; pixel += kBox) {
-      FP_NO_UNROLL
-      for (int position = 0; position < Traits::kBoxes; ++position, ++count) {
-        const int channel = box_at<Traits::kBoxes>(position) * kBox;
-        const int x = Traits::kChannelsLast ? channel : pixel;
-        const int y = Traits::kChannelsLast ? pixel : channel;
-        const int slot = Place::slot(count);
-        Barrier* full = shared.ring_full + slot;
-        uint8_t* to = shared.ring + slot * Traits::kPairBytes;
-        barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
-        barrier_arrive_expect(full, Traits::kPairBytes);
-        tma_load(to, &maps.feat, full, x, y, query * maps.feat_steps.query,
-                 at.episode * maps.feat_steps.episode);
-        tma_load(to + kBoxBytes, &maps.enhanced, full, x, y, at.way * maps.grad_steps.way,
-                 query * maps.grad_steps.query, at.episode * maps.grad_steps.episode);
-      }
+  for_each_tile(s, maps.turns, [&](int query, int pixel) {
+    FP_NO_UNROLL
+    for (int position = 0; position < Traits::kBoxes; ++position, ++count) {
+      const int channel = box_at<Traits::kBoxes>(position) * kBox;
+      const int x = Traits::kChannelsLast ? channel : pixel;
+      const int y = Traits::kChannelsLast ? pixel : channel;
+      const int slot = Place::slot(count);
+      Barrier* full = shared.ring_full + slot;
+      uint8_t* to = shared.ring + slot * Traits::kPairBytes;
+      barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
+      barrier_arrive_expect(full, Traits::kPairBytes);
+      tma_load(to, &maps.feat, full, x, y, query * maps.feat_steps.query,
+               at.episode * maps.feat_steps.episode);
+      tma_load(to + kBoxBytes, &maps.enhanced, full, x, y, at.way * maps.grad_steps.way,
+               query * maps.grad_steps.query, at.episode * maps.grad_steps.episode);
     }
+  });
 }
 
 // One of two warps: dO in the place of dY2, in every second place of the ring. Not in every second
@@ -190,32 +208,103 @@ FP_DEVICE void form_grads(const BackwardProtosShared<Traits>& shared, uint32_t p
 
 // One warp: statistics of the pixels of every tile; zeros past the image.
 template <class Traits>
-FP_DEVICE void load_pixel_stats(const BackwardParams& p, const BackwardProtosShared<Traits>& shared,
-                                const ProtoTile& at) {
+FP_DEVICE void load_pixel_stats(const BackwardParams& p, const BackwardProtosMaps& maps,
+                                const BackwardProtosShared<Traits>& shared, const ProtoTile& at) {
   const Problem& s = p.problem;
   uint32_t count = 0;
-  for (int query = 0; query < s.queries; ++query) {
+  for_each_tile(s, maps.turns, [&](int query, int first) {
     const int64_t image = int64_t(at.episode) * s.queries + query;
     const float* query_stats = p.statistics.query + image * 2 * s.pixels;
     const int64_t map_row = (image * s.ways + at.way) * s.pixels;
-    for (int first = 0; first < s.pixels; first += kBox, ++count) {
-      float* to = shared.stats + (count & 1) * 4 * kBox;
-      barrier_wait(shared.stats_empty + (count & 1), (count >> 1 & 1) ^ 1);
-      for (int i = lane_index(); i < kBox; i += 32) {
-        const int pixel = first + i;
-        const bool ok = pixel < s.pixels;
-        to[i] = ok ? query_stats[pixel] : 0.f;
-        to[kBox + i] = ok ? query_stats[s.pixels + pixel] : 0.f;
-        to[2 * kBox + i] = ok ? p.statistics.lse[map_row + pixel] : 0.f;
-        to[3 * kBox + i] = ok ? p.delta[map_row + pixel] : 0.f;
-      }
-      barrier_arrive(shared.stats_full + (count & 1));
+    float* to = shared.stats + (count & 1) * 4 * kBox;
+    barrier_wait(shared.stats_empty + (count & 1), (count >> 1 & 1) ^ 1);
+    for (int i = lane_index(); i < kBox; i += 32) {
+      const int pixel = first + i;
+      const bool ok = pixel < s.pixels;
+      to[i] = ok ? query_stats[pixel] : 0.f;
+      to[kBox + i] = ok ? query_stats[s.pixels + pixel] : 0.f;
+      to[2 * kBox + i] = ok ? p.statistics.lse[map_row + pixel] : 0.f;
+      to[3 * kBox + i] = ok ? p.delta[map_row + pixel] : 0.f;
     }
+    barrier_arrive(shared.stats_full + (count & 1));
+    ++count;
+  });
+}
+
+// dP from the accumulator and its sums, in the place of P; then to rows of whole vectors.
+template <class Traits>
+FP_DEVICE void finish_pixel_tiles(const BackwardParams& p, const BackwardProtosMaps& maps,
+                                  const BackwardProtosShared<Traits>& shared,
+                                  const float (&acc)[Traits::kOwned][32], float (&sum_cos)[2],
+                                  float (&sum_mean)[2]) {
+  using T = typename Traits::T;
+  constexpr int kOwned = Traits::kOwned;
+  const Problem& s = p.problem;
+  const int index = thread_index_again(), group = index / 128, thread = index % 128;
+  const int warp = thread / 32, lane = thread % 32, row = 16 * warp + lane / 4;  // and row + 8
+  float* parts = reinterpret_cast<float*>(shared.exchange);
+  sync_some(kConsumersBarrier, kConsumers);
+  share_sums(parts, group, row, lane, sum_cos, sum_mean);
+  const int base = fragment_base<true>(warp, lane);
+  const int first = shared.place[0], end = shared.place[1];
+  const auto finish = [&](const auto& for_boxes) {
+    shared_sums(maps.turns, parts, row, sum_cos, sum_mean);
+    float mean_p[2], inverse_power[2], projection[2];
+    FP_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + 8 * h;
+      mean_p[h] = shared.rows[r];
+      projection[h] = projection_factor(shared.rows[kBox + r], s.eps) * sum_cos[h];
+      inverse_power[h] = 1 / shared.power_of(r, s.eps);
+    }
+    for_boxes([&](int index, const float (&sum)[32]) {
+      uint8_t* box = shared.protos + index * kBoxBytes;
+      FP_UNROLL
+      for (int step = 0; step < 4; ++step) {
+        const int offset = fragment_offset<true>(base, step);
+        uint32_t x[4];
+        load_matrix<false>(x, box + offset);
+        FP_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int h = i & 1;
+          const int c = 8 * step + 4 * (i / 2) + 2 * h;
+          float p0, p1;
+          unpack<T>(x[i], &p0, &p1);
+          x[i] = pack<T>(
+              (sum[c] - sum_mean[h]) * inverse_power[h] - (p0 - mean_p[h]) * projection[h],
+              (sum[c + 1] - sum_mean[h]) * inverse_power[h] - (p1 - mean_p[h]) * projection[h]);
+        }
+        sync_warp();
+        store_matrix<false>(box + offset, x);
+      }
+      sync_warp();
+      const int piece = lane % 8, channel = index * kBox + 8 * piece;
+      FP_UNROLL
+      for (int i = 0; i < 16; i += 4) {
+        const int r = 16 * warp + i + lane / 8;
+        if (first + r < end && channel < s.dim)
+          *reinterpret_cast<Vector16*>(static_cast<T*>(p.grad_protos) + int64_t(first + r) * s.dim +
+                                       channel) =
+              *reinterpret_cast<const Vector16*>(box + box_offset(r, piece));
+      }
+    });
+  };
+  if (maps.turns.size() == 1) {
+    finish([&](const auto& finish_box) {
+      FP_UNROLL
+      for (int q = 0; q < kOwned; ++q) finish_box(group * kOwned + q, acc[q]);
+    });
+  } else {
+    publish_products(shared.ring, group, thread, acc);
+    sync_cluster();
+    finish([&](const auto& finish_box) {
+      gather_products<kOwned>(maps.turns, shared.ring, group, thread, finish_box);
+    });
   }
 }
 
 template <class Traits>
-FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
+FP_DEVICE void consume_pixel_tiles(const BackwardParams& p, const BackwardProtosMaps& maps,
                                    const BackwardProtosShared<Traits>& shared) {
   using T = typename Traits::T;
   using Place = Places<Traits::kRing>;
@@ -225,13 +314,6 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
   const int warp = warp_index() % 4, group = warp_index() / 4, lane = lane_index();
   const int thread = thread_index() % 128;
   const int row = 16 * warp + lane / 4;  // and row + 8
-
-  // Scales dS r(P) into the range of float16; bounded, because w is scaled with it. From shared
-  // memory where it is wanted: registers are scarce.
-  const auto power_of = [&](int h) {
-    const float r = of_constant(shared.rows[kBox + row + 8 * h], s.eps);
-    return fminf(fmaxf(power_of_two_near(r), 1.f), 1024.f);
-  };
 
   // Descriptors of the operands: with 64 numbers of M or N, `leading` says nothing.
   const uint64_t protos = matrix_descriptor(shared.protos, 0, 1024);
@@ -247,7 +329,7 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
   float sum_mean[2] = {0, 0};  // sum_i dS r(F) mean(F), scaled as the accumulator
 
   barrier_wait(shared.protos_full, 0);
-  const uint32_t tiles = pixel_tiles(s);
+  const uint32_t tiles = tiles_of_block(s, maps.turns);
   for (uint32_t tile = 0; tile < tiles; ++tile) {
     const uint32_t count = tile * Traits::kBoxes;  // pairs of boxes that went through the ring
     float frag[32];
@@ -280,7 +362,7 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
     for (int h = 0; h < 2; ++h) {
       dim_mean_p[h] = float(s.dim) * shared.rows[row + 8 * h];
       rnorm_p[h] = shared.rows[kBox + row + 8 * h];
-      power[h] = power_of(h);
+      power[h] = shared.power_of(row + 8 * h, s.eps);
       rnorm_power[h] = of_constant(rnorm_p[h], s.eps) * power[h];
     }
     uint32_t mine[16], theirs[16];  // [4 k + h]: w, [4 k + 2 + h]: dS
@@ -354,53 +436,7 @@ FP_DEVICE void consume_pixel_tiles(const BackwardParams& p,
     for (int q = 0; q < kOwned; ++q) wgmma_hold(acc[q]);
   }
 
-  float* parts = reinterpret_cast<float*>(shared.exchange);
-  sync_some(kConsumersBarrier, kConsumers);
-  share_sums(parts, group, row, lane, sum_cos, sum_mean);
-  shared_sums(parts, row, sum_cos, sum_mean);
-  float mean_p[2], inverse_power[2], projection[2];
-  FP_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int r = row + 8 * h;
-    mean_p[h] = shared.rows[r];
-    projection[h] = projection_factor(shared.rows[kBox + r], s.eps) * sum_cos[h];
-    inverse_power[h] = 1 / power_of(h);
-  }
-  const int base = fragment_base<true>(warp, lane);
-  const int first = shared.place[0], end = shared.place[1];
-  FP_UNROLL
-  for (int q = 0; q < kOwned; ++q) {
-    // dP in the place of P, by the warp that alone reads it now; then to rows of whole vectors.
-    uint8_t* box = shared.protos + (group * kOwned + q) * kBoxBytes;
-    FP_UNROLL
-    for (int step = 0; step < 4; ++step) {
-      const int offset = fragment_offset<true>(base, step);
-      uint32_t x[4];
-      load_matrix<false>(x, box + offset);
-      FP_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int h = i & 1;
-        const int c = 8 * step + 4 * (i / 2) + 2 * h;
-        float p0, p1;
-        unpack<T>(x[i], &p0, &p1);
-        x[i] = pack<T>(
-            (acc[q][c] - sum_mean[h]) * inverse_power[h] - (p0 - mean_p[h]) * projection[h],
-            (acc[q][c + 1] - sum_mean[h]) * inverse_power[h] - (p1 - mean_p[h]) * projection[h]);
-      }
-      sync_warp();
-      store_matrix<false>(box + offset, x);
-    }
-    sync_warp();
-    const int piece = lane % 8, channel = (group * kOwned + q) * kBox + 8 * piece;
-    FP_UNROLL
-    for (int i = 0; i < 16; i += 4) {
-      const int r = 16 * warp + i + lane / 8;
-      if (first + r < end && channel < s.dim)
-        *reinterpret_cast<Vector16*>(static_cast<T*>(p.grad_protos) + int64_t(first + r) * s.dim +
-                                     channel) =
-            *reinterpret_cast<const Vector16*>(box + box_offset(r, piece));
-    }
-  }
+  finish_pixel_tiles(p, maps, shared, acc, sum_cos, sum_mean);
 }
 
 template <class Traits>
@@ -409,7 +445,7 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
                            FP_GRID_CONSTANT BackwardProtosMaps maps) {
   const Problem& s = p.problem;
   const BackwardProtosShared<Traits> shared(shared_memory());
-  const ProtoTile at(s, p.offsets, block_index());
+  const ProtoTile at(s, p.offsets, maps.turns.cluster_index());
   if (at.first >= at.end) return;  // more than the bag needs
   // Rows of no bag may hold anything, their gradient is zero; offsets that make no sense give NaN.
   if (!at.is_bag || at.begin < 0 || at.end > s.total) {
@@ -452,33 +488,35 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
     registers_fewer<Traits::kProducerRegisters>();
     if (warp == 8 && lane_index() == 0) load_pixels<Traits>(s, maps, shared, at);
     if (warp == 9 || warp == 10)
-      form_grads<Traits>(shared, pixel_tiles(s) * Traits::kBoxes, warp - 9);
-    if (warp == 11) load_pixel_stats<Traits>(p, shared, at);
+      form_grads<Traits>(shared, tiles_of_block(s, maps.turns) * Traits::kBoxes, warp - 9);
+    if (warp == 11) load_pixel_stats<Traits>(p, maps, shared, at);
+    attend_sums(maps.turns);
   } else {
     registers_more<Traits::kConsumerRegisters>();
-    consume_pixel_tiles<Traits>(p, shared);
+    consume_pixel_tiles<Traits>(p, maps, shared);
   }
 }
 
 template <class Traits>
-const char* launch_backward_protos_as(const BackwardParams& p, void* stream) {
+const char* launch_backward_protos_as(const BackwardParams& p, const KernelPlan& plan,
+                                      void* stream) {
   const Problem& s = p.problem;
-  if (s.total == 0) return nullptr;
-  BackwardProtosMaps maps = {{}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out)};
+  BackwardProtosMaps maps = {
+      {}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out), Turns(plan.cluster)};
   BackwardMapMaker<Traits> make{p};
   make.features(&maps.feat);
   make.gradients(&maps.enhanced, s.concat ? s.dim : 0);
   make.protos(&maps.protos);
   if (make.error != nullptr) return make.error;
-  const Grid grid{int(backward_protos_programs(s)), Traits::kThreads, Traits::kSharedBytes, 1,
-                  stream};
+  const Grid grid{plan.blocks, Traits::kThreads, Traits::kSharedBytes, plan.cluster, stream};
   return launch<backward_protos_kernel<Traits>>(grid, p, maps);
 }
 
 template <class T>
-const char* launch_backward_protos_of(const BackwardParams& p, void* stream) {
+const char* launch_backward_protos_of(const BackwardParams& p, const KernelPlan& plan,
+                                      void* stream) {
   return with_traits<T, BackwardProtosTraits>(p.problem.dim, is_channels_last(p), [&](auto tag) {
-    return launch_backward_protos_as<typename decltype(tag)::type>(p, stream);
+    return launch_backward_protos_as<typename decltype(tag)::type>(p, plan, stream);
   });
 }
 

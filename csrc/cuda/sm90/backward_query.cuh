@@ -14,10 +14,15 @@
 //             exchange 16 KiB
 //   products  3 x 1024 cycles a tile; F and dO are read from shared memory at its full rate
 //   traffic   F, dY1, dY2, G, dF once per class: bound by memory up to N = 256 or so
+//
+// Where that is too few blocks for the chip, those of a cluster take turns at the tiles of
+// prototypes and add up their accumulators (backward_tiles.cuh). Each forms dO and delta anew; rank
+// 0 adds dY1 + dY2 G.
 #pragma once
 
 #include <type_traits>
 
+#include "../plan.h"
 #include "backward_tiles.cuh"
 
 namespace fastproto::cuda::sm90 {
@@ -30,6 +35,7 @@ struct BackwardQueryMaps {
   TensorMap grad_feat;  // [E*Q]
   TensorMap protos;
   MapSteps feat_steps, grad_steps;
+  Turns turns;
 };
 
 template <class T_, int Dim, bool ChannelsLast>
@@ -38,7 +44,7 @@ struct BackwardQueryTraits {
   static constexpr int kThreads = backward_threads();
   static constexpr int kMaxRegisters = kLaunchRegisters;
   static constexpr int kConsumerRegisters = 240;
-  static constexpr int kProducerRegisters = 24;
+  static constexpr int kProducerRegisters = 32;
   static_assert(256 * kConsumerRegisters + 128 * kProducerRegisters <= 65536);
   static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kBoxes = Dim / kBox;
@@ -99,18 +105,24 @@ struct BackwardQueryShared {
         ring_empty(ring_full + Traits::kRing),
         stats_full(ring_empty + Traits::kRing),
         stats_empty(stats_full + 2) {}
+
+  // The accumulator holds dF times a power of two near the norm of F: the coefficients stay in the
+  // range of float16. From shared memory where it is wanted: registers are scarce.
+  FP_DEVICE float power_of(int row, float eps) const {
+    return power_of_two_near(of_constant(rows[kBox + row], eps));
+  }
 };
 
-// Which part of the problem a block has.
+// Which part of the problem a block (a cluster) has.
 struct PixelTile {
   int first;  // pixel
   int episode;
   int query;
   int image;
-  FP_DEVICE PixelTile(const Problem& s, int block) {
+  FP_DEVICE PixelTile(const Problem& s, int tile) {
     const int tiles = (s.pixels + kBackwardQueryPixels - 1) / kBackwardQueryPixels;
-    first = block % tiles * kBackwardQueryPixels;
-    image = block / tiles;
+    first = tile % tiles * kBackwardQueryPixels;
+    image = tile / tiles;
     episode = image / s.queries;
     query = image % s.queries;
   }
@@ -146,7 +158,7 @@ FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
         });
     }
     const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
-    for (int row = 0; row < bag.count; row += kBox) {
+    for (int row = maps.turns.rank() * kBox; row < bag.count; row += maps.turns.size() * kBox) {
       FP_NO_UNROLL
       for (int position = 0; position < Traits::kBoxes; ++position) {
         const int channel = box_at<Traits::kBoxes>(position) * kBox;
@@ -182,14 +194,15 @@ FP_DEVICE void load_grads(const BackwardParams& p, const BackwardQueryMaps& maps
 
 // One warp: means and reciprocal norms of every tile of prototypes; zeros past the bag.
 template <class Traits>
-FP_DEVICE void load_proto_stats(const BackwardParams& p, const BackwardQueryShared<Traits>& shared,
-                                const PixelTile& at) {
+FP_DEVICE void load_proto_stats(const BackwardParams& p, const BackwardQueryMaps& maps,
+                                const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
   const Problem& s = p.problem;
   uint32_t count = 0;
   for (int way = 0; way < s.ways; ++way) {
     const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
     const float* mean = p.statistics.protos + bag.begin;
-    for (int first = 0; first < bag.count; first += kBox, ++count) {
+    const int step = maps.turns.size() * kBox;
+    for (int first = maps.turns.rank() * kBox; first < bag.count; first += step, ++count) {
       float* to = shared.stats + (count & 1) * 2 * kBox;
       barrier_wait(shared.stats_empty + (count & 1), (count >> 1 & 1) ^ 1);
       for (int i = lane_index(); i < kBox; i += 32) {
@@ -202,9 +215,90 @@ FP_DEVICE void load_proto_stats(const BackwardParams& p, const BackwardQueryShar
   }
 }
 
+// dF from the accumulator and its sums, in the place of F.
+template <class Traits>
+FP_DEVICE void finish_query_tiles(const BackwardParams& p, const BackwardQueryMaps& maps,
+                                  const BackwardQueryShared<Traits>& shared,
+                                  const float (&acc)[Traits::kOwned][32], float (&sum_cos)[2],
+                                  float (&sum_mean)[2]) {
+  using T = typename Traits::T;
+  constexpr bool kChannelsLast = Traits::kChannelsLast;
+  constexpr int kOwned = Traits::kOwned;
+  const Problem& s = p.problem;
+  const int index = thread_index_again(), group = index / 128, thread = index % 128;
+  const int warp = thread / 32, lane = thread % 32, row = 16 * warp + lane / 4;  // and row + 8
+  const int base = fragment_base<kChannelsLast>(warp, lane);
+
+  sync_some(kConsumersBarrier, kConsumers);  // delta's parts were read
+  float* parts = shared.sums;
+  share_sums(parts, group, row, lane, sum_cos, sum_mean);
+  if (p.temperature_terms != nullptr && group == 0 && warp == 0) {
+    float sum = (parts[lane] + parts[kBox + lane]) + (parts[lane + 32] + parts[kBox + lane + 32]);
+    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (lane == 0) p.temperature_terms[block_index()] = sum;
+  }
+  const auto finish = [&](const auto& for_boxes) {
+    shared_sums(maps.turns, parts, row, sum_cos, sum_mean);
+    float mean_q[2], inverse_power[2], projection[2];
+    FP_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + 8 * h;
+      mean_q[h] = shared.rows[r];
+      projection[h] = projection_factor(shared.rows[kBox + r], s.eps) * sum_cos[h];
+      inverse_power[h] = 1 / shared.power_of(r, s.eps);
+    }
+    for_boxes([&](int box, const float (&sum)[32]) {
+      FP_UNROLL
+      for (int step = 0; step < 4; ++step) {
+        uint8_t* at = shared.feat + box * kBoxBytes + fragment_offset<kChannelsLast>(base, step);
+        uint32_t f[4];
+        load_matrix<!kChannelsLast>(f, at);
+        FP_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int h = i & 1;
+          const int c = 8 * step + 4 * (i / 2) + 2 * h;
+          float f0, f1;
+          unpack<T>(f[i], &f0, &f1);
+          f[i] = pack<T>(
+              (sum[c] - sum_mean[h]) * inverse_power[h] - (f0 - mean_q[h]) * projection[h],
+              (sum[c + 1] - sum_mean[h]) * inverse_power[h] - (f1 - mean_q[h]) * projection[h]);
+        }
+        sync_warp();
+        store_matrix<!kChannelsLast>(at, f);
+      }
+    });
+  };
+  if (maps.turns.size() == 1) {
+    finish([&](const auto& finish_box) {
+      FP_UNROLL
+      for (int q = 0; q < kOwned; ++q) finish_box(group * kOwned + q, acc[q]);
+    });
+  } else {
+    publish_products(shared.grad, group, thread, acc);  // and the ring behind it
+    sync_cluster();
+    finish([&](const auto& finish_box) {
+      gather_products<kOwned>(maps.turns, shared.grad, group, thread, finish_box);
+    });
+  }
+  fence_async();
+  sync_some(kGroupBarrier + group, 128);
+  if (thread == 0) {
+    const int first = shared.place[0];
+    for (int q = 0; q < kOwned; ++q) {
+      const int box = group * kOwned + q;
+      if (box * kBox < s.dim && q % maps.turns.size() == maps.turns.rank())
+        tma_store(&maps.grad_feat, shared.feat + box * kBoxBytes,
+                  kChannelsLast ? box * kBox : first, kChannelsLast ? first : box * kBox,
+                  shared.place[1]);
+    }
+    tma_store_commit();
+    tma_store_wait<0>();
+  }
+}
+
 template <class Traits>
 FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryMaps& maps,
-                                   const BackwardQueryShared<Traits>& shared, int first_bag) {
+                                   const BackwardQueryShared<Traits>& shared) {
   using T = typename Traits::T;
   using Place = Places<Traits::kRing>;
   constexpr bool kChannelsLast = Traits::kChannelsLast;
@@ -215,12 +309,6 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
   const int thread = thread_index() % 128;
   const int row = 16 * warp + lane / 4;  // and row + 8
   const int base = fragment_base<kChannelsLast>(warp, lane);
-
-  // The accumulator holds dF times a power of two near the norm of F: the coefficients stay in the
-  // range of float16. Both from shared memory where they are wanted: registers are scarce.
-  const auto power_of = [&](int h) {
-    return power_of_two_near(of_constant(shared.rows[kBox + row + 8 * h], s.eps));
-  };
 
   // Descriptors of the operands: with 64 numbers of M or N, `leading` says nothing.
   const uint64_t rows = matrix_descriptor(group == 0 ? shared.feat : shared.grad, 0, 1024);
@@ -238,25 +326,23 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
   uint32_t tile = 0;
 
   for (int way = 0; way < s.ways; ++way) {
-    const Bag bag = load_bag(p.offsets, first_bag + way, s.total);
+    // Computed anew wherever it is wanted: kept, it costs the registers that the rest just has.
+    const auto at = [&] { return PixelTile(s, maps.turns.cluster_index()); };
+    const Bag bag = load_bag(p.offsets, at().episode * s.ways + way, s.total);
     const float scale = bag.valid ? exponent_scale(s, bag.count) : not_a_number();  // log2(e) / t
     // A bag whose offsets make no sense: its pixels get NaN, as in the forward.
     if (!bag.valid) sum_cos[0] = sum_cos[1] = not_a_number();
-    // Computed anew: kept, they cost the registers that the rest just has.
-    const auto has_pixel = [&](int h) {
-      return PixelTile(s, block_index()).first + row + 8 * h < s.pixels;
-    };
+    const auto has_pixel = [&](int h) { return at().first + row + 8 * h < s.pixels; };
     // In the statistics of the maps.
     const auto pixel_at = [&](int h) {
-      return int64_t(PixelTile(s, block_index()).image * s.ways + way) * s.pixels +
-             PixelTile(s, block_index()).first + row + 8 * h;
+      return int64_t(at().image * s.ways + way) * s.pixels + at().first + row + 8 * h;
     };
     float lse[2], delta[2] = {0, 0}, power[2];
     FP_UNROLL
     for (int h = 0; h < 2; ++h) lse[h] = has_pixel(h) ? p.statistics.lse[pixel_at(h)] : 0.f;
 
     FP_UNROLL
-    for (int h = 0; h < 2; ++h) power[h] = power_of(h);
+    for (int h = 0; h < 2; ++h) power[h] = shared.power_of(row + 8 * h, s.eps);
 
     // dO in the place of dY2; delta; dY1 + dY2 G of this class. A loop: unrolled, the compiler
     // mixes the boxes and runs out of registers.
@@ -304,7 +390,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       }
       FP_UNROLL
       for (int each = 0; each < kOwned; ++each)
-        if (each == q) {
+        if (each == q && maps.turns.rank() == 0) {
           FP_UNROLL
           for (int i = 0; i < 32; ++i) acc[each][i] += direct[i];
         }
@@ -326,7 +412,8 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
     FP_UNROLL
     for (int h = 0; h < 2; ++h) {
       delta[h] = parts[row + 8 * h] + parts[kBox + row + 8 * h];
-      if (group == 0 && lane % 4 == 0 && has_pixel(h)) p.delta[pixel_at(h)] = delta[h];
+      if (group == 0 && lane % 4 == 0 && has_pixel(h) && maps.turns.rank() == 0)
+        p.delta[pixel_at(h)] = delta[h];
     }
 
     const float gradient_scale = scale * kLn2;  // 1 / t
@@ -370,7 +457,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
         delta[h] = parts[row + 8 * h] + parts[kBox + row + 8 * h];
         dim_mean_q[h] = float(s.dim) * shared.rows[row + 8 * h];
         rnorm_q[h] = shared.rows[kBox + row + 8 * h];
-        rnorm_power[h] = of_constant(rnorm_q[h], s.eps) * power_of(h);
+        rnorm_power[h] = of_constant(rnorm_q[h], s.eps) * shared.power_of(row + 8 * h, s.eps);
       }
       uint32_t mine[8], theirs[8];
       FP_UNROLL
@@ -453,68 +540,18 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       ++tile;
       if constexpr (!kLast) finish(count);
     };
-    int remaining = bag.count;
+    int remaining = bag.count - maps.turns.rank() * kBox;
     if (remaining > 0) {
       multiply(count, 0, kAhead);
       finish(count);
-      for (; remaining > kBox; remaining -= kBox) consume(remaining, std::false_type());
+      for (; remaining > maps.turns.size() * kBox; remaining -= maps.turns.size() * kBox)
+        consume(remaining, std::false_type());
     }
     if (lane == 0) barrier_arrive(shared.grad_empty);
     if (remaining > 0) consume(remaining, std::true_type());
   }
 
-  sync_some(kConsumersBarrier, kConsumers);  // delta's parts were read
-  float* parts = shared.sums;
-  share_sums(parts, group, row, lane, sum_cos, sum_mean);
-  if (p.temperature_terms != nullptr && group == 0 && warp == 0) {
-    float sum = (parts[lane] + parts[kBox + lane]) + (parts[lane + 32] + parts[kBox + lane + 32]);
-    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-    if (lane == 0) p.temperature_terms[block_index()] = sum;
-  }
-  shared_sums(parts, row, sum_cos, sum_mean);
-  float mean_q[2], inverse_power[2], projection[2];
-  FP_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int r = row + 8 * h;
-    mean_q[h] = shared.rows[r];
-    projection[h] = projection_factor(shared.rows[kBox + r], s.eps) * sum_cos[h];
-    inverse_power[h] = 1 / power_of(h);
-  }
-  FP_UNROLL
-  for (int q = 0; q < kOwned; ++q) {
-    const int box = group * kOwned + q;
-    FP_UNROLL
-    for (int step = 0; step < 4; ++step) {
-      const int offset = fragment_offset<kChannelsLast>(base, step);
-      uint32_t f[4];
-      load_matrix<!kChannelsLast>(f, shared.feat + box * kBoxBytes + offset);
-      FP_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int h = i & 1;
-        const int c = 8 * step + 4 * (i / 2) + 2 * h;
-        float f0, f1;
-        unpack<T>(f[i], &f0, &f1);
-        f[i] = pack<T>(
-            (acc[q][c] - sum_mean[h]) * inverse_power[h] - (f0 - mean_q[h]) * projection[h],
-            (acc[q][c + 1] - sum_mean[h]) * inverse_power[h] - (f1 - mean_q[h]) * projection[h]);
-      }
-      store_matrix<!kChannelsLast>(shared.grad + box * kBoxBytes + offset, f);
-    }
-  }
-  fence_async();
-  sync_some(kGroupBarrier + group, 128);
-  if (thread == 0) {
-    const int first = shared.place[0];
-    for (int q = 0; q < kOwned; ++q) {
-      const int box = group * kOwned + q;
-      if (box * kBox < s.dim)
-        tma_store(&maps.grad_feat, shared.grad + box * kBoxBytes,
-                  kChannelsLast ? box * kBox : first, kChannelsLast ? first : box * kBox,
-                  shared.place[1]);
-    }
-    tma_store_commit();
-    tma_store_wait<0>();
-  }
+  finish_query_tiles(p, maps, shared, acc, sum_cos, sum_mean);
 }
 
 template <class Traits>
@@ -522,7 +559,7 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
     backward_query_kernel(FP_GRID_CONSTANT BackwardParams p,
                           FP_GRID_CONSTANT BackwardQueryMaps maps) {
   const BackwardQueryShared<Traits> shared(shared_memory());
-  const PixelTile at(p.problem, block_index());
+  const PixelTile at(p.problem, maps.turns.cluster_index());
   if (thread_index() == 0) {
     shared.place[0] = at.first;
     shared.place[1] = at.image;
@@ -551,22 +588,23 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
     registers_fewer<Traits::kProducerRegisters>();
     if (warp == 8 && lane_index() == 0) load_ring<Traits>(p, maps, shared, at);
     if (warp == 9 && lane_index() == 0) load_grads<Traits>(p, maps, shared, at);
-    if (warp == 10) load_proto_stats<Traits>(p, shared, at);
+    if (warp == 10) load_proto_stats<Traits>(p, maps, shared, at);
+    attend_sums(maps.turns);
   } else {
     registers_more<Traits::kConsumerRegisters>();
-    consume_query_tiles<Traits>(p, maps, shared, at.episode * p.problem.ways);
+    consume_query_tiles<Traits>(p, maps, shared);
   }
 }
 
 template <class Traits>
-const char* launch_backward_query_as(const BackwardParams& p, void* stream) {
+const char* launch_backward_query_as(const BackwardParams& p, const KernelPlan& plan,
+                                     void* stream) {
   const Problem& s = p.problem;
-  const int64_t blocks = backward_query_programs(s);
-  if (blocks == 0) return nullptr;
   const int64_t images = int64_t(s.episodes) * s.queries;
   const StackDim aggs[1] = {{images * s.ways, p.agg.image}};
   const StackDim grad_features[1] = {{images, p.grad_feat.image}};
-  BackwardQueryMaps maps = {{}, {}, {}, {}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out)};
+  BackwardQueryMaps maps = {
+      {}, {}, {}, {}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out), Turns(plan.cluster)};
   BackwardMapMaker<Traits> make{p};
   make.features(&maps.feat);
   make.gradients(&maps.enhanced, s.concat ? s.dim : 0);
@@ -575,14 +613,15 @@ const char* launch_backward_query_as(const BackwardParams& p, void* stream) {
   make.stack(&maps.grad_feat, p.grad_feat.data, p.grad_feat, grad_features);
   make.protos(&maps.protos);
   if (make.error != nullptr) return make.error;
-  const Grid grid{int(blocks), Traits::kThreads, Traits::kSharedBytes, 1, stream};
+  const Grid grid{plan.blocks, Traits::kThreads, Traits::kSharedBytes, plan.cluster, stream};
   return launch<backward_query_kernel<Traits>>(grid, p, maps);
 }
 
 template <class T>
-const char* launch_backward_query_of(const BackwardParams& p, void* stream) {
+const char* launch_backward_query_of(const BackwardParams& p, const KernelPlan& plan,
+                                     void* stream) {
   return with_traits<T, BackwardQueryTraits>(p.problem.dim, is_channels_last(p), [&](auto tag) {
-    return launch_backward_query_as<typename decltype(tag)::type>(p, stream);
+    return launch_backward_query_as<typename decltype(tag)::type>(p, plan, stream);
   });
 }
 

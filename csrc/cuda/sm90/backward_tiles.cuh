@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the two WGMMA backward kernels share: the layout of fragments in boxes, the exchange between
-// two warpgroups, places in rings of any length.
+// two warpgroups, places in rings of any length, the sum over a cluster.
 //
 // Both kernels have two consuming warpgroups. For a tile of 64 rows (of the accumulator) by 64
 // columns, group 0 computes S and group 1 dA, each 64 x 64; then each has both for its half of the
@@ -56,6 +56,65 @@ FP_HOST_DEVICE constexpr int fragment_base(int warp, int lane) {
 template <bool ChannelsLast>
 FP_HOST_DEVICE constexpr int fragment_offset(int base, int step) {
   return ChannelsLast ? base ^ (2 * step << 4) : base + 16 * step * kBoxRowBytes;
+}
+
+// The blocks of a cluster take turns at the tiles that one accumulator sums over. Everything behind
+// the last product is linear in the accumulator and its sums, so those are added, in the order of
+// the blocks; then box q of each group is finished by the block of rank q % size().
+struct Turns {  // a kernel's parameter
+  int shift;
+  explicit Turns(int cluster) : shift(0) {
+    while (1 << shift < cluster) ++shift;
+  }
+  FP_DEVICE int size() const { return 1 << shift; }
+  FP_DEVICE int rank() const { return block_index() & (size() - 1); }
+  FP_DEVICE int cluster_index() const { return block_index() >> shift; }
+};
+template <int Owned>
+FP_DEVICE void publish_products(uint8_t* area, int group, int thread,
+                                const float (&acc)[Owned][32]) {
+  Vector16* to = reinterpret_cast<Vector16*>(area) + group * Owned * 1024 + thread;
+  FP_UNROLL
+  for (int q = 0; q < Owned; ++q) {
+    FP_UNROLL
+    for (int v = 0; v < 8; ++v) {
+      const float* c = acc[q] + 4 * v;
+      to[(8 * q + v) * 128] = {float_to_bits(c[0]), float_to_bits(c[1]), float_to_bits(c[2]),
+                               float_to_bits(c[3])};
+    }
+  }
+}
+// Calls finish(box of both groups' count, sum) for the boxes of this block. Nobody reads its memory
+// afterwards.
+template <int Owned, class Finish>
+FP_DEVICE void gather_products(const Turns& turns, const uint8_t* area, int group, int thread,
+                               const Finish& finish) {
+  FP_NO_UNROLL
+  for (int q = turns.rank(); q < Owned; q += turns.size()) {
+    const int box = group * Owned + q;
+    float sum[32];
+    FP_UNROLL
+    for (int i = 0; i < 32; ++i) sum[i] = 0;
+    FP_NO_UNROLL
+    for (int rank = 0; rank < turns.size(); ++rank) {
+      const uint32_t from = peer_address(area + (1024 * box + thread) * 16, rank);
+      FP_UNROLL
+      for (int v = 0; v < 8; ++v) {
+        const Vector16 part = load_peer_16(from + v * 128 * 16);
+        FP_UNROLL
+        for (int i = 0; i < 4; ++i) sum[4 * v + i] += bits_to_float(part.x[i]);
+      }
+    }
+    finish(box, sum);
+  }
+  sync_cluster();
+}
+// The producing warps, at their end: barriers of a cluster are for all of its threads.
+FP_DEVICE void attend_sums(const Turns& turns) {
+  if (turns.size() == 1) return;
+  sync_warp();
+  sync_cluster();  // after publish_products
+  sync_cluster();  // after gather_products
 }
 
 // One area for each group: where it sends numbers, and where the other answers.
@@ -121,7 +180,8 @@ FP_DEVICE void release_in_turn(const Release& release) {
   release(Count - 1);
 }
 
-// Sums over the two groups, through `parts` [2][2][64]: of dS c and dS times the other side's mean.
+// Sums over the two groups (and then over the cluster), through `parts` [2][2][64]: of dS c and dS
+// times the other side's mean.
 FP_DEVICE void share_sums(float* parts, int group, int row, int lane, const float (&cos)[2],
                           const float (&mean)[2]) {
   FP_UNROLL
@@ -134,12 +194,19 @@ FP_DEVICE void share_sums(float* parts, int group, int row, int lane, const floa
   }
   sync_some(kConsumersBarrier, kConsumers);
 }
-FP_DEVICE void shared_sums(const float* parts, int row, float (&cos)[2], float (&mean)[2]) {
+FP_DEVICE void shared_sums(const Turns& turns, const float* parts, int row, float (&cos)[2],
+                           float (&mean)[2]) {
   FP_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int r = row + 8 * h;
-    cos[h] = parts[r] + parts[kBox + r];
-    mean[h] = parts[2 * kBox + r] + parts[3 * kBox + r];
+  for (int h = 0; h < 2; ++h) cos[h] = mean[h] = 0;
+  FP_NO_UNROLL
+  for (int rank = 0; rank < turns.size(); ++rank) {
+    FP_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t from = peer_address(parts + row + 8 * h, rank);
+      const auto part = [&](int i) { return bits_to_float(load_peer(from + i * kBox * 4)); };
+      cos[h] += part(0) + part(1);
+      mean[h] += part(2) + part(3);
+    }
   }
 }
 

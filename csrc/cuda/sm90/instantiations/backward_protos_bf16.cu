@@ -2,5 +2,6 @@
 #include "../backward_protos.cuh"
 
 namespace fastproto::cuda::sm90 {
-template const char* launch_backward_protos_of<bf16>(const BackwardParams&, void*);
+template const char* launch_backward_protos_of<bf16>(const BackwardParams&, const KernelPlan&,
+                                                     void*);
 }

@@ -2,5 +2,6 @@
 #include "../backward_query.cuh"
 
 namespace fastproto::cuda::sm90 {
-template const char* launch_backward_query_of<bf16>(const BackwardParams&, void*);
+template const char* launch_backward_query_of<bf16>(const BackwardParams&, const KernelPlan&,
+                                                    void*);
 }
