@@ -17,8 +17,7 @@ import triton
 from triton.compiler.errors import CompilationError
 from update_tables import replace_table
 
-from fastproto.backends.chips import SHARED_MEMORY
-from fastproto.testing.offline import Case, Resources, cases
+from fastproto.testing.offline import SHARED_LIMIT, Case, Resources, cases
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels" / "triton.md"
 
@@ -31,21 +30,21 @@ def _compile(case: Case) -> Resources | str:
 
 
 def table(results: list[tuple[Case, Resources]]) -> str:
-    """Markdown: one line per row of the table, chip and type, the worst of layouts and modes."""
+    """Markdown: one line per kernel, chip and type, the worst of dimensions, layouts and modes."""
     lines = [
-        "| kernel | form | pixels x prototypes x channels | chip | type | registers | stack | "
+        "| kernel | pixels x prototypes x channels | chip | type | registers | stack | "
         "shared KiB | matrix instructions |",
-        "|---|---|---|---|---|---:|---:|---:|---|",
+        "|---|---|---|---|---:|---:|---:|---|",
     ]
     groups: dict[tuple[str, ...], list[Resources]] = {}
     for case, found in results:
-        config = case.row.config
+        config = case.config
         tile = f"{config.block_m} x {config.block_n} x {config.chunk}"
-        split = f", {config.out_chunks or 'all'} chunks, {config.warps} warps"
+        split = f", {config.out_chunks} chunks, {config.warps} warps"
         kind = str(case.dtype)[6:]
         if case.dtype == torch.float32:
             kind += f" {case.precision}"
-        key = (case.row.kernel, case.row.variant, tile + split, f"sm_{case.capability}", kind)
+        key = (case.kernel, tile + split, f"sm_{case.capability}", kind)
         groups.setdefault(key, []).append(found)
     for key, found_all in groups.items():
         cells = [
@@ -76,7 +75,7 @@ def main() -> int:
     bad += [
         f"{case.name}: {found}"
         for case, found in results
-        if found.stack or found.shared > min(case.row.shared_memory, SHARED_MEMORY[case.capability])
+        if found.stack or found.shared > SHARED_LIMIT
     ]
     print("\n".join(bad), file=sys.stderr)
     if arguments.write:

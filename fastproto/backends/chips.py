@@ -15,8 +15,7 @@ class Chip:
     """The device.
 
     Attributes:
-        capability: Compute capability times ten, e.g. 90; 0 where it is not NVIDIA's; -1 is
-            Triton's interpreter.
+        capability: Compute capability times ten, e.g. 90; 0 where it is not NVIDIA's.
         multiprocessors: How many programs run side by side, about.
         shared_memory: Bytes a program may have.
     """

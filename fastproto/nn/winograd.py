@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _LEAST_CHANNELS = 64  # with fewer, moving the data costs more than the products save
 _LEAST_TILES = 48  # with fewer, so does transforming the filter
@@ -240,11 +242,7 @@ class _Winograd(torch.autograd.Function):
 def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     grid = _Grid(x.shape, dilation)
     outputs, channels = weight.shape[:2]
-    taps = weight.permute(2, 3, 0, 1).reshape(9, -1)
-    filters = torch.mm(
-        MATRICES[grid.m].g, taps, out=_scratch("filters", (grid.points, taps.shape[1]))
-    )
-    filters = filters.view(-1, outputs, channels).transpose(1, 2)
+    filters = _filters(weight, grid.m)
     rows = x.permute(0, 2, 3, 1).contiguous()
     out = torch.empty(
         (len(x), outputs, *x.shape[2:]),
@@ -258,6 +256,30 @@ def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         products = _scratch("products", (*inputs.shape[:2], outputs))
         grid.put(torch.bmm(inputs, filters, out=products), pixels[part])
     return out
+
+
+# weight -> ((m, address, version), transformed)
+_known_filters: MutableMapping[Tensor, tuple[object, Tensor]] = WeakTensorKeyDictionary()
+
+
+def _filters(weight: Tensor, m: int) -> Tensor:
+    """The transformed filters ``[(m+2)^2, C, O]``; those of a frozen parameter are kept."""
+    outputs, channels = weight.shape[:2]
+    keeps = (
+        isinstance(weight, nn.Parameter) and not weight.requires_grad and not weight.is_inference()
+    )
+    key = (m, weight.data_ptr(), weight._version) if keeps else None
+    if keeps:
+        known, filters = _known_filters.get(weight, (None, weight))
+        if known == key:
+            return filters
+    taps = weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
+    shape = ((m + 2) ** 2, taps.shape[1])
+    out = torch.empty(shape, device="cpu") if keeps else _scratch("filters", shape)
+    filters = torch.mm(MATRICES[m].g, taps, out=out).view(-1, channels, outputs)
+    if keeps:
+        _known_filters[weight] = key, filters
+    return filters
 
 
 def _filter_gradient(x: Tensor, grad: Tensor, dilation: int) -> Tensor:

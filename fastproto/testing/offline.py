@@ -8,6 +8,8 @@ binary, by the ``cuobjdump`` that comes with Triton; instructions are counted in
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import re
 import subprocess
 import tempfile
@@ -24,10 +26,12 @@ from triton.compiler import ASTSource
 
 from fastproto.backends.chips import SHARED_MEMORY
 from fastproto.triton import launch
-from fastproto.triton.configs import TABLE, Config, Plan, Row, stats_config
+from fastproto.triton.configs import KERNELS, TABLE, Config, Plan
 from fastproto.triton.launch import Launch
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+SHARED_LIMIT = 64 * 1024
+"""Bytes that a program has on any GPU."""
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -111,7 +115,7 @@ def launches(
 ) -> Launch:
     """The launch of one kernel with one configuration: a training step of 16 x 16 pixels."""
     fitted = config.fit(dim)
-    plan = Plan("throughput", stats_config(dim), fitted, fitted, fitted)
+    plan = Plan(fitted, fitted, fitted)
     feat = torch.empty(2, 2, 16, 16, dim, dtype=dtype, device="meta").movedim(-1, 2)
     if not channels_last:
         feat = feat.contiguous()
@@ -133,17 +137,19 @@ def stats_launch(dtype: torch.dtype) -> Launch:
     """Statistics of the prototypes: one configuration for all."""
     found: list[Launch] = []
     protos = torch.empty(320, 512, dtype=dtype, device="meta")
-    launch.proto_stats(found.append, protos, 1e-6, stats_config(512))
+    launch.proto_stats(found.append, protos, 1e-6)
     return found[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A row of the table in one of its uses."""
+    """A configuration of the table in one of its uses."""
 
-    row: Row
+    kernel: str
+    config: Config
     capability: int
     dtype: torch.dtype
+    dim: int
     channels_last: bool
     save: bool
     precision: str
@@ -151,28 +157,26 @@ class Case:
     @property
     def name(self) -> str:
         """For a test id."""
-        config = self.row.config
         parts = [
-            self.row.kernel,
-            self.row.variant,
-            f"m{config.block_m}n{config.block_n}c{config.chunk}o{config.out_chunks}",
+            self.kernel,
+            f"d{self.dim}",
             f"sm{self.capability}",
             str(self.dtype)[6:],
             "channels_last" if self.channels_last else "nchw",
         ]
         if self.dtype == torch.float32:
             parts.append(self.precision)
-        if self.row.kernel == "forward" and not self.save:
+        if not self.save:
             parts.append("inference")
         return "-".join(parts)
 
     def compile(self) -> Resources:
-        """For D = 512, or 2048 (a ResNet-50's) where the row takes it."""
+        """The kernel, for its chip."""
         wanted = launches(
-            self.row.config,
-            self.row.kernel,
+            self.config,
+            self.kernel,
             self.dtype,
-            dim=min(self.row.max_dim, 2048),
+            dim=self.dim,
             channels_last=self.channels_last,
             save=self.save,
             precision=self.precision,
@@ -181,17 +185,19 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every row on every chip it is for, in the types, layouts and modes that differ in code."""
-    for row in TABLE:
-        for capability in SHARED_MEMORY:
-            low, high = row.capabilities
-            if not low <= capability <= high:
-                continue
-            for dtype in row.dtypes:
-                layouts = (False, True) if dtype != torch.float16 else (False,)
-                for channels_last in layouts:
-                    precisions = ("tf32x3", "tf32") if dtype == torch.float32 else ("ieee",)
-                    for precision in precisions:
-                        yield Case(row, capability, dtype, channels_last, True, precision)
-                if row.kernel == "forward":
-                    yield Case(row, capability, dtype, False, False, "tf32x3")
+    """The table on every chip, in the types, layouts and modes that differ in code.
+
+    For D = 512, and for 2048 (a ResNet-50's), which several programs share.
+    """
+    for kernel, dtype, capability, dim in itertools.product(
+        KERNELS, TABLE, SHARED_MEMORY, (512, 2048)
+    ):
+        case = functools.partial(
+            Case, kernel, getattr(TABLE[dtype], kernel), capability, dtype, dim
+        )
+        layouts = (False, True) if dtype != torch.float16 else (False,)
+        precisions = ("tf32x3", "tf32") if dtype == torch.float32 else ("ieee",)
+        for channels_last, precision in itertools.product(layouts, precisions):
+            yield case(channels_last, True, precision)
+        if kernel == "forward":
+            yield case(False, False, precisions[0])

@@ -79,14 +79,12 @@ def backward_query_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     OUT_CHUNKS: tl.constexpr,
-    RESIDENT: tl.constexpr,
 ):
     """Gradient dF of BLOCK_M pixels, summed over the classes."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
     NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     SLICES: tl.constexpr = NUM_CHUNKS // OUT_CHUNKS
     tl.static_assert(SLICES * OUT_CHUNKS == NUM_CHUNKS, "a program without channels")
-    SHARED_TILE: tl.constexpr = RESIDENT and SLICES == 1
     dtype = feat.dtype.element_ty
 
     pid = tl.program_id(0)
@@ -115,12 +113,6 @@ def backward_query_kernel(
     power = power_of_two_near(of_constant(rnorm_q, EPS))
     rnorm_power = of_constant(rnorm_q, EPS) * power
 
-    query_tile = ()
-    if RESIDENT:
-        for i in tl.static_range(NUM_CHUNKS):
-            ch = i * CHUNK
-            f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-            query_tile = query_tile + (centre(f, mean_q, ch, channels, D, CENTRED),)
     acc = ()
     for _ in tl.static_range(OUT_CHUNKS):
         acc = acc + (tl.zeros([BLOCK_M, CHUNK], ACC),)
@@ -140,25 +132,13 @@ def backward_query_kernel(
         # dO, and delta = <dO, G>.
         delta_q = tl.zeros([BLOCK_M], ACC)
         sum_grad = tl.zeros([BLOCK_M], ACC)  # sum_d dO
-        grad_tile = ()
-        if RESIDENT:
-            for i in tl.static_range(NUM_CHUNKS):
-                ch = i * CHUNK
-                do = load_grad_agg(
-                    feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
-                )
-                grad_tile = grad_tile + (do,)
-                g = load_tile(bag_agg, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
-                delta_q += tl.sum(do.to(ACC) * g.to(ACC), 1)
-                sum_grad += tl.sum(do.to(ACC), 1)
-        else:
-            for ch in range(0, D, CHUNK):
-                do = load_grad_agg(
-                    feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
-                )
-                g = load_tile(bag_agg, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
-                delta_q += tl.sum(do.to(ACC) * g.to(ACC), 1)
-                sum_grad += tl.sum(do.to(ACC), 1)
+        for ch in range(0, D, CHUNK):
+            do = load_grad_agg(
+                feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
+            )
+            g = load_tile(bag_agg, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
+            delta_q += tl.sum(do.to(ACC) * g.to(ACC), 1)
+            sum_grad += tl.sum(do.to(ACC), 1)
         if part == 0:
             tl.store(delta + map_index * pixels + pix, delta_q, mask=pix_ok)
 
@@ -170,44 +150,16 @@ def backward_query_kernel(
 
             product = tl.zeros([BLOCK_M, BLOCK_N], ACC)
             grad_weight = tl.zeros([BLOCK_M, BLOCK_N], ACC)  # dA
-            key_tile = ()
-            if RESIDENT:
-                for i in tl.static_range(NUM_CHUNKS):
-                    ch = i * CHUNK
-                    p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
-                    p = centre(p, mean_p, ch, channels, D, CENTRED)
-                    if SHARED_TILE:
-                        key_tile = key_tile + (p,)
-                    pt = tl.trans(p)
-                    product = tl.dot(
-                        query_tile[i], pt, product, input_precision=PRECISION, out_dtype=ACC
-                    )
-                    grad_weight = tl.dot(
-                        grad_tile[i], pt, grad_weight, input_precision=PRECISION, out_dtype=ACC
-                    )
-            else:
-                for ch in range(0, D, CHUNK):
-                    f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-                    do = load_grad_agg(
-                        feat,
-                        feat_d,
-                        feat_hw,
-                        bag_grad,
-                        grad_d,
-                        grad_hw,
-                        pix,
-                        pix_ok,
-                        ch,
-                        channels,
-                        D,
-                    )
-                    p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
-                    pt = tl.trans(centre(p, mean_p, ch, channels, D, CENTRED))
-                    f = centre(f, mean_q, ch, channels, D, CENTRED)
-                    product = tl.dot(f, pt, product, input_precision=PRECISION, out_dtype=ACC)
-                    grad_weight = tl.dot(
-                        do, pt, grad_weight, input_precision=PRECISION, out_dtype=ACC
-                    )
+            for ch in range(0, D, CHUNK):
+                f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+                do = load_grad_agg(
+                    feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
+                )
+                p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
+                pt = tl.trans(centre(p, mean_p, ch, channels, D, CENTRED))
+                f = centre(f, mean_q, ch, channels, D, CENTRED)
+                product = tl.dot(f, pt, product, input_precision=PRECISION, out_dtype=ACC)
+                grad_weight = tl.dot(do, pt, grad_weight, input_precision=PRECISION, out_dtype=ACC)
             if CENTRED:
                 grad_weight += sum_grad[:, None] * mean_p[None, :]
 
@@ -221,12 +173,9 @@ def backward_query_kernel(
                 sum_mean += tl.sum(coefficients.to(ACC) * mean_p[None, :], 1)
             updated = ()
             for i in tl.static_range(OUT_CHUNKS):
-                if SHARED_TILE:
-                    key = key_tile[i]
-                else:
-                    ch = (part * OUT_CHUNKS + i) * CHUNK
-                    key = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
-                    key = centre(key, mean_p, ch, channels, D, CENTRED)
+                ch = (part * OUT_CHUNKS + i) * CHUNK
+                key = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
+                key = centre(key, mean_p, ch, channels, D, CENTRED)
                 updated = updated + (
                     tl.dot(coefficients, key, acc[i], input_precision=PRECISION, out_dtype=ACC),
                 )
@@ -235,10 +184,6 @@ def backward_query_kernel(
         # A bag whose offsets make no sense: its pixels get NaN, as in the forward.
         sum_cos = tl.where(valid, sum_cos, float("nan"))
 
-    opaque_zero = tl.multiple_of(tl.minimum(n_total, 0), 16)  # see forward.py
-    pix = opaque_zero + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    pix_ok = pix < pixels
-    channels = opaque_zero + tl.arange(0, CHUNK)
     projection = projection_factor(rnorm_q, EPS) * sum_cos
     grad_feat += image.to(tl.int64) * D * pixels
     agg += image.to(tl.int64) * ways * D * pixels

@@ -2,9 +2,7 @@
 """Forward kernels: row statistics of the prototypes, and the fused op. See docs/kernels/triton.md.
 
 One program computes BLOCK_M pixels of one image and class, for OUT_CHUNKS of the NUM_CHUNKS chunks
-of channels. RESIDENT keeps the query tile of all channels on the chip and, where a program computes
-all channels, uses each prototype tile as key and as value; otherwise both are streamed per block
-of prototypes, for any D.
+of channels. Pixels and prototypes are read again for every block of prototypes, so any D will do.
 
 ``n_total`` is not specialised: no kernel is compiled anew as the number of prototypes changes.
 """
@@ -61,7 +59,7 @@ def forward_kernel(
     protos,  # [N_total, D]
     offsets,  # [E*K + 1]
     temperature,  # number, or tensor with one element
-    proto_stats,  # [2, N_total], or None: computed on the way
+    proto_stats,  # [2, N_total]
     # outputs
     out,  # [E, Q, K, 2D or D, HW]
     agg,  # [E, Q, K, D, HW], or None: G
@@ -91,14 +89,12 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     OUT_CHUNKS: tl.constexpr,
-    RESIDENT: tl.constexpr,
 ):
     """Y = [F ; G*F] of BLOCK_M pixels."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
     NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     SLICES: tl.constexpr = NUM_CHUNKS // OUT_CHUNKS
     tl.static_assert(SLICES * OUT_CHUNKS == NUM_CHUNKS, "a program without channels")
-    SHARED_TILE: tl.constexpr = RESIDENT and SLICES == 1
     dtype = feat.dtype.element_ty
 
     # Neighbouring programs share their prototypes: slices, tiles, images, then bags.
@@ -119,27 +115,14 @@ def forward_kernel(
     channels = tl.arange(0, CHUNK)
     feat += episode.to(tl.int64) * feat_e + query.to(tl.int64) * feat_q
 
-    # Statistics of the pixels; the resident query tile.
+    # Statistics of the pixels.
     first = tl.load(feat + pix * feat_hw, mask=pix_ok, other=0.0).to(ACC)
     total = tl.zeros([BLOCK_M], ACC)
     squares = tl.zeros([BLOCK_M], ACC)
-    query_tile = ()
-    if RESIDENT:
-        for i in tl.static_range(NUM_CHUNKS):
-            ch = i * CHUNK
-            f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-            query_tile = query_tile + (f,)
-            total, squares = add_statistics(f, first, total, squares, ch, channels, D)
-    else:
-        for ch in range(0, D, CHUNK):
-            f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D).to(ACC)
-            total, squares = add_statistics(f, first, total, squares, ch, channels, D)
+    for ch in range(0, D, CHUNK):
+        f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D).to(ACC)
+        total, squares = add_statistics(f, first, total, squares, ch, channels, D)
     mean_q, rnorm_q = row_statistics(first, total, squares, D, EPS)
-    if RESIDENT and CENTRED:
-        centred = ()
-        for i in tl.static_range(NUM_CHUNKS):
-            centred = centred + (centre(query_tile[i], mean_q, i * CHUNK, channels, D, True),)
-        query_tile = centred
 
     begin, count, valid = load_bag(offsets, bag, n_total)
     scale = exponent_scale(temperature, count, TEMPERATURE_IS_TENSOR, ACC)
@@ -154,45 +137,16 @@ def forward_kernel(
     for start in range(0, count, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         row_ok = rows < count
-        if proto_stats is not None:
-            mean_p = tl.load(proto_stats + begin + rows, mask=row_ok, other=0.0)
-            rnorm_p = tl.load(proto_stats + n_total + begin + rows, mask=row_ok, other=0.0)
-        else:
-            first_p = tl.load(bag_protos + rows * D, mask=row_ok, other=0.0).to(ACC)
-            total_p = tl.zeros([BLOCK_N], ACC)
-            squares_p = tl.zeros([BLOCK_N], ACC)
+        mean_p = tl.load(proto_stats + begin + rows, mask=row_ok, other=0.0)
+        rnorm_p = tl.load(proto_stats + n_total + begin + rows, mask=row_ok, other=0.0)
 
         product = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-        value_tile = ()
-        if RESIDENT:
-            for i in tl.static_range(NUM_CHUNKS):
-                ch = i * CHUNK
-                p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
-                if SHARED_TILE:
-                    value_tile = value_tile + (p,)
-                if proto_stats is None:
-                    total_p, squares_p = add_statistics(
-                        p, first_p, total_p, squares_p, ch, channels, D
-                    )
-                if CENTRED:
-                    p = centre(p, mean_p, ch, channels, D, True)
-                product = tl.dot(
-                    query_tile[i], tl.trans(p), product, input_precision=PRECISION, out_dtype=ACC
-                )
-        else:
-            for ch in range(0, D, CHUNK):
-                f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-                p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
-                if proto_stats is None:
-                    total_p, squares_p = add_statistics(
-                        p, first_p, total_p, squares_p, ch, channels, D
-                    )
-                if CENTRED:
-                    f = centre(f, mean_q, ch, channels, D, True)
-                    p = centre(p, mean_p, ch, channels, D, True)
-                product = tl.dot(f, tl.trans(p), product, input_precision=PRECISION, out_dtype=ACC)
-        if proto_stats is None:
-            mean_p, rnorm_p = row_statistics(first_p, total_p, squares_p, D, EPS)
+        for ch in range(0, D, CHUNK):
+            f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+            p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
+            f = centre(f, mean_q, ch, channels, D, CENTRED)
+            p = centre(p, mean_p, ch, channels, D, CENTRED)
+            product = tl.dot(f, tl.trans(p), product, input_precision=PRECISION, out_dtype=ACC)
 
         exponent = cosine(product, mean_q, mean_p, rnorm_q * scale, rnorm_p, D, CENTRED)
         if ONLINE_MAX:
@@ -209,11 +163,8 @@ def forward_kernel(
         weights = w.to(dtype)
         updated = ()
         for i in tl.static_range(OUT_CHUNKS):
-            if SHARED_TILE:
-                value = value_tile[i]
-            else:
-                ch = (part * OUT_CHUNKS + i) * CHUNK
-                value = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
+            ch = (part * OUT_CHUNKS + i) * CHUNK
+            value = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
             old = acc[i]
             if ONLINE_MAX:
                 old = old * rescale[:, None]
@@ -222,12 +173,6 @@ def forward_kernel(
             )
         acc = updated
 
-    # 0, but the compiler does not know: else it keeps the addresses of the query tile in registers
-    # all through the loop, and spills.
-    opaque_zero = tl.multiple_of(tl.minimum(n_total, 0), 16)
-    pix = opaque_zero + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    pix_ok = pix < pixels
-    channels = opaque_zero + tl.arange(0, CHUNK)
     inverse = tl.where(row_sum == 0, 0.0, 1 / row_sum)  # an empty bag
     inverse = tl.where(valid, inverse, float("nan"))
     out += map_index * (2 * D if CONCAT else D) * pixels

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastproto.errors import ArgumentError
 from fastproto.layout import new_maps, pixel_stride, pixels_are_one_dim
 from fastproto.triton import backward, forward
-from fastproto.triton.configs import Config, Plan
+from fastproto.triton.configs import Config, Plan, stats_config
 
 MAX_INT32 = 2**31 - 1
 # Below this temperature exp2((c - 1) log2(e) / t) may leave the normal numbers of float32.
@@ -112,10 +112,11 @@ def _shared_constants(feat: Tensor, eps: float, precision: str) -> dict[str, Any
     }
 
 
-def proto_stats(run: Run, protos: Tensor, eps: float, config: Config) -> Tensor:
+def proto_stats(run: Run, protos: Tensor, eps: float) -> Tensor:
     """Mean and reciprocal norm of every row of ``protos`` [N_total, D]: [2, N_total]."""
     acc = torch.float64 if protos.dtype == torch.float64 else torch.float32
     total, dim = protos.shape
+    config = stats_config(dim)
     stats = protos.new_empty([2, total], dtype=acc)
     if total > 0:
         run(
@@ -153,9 +154,7 @@ def run_forward(
     config = plan.forward
 
     out = new_maps(feat, leading, 2 * dim if concat else dim)
-    # Statistics on the way would need the mean before centring, so float32 always asks for them.
-    separate = save or not config.fused_stats or acc == feat.dtype
-    stats = proto_stats(run, protos, eps, plan.stats) if separate else None
+    stats = proto_stats(run, protos, eps)
     agg = lse = query_stats = None
     if save:
         agg = new_maps(feat, leading, dim)
@@ -199,7 +198,7 @@ def run_forward(
                     "SAVE": save,
                     "ONLINE_MAX": needs_running_max(feat.dtype, temperature),
                 }
-                | config.constants(dim),
+                | config.constants,
                 config,
             )
         )
@@ -209,7 +208,6 @@ def run_forward(
     assert agg is not None
     assert lse is not None
     assert query_stats is not None
-    assert stats is not None
     return out, agg, lse, query_stats, stats
 
 
@@ -283,7 +281,7 @@ def run_backward(
                     "agg_d": agg.stride(3),
                     "agg_hw": pixel_stride(agg),
                 },
-                constants | config.constants(dim),
+                constants | config.constants,
                 config,
             )
         )
@@ -297,7 +295,7 @@ def run_backward(
                 backward.backward_protos_kernel,
                 owned * config.slices(dim),
                 shared | {"bags": bags, "grad_protos": grad_protos},
-                constants | config.streamed_constants(dim) | {"SEARCH": search_block(bags)},
+                constants | config.constants | {"SEARCH": search_block(bags)},
                 config,
             )
         )

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from fastproto import autograd
-from fastproto.backends.chips import chip_of
 from fastproto.triton import launch, support
-from fastproto.triton.configs import INTERPRETER, Plan, Shape, choose
+from fastproto.triton.configs import Plan, choose
 from fastproto.triton.launch import Launch, Run
 
 # No ``from __future__ import annotations`` here: torch.library reads the annotations below.
@@ -34,14 +33,9 @@ def float32_precision() -> str:
     return "tf32" if setting == "tf32" else "tf32x3"
 
 
-def _plan(feat: Tensor, offsets: Tensor) -> Plan:
-    # Under torch.compile with dynamic shapes these sizes become constants of the graph; the number
-    # of prototypes does not.
-    episodes, queries, dim, height, width = map(int, feat.shape)
-    ways = (int(offsets.shape[0]) - 1) // episodes
-    shape = Shape(episodes, queries, ways, height * width, dim, feat.dtype)
-    chip = INTERPRETER if support.INTERPRETED else chip_of(feat.device)
-    return choose(shape, chip)
+def _plan(feat: Tensor) -> Plan:
+    # Under torch.compile with dynamic shapes the channels become a constant of the graph.
+    return choose(feat.dtype, int(feat.shape[2]), support.INTERPRETED)
 
 
 def _forward(
@@ -58,7 +52,7 @@ def _forward(
     t = temperature if temperature_tensor is None else temperature_tensor
     return launch.run_forward(
         run,
-        _plan(feat, offsets),
+        _plan(feat),
         feat,
         protos,
         offsets,
@@ -90,7 +84,7 @@ def _backward(
     t = temperature if temperature_tensor is None else temperature_tensor
     return launch.run_backward(
         run,
-        _plan(feat, offsets),
+        _plan(feat),
         grad_out,
         feat,
         protos,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastproto.losses import EpisodeLoss
 from fastproto.nn import FewShotUNet, winograd
@@ -134,6 +135,27 @@ def test_a_frozen_filter_or_input_costs_no_gradient() -> None:
     winograd_conv3x3(x, weight).sum().backward()
     assert x.grad is None
     assert weight.grad is not None
+
+
+def test_a_frozen_filter_is_transformed_once_and_again_after_a_change(monkeypatch) -> None:
+    known = WeakTensorKeyDictionary()
+    monkeypatch.setattr(winograd, "_known_filters", known)
+    module, x = Conv3x3(64, 64).requires_grad_(False), torch.randn(8, 64, 16, 16)
+    with torch.inference_mode():
+        first = module(x)
+    (kept,) = known.values()
+    with torch.no_grad():
+        assert torch.equal(module(x), first)
+        assert known[module.weight] is kept
+        module.weight.mul_(2)
+        doubled = Conv3x3(64, 64)  # transforms its filter at every call
+        doubled.load_state_dict(module.state_dict())
+        assert torch.equal(module(x), doubled(x))
+        module.weight.data = torch.zeros(64, 64, 3, 3)
+        assert torch.equal(module(x) - module.bias[:, None, None], torch.zeros_like(first))
+    assert list(known) == [module.weight]
+    del module
+    assert not known
 
 
 def test_repeatable_and_free_of_what_was_computed_before() -> None:

@@ -31,7 +31,7 @@ if not support.INTERPRETED:
 from triton.runtime import interpreter
 
 from fastproto.triton import configs, launch, ops
-from fastproto.triton.configs import TABLE, Plan, Row
+from fastproto.triton.configs import HALF, KERNELS, SINGLE, Config, Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -55,31 +55,23 @@ def test_within_rounding(problem: Problem, dtype: torch.dtype) -> None:
     assert_within_rounding(triton, problem, dtype)
 
 
-def rows() -> list[Row]:
-    """One row for each configuration that differs."""
-    different = {(row.kernel, row.config): row for row in TABLE}
-    return [row for row in different.values() if row.capabilities != configs.INTERPRETED]
-
-
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    "row", rows(), ids=lambda r: f"{r.kernel}-{'-'.join(map(str, dataclasses.astuple(r.config)))}"
+    ("row", "dtype"), [(HALF, torch.float16), (SINGLE, torch.float32)], ids=["half", "single"]
 )
-def test_every_row_of_the_table(row: Row, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_of_the_table(
+    row: Plan, dtype: torch.dtype, kernel: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several programs share the channels, a chunk is padded, tiles end inside, bags vary."""
-    config = row.config
-    dim = 2 * max(config.out_chunks, 1) * config.chunk - 3
-    dtype = torch.float16 if torch.float16 in row.dtypes else row.dtypes[0]
+    config: Config = getattr(row, kernel)
+    dim = 2 * config.out_chunks * config.chunk - 3
     problem = Problem("rows", ((3, 0), (66, 1)), 1, dim, 5, 5, layout=layout)
-
-    def plan(feat: Tensor, offsets: Tensor) -> Plan:
-        shape = configs.Shape(1, 1, 2, 25, dim, dtype)
-        chosen = configs.choose(shape, configs.INTERPRETER)
-        return dataclasses.replace(chosen, **{row.kernel: config.fit(dim)})
-
-    monkeypatch.setattr(ops, "_plan", plan)
+    interpreted = configs.choose(dtype, dim, interpreted=True)
+    plan = dataclasses.replace(interpreted, **{kernel: config.fit(dim)})
+    monkeypatch.setattr(ops, "_plan", lambda feat: plan)
     assert_within_rounding(triton, problem, dtype)
-    if row.kernel == "forward":  # without gradients: statistics may be computed on the way
+    if kernel == "forward":  # without gradients: nothing is saved
         feat, protos, offsets = problem.make(dtype)
         with torch.no_grad():
             inference = triton(feat, protos, offsets)
