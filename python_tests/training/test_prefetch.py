@@ -53,9 +53,7 @@ def test_nothing_is_prepared_before_it_is_asked_for():
     assert len(made) == 2
 
 
-def test_a_gpu_gets_the_next_batch_before_it_works_on_this_one(
-    monkeypatch, pretended_streams
-):
+def test_a_gpu_gets_the_next_batch_before_it_works_on_this_one(monkeypatch, pretended_streams):
     done = []
     monkeypatch.setattr(Episode, "to", lambda self, device: done.append("copy") or self)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
