@@ -32,6 +32,7 @@ from fastproto.nn.weights import (
     read_safetensors,
     write_safetensors,
 )
+from fastproto.nn.winograd import keep_filters
 
 _KIND = "model"
 _Model = TypeVar("_Model", bound="FewShotModel")
@@ -202,7 +203,10 @@ class FewShotModel(nn.Module):
     def _apply(self: _Model, *args: Any, **kwargs: Any) -> _Model:
         if self.graphs is not None:
             self.graphs = Graphs()  # the weights move away from what was captured
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        if self.is_folded:
+            keep_filters(self)  # of the new weights
+        return self
 
     def encode(self, images: Tensor, *, name: str = "images") -> Features:
         """Encoder features of ``images`` ``[E, B, 3, H, W]``, padded to the output stride."""

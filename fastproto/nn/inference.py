@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fastproto import backends
 from fastproto.nn.decoder import UNetDecoder
 from fastproto.nn.prototypes import Prototypes
+from fastproto.nn.winograd import keep_filters
 
 if TYPE_CHECKING:
     from fastproto.nn.base import FewShotModel
@@ -57,7 +58,9 @@ def folded(model: Model, dtype: torch.dtype) -> Model:
     for module in model.modules():
         if isinstance(module, UNetDecoder):
             _fold_decoder(module)
-    return model.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    keep_filters(model)
+    return model
 
 
 def _fold_convolutions(module: nn.Module) -> None:

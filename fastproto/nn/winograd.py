@@ -258,27 +258,28 @@ def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     return out
 
 
-# weight -> ((m, address, version), transformed)
-_known_filters: MutableMapping[Tensor, tuple[object, Tensor]] = WeakTensorKeyDictionary()
+_kept_filters: MutableMapping[Tensor, dict[int, Tensor]] = WeakTensorKeyDictionary()  # by m
+
+
+def keep_filters(module: nn.Module) -> None:
+    """From now on transform the filters of its 3x3 convolutions once: they will not change."""
+    for each in module.modules():
+        if isinstance(each, Conv3x3):
+            _kept_filters[each.weight] = {}
 
 
 def _filters(weight: Tensor, m: int) -> Tensor:
-    """The transformed filters ``[(m+2)^2, C, O]``; those of a frozen parameter are kept."""
+    """The transformed filters ``[(m+2)^2, C, O]``."""
     outputs, channels = weight.shape[:2]
-    keeps = (
-        isinstance(weight, nn.Parameter) and not weight.requires_grad and not weight.is_inference()
-    )
-    key = (m, weight.data_ptr(), weight._version) if keeps else None
-    if keeps:
-        known, filters = _known_filters.get(weight, (None, weight))
-        if known == key:
-            return filters
-    taps = weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
+    kept = _kept_filters.get(weight)
+    if kept is not None and m in kept:
+        return kept[m]
+    taps = weight.permute(2, 3, 1, 0).reshape(9, -1)
     shape = ((m + 2) ** 2, taps.shape[1])
-    out = torch.empty(shape, device="cpu") if keeps else _scratch("filters", shape)
+    out = None if kept is not None else _scratch("filters", shape)
     filters = torch.mm(MATRICES[m].g, taps, out=out).view(-1, channels, outputs)
-    if keeps:
-        _known_filters[weight] = key, filters
+    if kept is not None:
+        kept[m] = filters
     return filters
 
 

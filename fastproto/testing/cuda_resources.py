@@ -29,6 +29,10 @@ CLAMPED = "VIMNMX with a predicate"
 """An integer minimum or maximum that also says which of its operands it was. ptxas 13.0 makes it of
 comparisons with a clamped value, and for sm_90 branches on it wrongly (csrc/cuda/sm80/tiles.cuh).
 Outputs follow the destination; the last operand chooses minimum or maximum and is none."""
+MORE, FEWER = "registers of a consumer", "registers of a producer"
+"""What setmaxnreg leaves a thread; together no more than all had at the launch, or the block waits
+for ever."""
+_MAX_REGISTERS = re.compile(r"\bUSETMAXREG\.(TRY_ALLOC|DEALLOC)\b.*\b(0x[0-9a-f]+)")
 _CLAMPED = re.compile(r"\bU?VI\w*MNMX[\w.]*\s+U?R\w+,\s*(?:!?U?PT,\s*)*U?P\d,")
 
 
@@ -59,7 +63,8 @@ class Kernel:
         registers: Of a thread.
         stack: Bytes of a thread.
         local: Bytes of local memory of a thread: spilled registers, arrays with computed indices.
-        instructions: How many of each of :data:`INSTRUCTIONS`, and :data:`CLAMPED`.
+        instructions: How many of each of :data:`INSTRUCTIONS`, and :data:`CLAMPED`; :data:`MORE`
+            and :data:`FEWER`.
     """
 
     symbol: str
@@ -222,6 +227,9 @@ def complaints(kernel: Kernel, budget: Budget | None) -> list[str]:
     of_block = -(-kernel.registers // 8) * 8 * budget.threads  # handed out in eights
     if of_block > REGISTERS:
         found.append(f"{of_block} registers of a block; allowed: {REGISTERS}")
+    asked = (budget.threads - 128) * kernel.instructions[MORE] + 128 * kernel.instructions[FEWER]
+    if asked > kernel.registers * budget.threads:
+        found.append(f"setmaxnreg: {asked}; allowed: {kernel.registers * budget.threads}")
     # Of other chips the plan asks the driver.
     allowed = SHARED_MEMORY.get(int(kernel.chip.strip("sm_af")))
     if allowed is not None and budget.shared > allowed:
@@ -275,7 +283,7 @@ def ptx_architectures(library: Path) -> set[str]:
 
 def _count_instructions(file: Path) -> dict[str, dict[str, int]]:
     """By symbol."""
-    names = (*INSTRUCTIONS, CLAMPED)
+    names = (*INSTRUCTIONS, CLAMPED, MORE, FEWER)
     found: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     # Without data flow (-ndf), which takes most of the time.
@@ -288,6 +296,8 @@ def _count_instructions(file: Path) -> dict[str, dict[str, int]]:
                 counts[match[1]] += 1
         elif _CLAMPED.search(line):
             counts[CLAMPED] += 1
+        elif asked := _MAX_REGISTERS.search(line):
+            counts[MORE if asked[1] == "TRY_ALLOC" else FEWER] = int(asked[2], 16)
     return found
 
 

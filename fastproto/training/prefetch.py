@@ -64,7 +64,7 @@ def ahead(episodes: Generator[Episode], device: torch.device) -> Generator[Episo
                 copied = episode.to(device)
             if before is not None:
                 yield before
-            # Its step waits for this copy, not for the next; and keeps its memory to the end.
+            # Its step waits for this copy, not for the next. (Step waits for a stream of its own.)
             work = torch.cuda.current_stream(device)
             work.wait_stream(stream)
             for tensor in copied.tensors().values():

@@ -15,7 +15,7 @@ import pytest
 import fastproto
 from fastproto import _library
 from fastproto.testing import cuda_resources
-from fastproto.testing.cuda_resources import CLAMPED, Budget, Kernel
+from fastproto.testing.cuda_resources import CLAMPED, FEWER, MORE, Budget, Kernel
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 LIBRARY = Path(fastproto.__file__).parent / "lib" / "libfastproto_cuda.so"
@@ -67,6 +67,9 @@ def test_every_kernel_keeps_its_budget(kernels: list[Kernel], budgets: dict[str,
     ]
     assert not bad, "\n".join(bad)
     assert len(budgets) > 1
+    for each in kernels:
+        if cuda_resources.wanted_instruction(each) == "HGMMA":
+            assert each.instructions[MORE] > each.registers > each.instructions[FEWER] > 0
 
 
 @pytest.mark.skipif(cuda_resources.ptxas() is None, reason="there is no nvcc")
@@ -78,6 +81,11 @@ def test_newer_gpus_can_run_the_ptx(kernels: list[Kernel]) -> None:
     assert set(registers) == symbols
 
 
+def wgmma(**changes: int) -> dict[str, int]:
+    counts = {"HMMA": 0, "HGMMA": 40, "UTMALDG": 4, CLAMPED: 0, MORE: 240, FEWER: 24}
+    return counts | changes
+
+
 def kernel(**changes: object) -> Kernel:
     fields: dict[str, object] = {
         "symbol": "_Z",
@@ -87,7 +95,7 @@ def kernel(**changes: object) -> Kernel:
         "registers": 168,
         "stack": 0,
         "local": 0,
-        "instructions": {"HMMA": 0, "HGMMA": 40, "UTMALDG": 4, CLAMPED: 0},
+        "instructions": wgmma(),
     }
     return Kernel(**(fields | changes))  # type: ignore[arg-type]
 
@@ -96,13 +104,15 @@ def test_what_is_wrong_is_said() -> None:
     """The check would notice."""
     budget = Budget(384, 168, 200 * 1024)
     assert not cuda_resources.complaints(kernel(), budget)
-    without = {"HMMA": 3, "HGMMA": 0, "UTMALDG": 0, CLAMPED: 0}
-    clamped = {"HMMA": 0, "HGMMA": 40, "UTMALDG": 4, CLAMPED: 2}
+    without = wgmma(HMMA=3, HGMMA=0)
+    clamped = wgmma(**{CLAMPED: 2})
+    greedy = wgmma(**{FEWER: 32})
     for wrong, allowed, words in (
         (kernel(stack=8), budget, "8 bytes of stack"),
         (kernel(local=16), budget, "16 of local memory"),
         (kernel(registers=160), Budget(128, 152, 0), "allowed by its Traits: 152"),
         (kernel(registers=169), Budget(384, 255, 0), "67584 registers of a block"),
+        (kernel(instructions=greedy), budget, "setmaxnreg: 65536; allowed: 64512"),
         (kernel(), Budget(384, 168, 230 * 1024), "bytes of shared memory"),
         (kernel(chip="sm_80"), budget, "bytes of shared memory"),
         (kernel(instructions=without), budget, "no HGMMA"),

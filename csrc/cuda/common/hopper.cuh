@@ -18,6 +18,7 @@ FP_DEVICE int cluster_rank() {
 }
 // All threads of all blocks of the cluster; what they wrote before is seen after.
 FP_DEVICE void sync_cluster() {
+  __syncwarp();
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::

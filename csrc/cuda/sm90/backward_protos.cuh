@@ -37,8 +37,8 @@ struct BackwardProtosTraits {
   static constexpr int kThreads = backward_threads();
   static constexpr int kMaxRegisters = kLaunchRegisters;
   static constexpr int kConsumerRegisters = 232;
-  static constexpr int kProducerRegisters = 48;
-  static_assert(256 * kConsumerRegisters + 128 * kProducerRegisters <= 65536);
+  static constexpr int kProducerRegisters = 40;
+  static_assert(fits_launch<kThreads>(kConsumerRegisters, kProducerRegisters));
   static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kBoxes = Dim / kBox;
   static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group

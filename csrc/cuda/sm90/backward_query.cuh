@@ -44,8 +44,8 @@ struct BackwardQueryTraits {
   static constexpr int kThreads = backward_threads();
   static constexpr int kMaxRegisters = kLaunchRegisters;
   static constexpr int kConsumerRegisters = 240;
-  static constexpr int kProducerRegisters = 32;
-  static_assert(256 * kConsumerRegisters + 128 * kProducerRegisters <= 65536);
+  static constexpr int kProducerRegisters = 24;
+  static_assert(fits_launch<kThreads>(kConsumerRegisters, kProducerRegisters));
   static constexpr bool kChannelsLast = ChannelsLast;
   static constexpr int kBoxes = Dim / kBox;
   static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group

@@ -16,8 +16,13 @@ namespace fastproto::cuda::sm90 {
 
 constexpr int kConsumers = 256;
 static_assert(backward_threads() == kConsumers + 128);
-// Of every thread at first: 65536 / 384, in eights.
+// Of every thread at first: 65536 / 384, in eights. setmaxnreg deals out what all of them have
+// together, and waits for ever for more.
 constexpr int kLaunchRegisters = 168;
+template <int Threads>
+constexpr bool fits_launch(int consumer, int producer) {
+  return kConsumers * consumer + (Threads - kConsumers) * producer <= Threads * kLaunchRegisters;
+}
 
 // Named barriers; 0 is the block's.
 constexpr int kPairBarrier = 1;       // + warp of the group: 64 threads
