@@ -48,7 +48,7 @@ test-whole:
 	$(BIN)/pytest $(WHOLE) -p no:cacheprovider
 
 test-interpreted:
-	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/triton -p no:cacheprovider
+	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/op/triton -p no:cacheprovider
 
 # The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++ and Linux), on every
 # instruction set of this CPU; the first report ends the run. Python is not instrumented, so it must
@@ -62,9 +62,9 @@ SANITIZER = LD_PRELOAD="$(foreach lib,asan ubsan stdc++,$$(g++ -print-file-name=
 sanitize: $(VENV)/.extras
 	CXX=g++ FASTPROTO_SANITIZE=1 FASTPROTO_CUDA=0 \
 	  $(PIP) --no-deps --upgrade --target $(SANITIZED) .
-	$(SANITIZER) $(BIN)/pytest python_tests/ops \
-	  python_tests/backends/test_choice.py::test_every_instruction_set_of_this_cpu_passes_the_op_tests
-	$(SANITIZER) $(BIN)/pytest python_tests/cuda/test_emulated.py \
+	$(SANITIZER) $(BIN)/pytest $(wildcard python_tests/op/*.py) \
+	  python_tests/op/test_choice.py::test_every_instruction_set_of_this_cpu_passes_the_op_tests
+	$(SANITIZER) $(BIN)/pytest python_tests/op/cuda/test_emulated.py \
 	  -k "not opcheck and not compile"
 
 # Measures for a quarter of an hour, writes benchmarks/results and the tables in docs/performance.md.

@@ -7,8 +7,7 @@ import pytest
 from measure import OURS, THREADS, Record
 from peak_memory import peak_memory, why_not
 from problems import MIXED, QUICK, SINGLE
-
-from fastproto.testing.problems import Problem
+from support.problems import Problem
 
 PEER = "eager_nchw"
 

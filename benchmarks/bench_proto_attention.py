@@ -27,9 +27,8 @@ from measure import (
 )
 from problems import MIXED, QUICK, SINGLE
 from pytest_benchmark.fixture import BenchmarkFixture
+from support.problems import Problem
 from torch import Tensor
-
-from fastproto.testing.problems import Problem
 
 # The broadcasting cosine is tens of times slower: it takes part while it is bearable, and after the
 # others: its hundreds of megabytes drive them out of every cache and the heap back to the system.

@@ -21,7 +21,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastproto
-import fastproto.ops  # loads the native library
+import fastproto.op.native  # loads the native library
 from fastproto import _C
 
 Call = Callable[[], None]

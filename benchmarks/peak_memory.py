@@ -18,12 +18,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
+
 import baselines
 import torch
 from problems import find
+from support.problems import Problem
 from torch import Tensor
-
-from fastproto.testing.problems import Problem
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # man 5 proc_pid_clear_refs

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from fastproto.testing.problems import Problem
+from support.problems import Problem
 
 SINGLE = [
     Problem(f"{queries}x{count}", ((count,),), queries=queries)

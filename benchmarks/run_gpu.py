@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
+
 import torch
 from gpu import cases, record
 from gpu.suite import Suite

@@ -8,22 +8,27 @@ from typing import TYPE_CHECKING, Any
 from fastproto._version import __version__
 
 if TYPE_CHECKING:
-    from fastproto.errors import InputError
+    from fastproto.errors import FastprotoError, InputError
     from fastproto.functional import proto_attention
     from fastproto.nn import FewShotUNet, ProtoAttention, PrototypeNet, Prototypes
+    from fastproto.op import backends
 
 __all__ = [
+    "FastprotoError",
     "FewShotUNet",
     "InputError",
     "ProtoAttention",
     "PrototypeNet",
     "Prototypes",
     "__version__",
+    "backends",
     "proto_attention",
 ]
 
 _HOMES = {
+    "FastprotoError": "fastproto.errors",
     "InputError": "fastproto.errors",
+    "backends": "fastproto.op",
     "proto_attention": "fastproto.functional",
     "FewShotUNet": "fastproto.nn",
     "ProtoAttention": "fastproto.nn",

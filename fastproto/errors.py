@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception family for input that fastproto cannot use.
+"""What fastproto raises of its own: input it cannot use, output it cannot write, failed trainings.
 
 Every message names the file or argument, what was found, what is allowed and what to do about it.
 The command line prints the message without a traceback and exits with status 2.
@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import partial
 
 
-class InputError(ValueError):
-    """Something the caller handed in cannot be used.
+class FastprotoError(Exception):
+    """Anything below.
 
     Args:
         subject: The file or argument at fault, e.g. ``"scan.nii.gz"`` or ``"temperature"``.
@@ -34,6 +34,10 @@ class InputError(ValueError):
             type(self), self.subject, found=self.found, allowed=self.allowed, fix=self.fix
         )
         return again, ()
+
+
+class InputError(FastprotoError, ValueError):
+    """Something the caller handed in cannot be used."""
 
 
 class ArgumentError(InputError):
@@ -60,9 +64,9 @@ class CheckpointError(InputError):
     """A weights, task or training-state file that is damaged, unsafe or of another model."""
 
 
-class OutputError(InputError):
+class OutputError(FastprotoError):
     """A result that cannot be written: no permission, no space, or a folder in the way."""
 
 
-class TrainingError(InputError):
+class TrainingError(FastprotoError):
     """A training run that cannot go on, e.g. because the loss is no longer finite."""

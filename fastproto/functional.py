@@ -8,8 +8,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from fastproto import backends, reference
 from fastproto.errors import ArgumentError
+from fastproto.op import backends, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,12 +73,12 @@ def proto_attention(
         temperature = temperature.float()
     chosen = backends.choose(feat.device, backend, feat.dtype, backends.padded_dim(feat.shape[2]))
     if chosen == "native":
-        from fastproto import ops
+        from fastproto.op import native
 
         if torch.compiler.is_compiling():
-            return ops.proto_attention(feat, protos, offsets, temperature, eps, concat)
+            return native.proto_attention(feat, protos, offsets, temperature, eps, concat)
         try:
-            return ops.proto_attention(feat, protos, offsets, temperature, eps, concat)
+            return native.proto_attention(feat, protos, offsets, temperature, eps, concat)
         except RuntimeError as error:
             # What the library says may be lost on the way (torch < 2.13), so it is found again. A
             # GPU is not asked for values, which would be to wait for it.
@@ -94,13 +94,13 @@ def proto_attention(
                     ) from error
             raise
     if chosen == "triton":
-        from fastproto.triton import ops as triton_ops
+        from fastproto.op.triton import ops as triton
 
         # A GPU is not asked for values, which would be to wait for it: its kernels answer what
         # makes no sense with NaN.
         if feat.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_values(offsets, protos, temperature)
-        return triton_ops.proto_attention(feat, protos, offsets, temperature, eps, concat)
+        return triton.proto_attention(feat, protos, offsets, temperature, eps, concat)
     _check_values(offsets, protos, temperature)
     if feat.dtype in (torch.bfloat16, torch.float16):
         # As every backend does: sums in float32.

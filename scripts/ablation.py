@@ -29,7 +29,7 @@ import torch
 
 from fastproto.evaluation import measure
 from fastproto.evaluation.crossval import CrossValidation, crossval
-from fastproto.metrics import SurfaceMetrics
+from fastproto.evaluation.metrics import SurfaceMetrics
 from fastproto.nn.baseline import upsample_scores
 from fastproto.nn.decoder import UNetDecoder
 from fastproto.nn.few_shot_unet import FewShotUNet

@@ -12,12 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
+
+from support import cuda_resources
+from support.cuda_resources import INSTRUCTIONS, Budget, Kernel
 from update_tables import replace_table
 
 import fastproto
-from fastproto import _library
-from fastproto.testing import cuda_resources
-from fastproto.testing.cuda_resources import INSTRUCTIONS, Budget, Kernel
+from fastproto.op import library
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: ROOT / "docs" / "kernels" / f"{name}.md" for name in ("sm80", "sm90")}
@@ -56,7 +58,7 @@ def table(kernels: list[Kernel], budgets: dict[str, Budget], ptx: dict[str, int]
             counts = sorted({kernel.instructions[name] for kernel in group})
             cells.append(" to ".join(dict.fromkeys((str(counts[0]), str(counts[-1])))))
         lines.append("| " + " | ".join(cells) + " |")
-    version = _library.build_info().get("cuda_compiler") or "unknown"
+    version = library.build_info().get("cuda_compiler") or "unknown"
     lines += ["", f"<sub>nvcc {version}; `python scripts/cuda_resources.py --write`</sub>"]
     return "\n".join(lines)
 

@@ -41,12 +41,12 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 INSTALLED = """
 import json
 import fastproto
-from fastproto import _library, backends
+from fastproto.op import library, backends
 
 reasons = {name: backends.why_not(name, "cuda") for name in ("native", "triton")}
 text = "; ".join([fastproto.__file__, *(f"{n}: {why or 'runs'}" for n, why in reasons.items())])
-compiler = _library.build_info().get("cuda_compiler")
-print(json.dumps({"text": text, "compiler": compiler, "broken": _library.cuda_is_broken()}))
+compiler = library.build_info().get("cuda_compiler")
+print(json.dumps({"text": text, "compiler": compiler, "broken": library.cuda_is_broken()}))
 """
 BUILD_TOOLS = ("setuptools", "pybind11", "cmake", "ninja")
 

@@ -28,7 +28,7 @@ from fastproto._version import __version__
 from fastproto.data import open_dataset, read_label, read_volume
 from fastproto.data.preprocessing import FieldOfView, PreparedVolume
 from fastproto.data.volume import Volume
-from fastproto.metrics import dice
+from fastproto.evaluation.metrics import dice
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation import learn, load_model, predict, register
 from fastproto.segmentation.prior import Prior, locate

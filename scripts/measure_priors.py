@@ -24,10 +24,10 @@ import SimpleITK as sitk
 import torch
 
 import fastproto
-from fastproto import _library
 from fastproto.data import open_dataset, read_label, read_volume
 from fastproto.data.preprocessing import canonical
-from fastproto.metrics import dice
+from fastproto.evaluation.metrics import dice
+from fastproto.op import library
 from fastproto.segmentation.prior import KINDS, Atlas, locate
 
 REACHES_MM = (5, 10, 20, 30, 40)
@@ -80,7 +80,7 @@ def main() -> None:
             "torch": torch.__version__,
             "SimpleITK": sitk.Version.VersionString(),
             "python": platform.python_version(),
-            "cpu_level": _library.cpu_level(),
+            "cpu_level": library.cpu_level(),
         },
         "reaches_mm": REACHES_MM,
         "blurs_mm": BLURS_MM,

@@ -13,14 +13,17 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 
 import torch
+from support.problems import Problem
 from torch import Tensor
 
 import fastproto
-from fastproto import _library, backends
 from fastproto.errors import ArgumentError
-from fastproto.testing.problems import Problem
+from fastproto.op import backends, library
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Tails of pixels, prototypes and channels; several bags of a tile; one that is full.
@@ -71,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--for", dest="tool", default="memcheck", help="the sanitizer's tool")
     tool = parser.parse_args().tool
-    broken = _library.cuda_is_broken()
+    broken = library.cuda_is_broken()
     if broken is not None:
         print(f"sanitize_gpu.py: the native backend does not run: {broken}", file=sys.stderr)
         return 1

@@ -12,12 +12,13 @@ import concurrent.futures
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
+
 import torch
 import triton
+from support.offline import SHARED_LIMIT, Case, Resources, cases
 from triton.compiler.errors import CompilationError
 from update_tables import replace_table
-
-from fastproto.testing.offline import SHARED_LIMIT, Case, Resources, cases
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels" / "triton.md"
 

@@ -7,8 +7,7 @@ import dataclasses
 import itertools
 
 import torch
-
-from fastproto.testing.problems import Problem
+from support.problems import Problem
 
 WHATS = ("forward", "backward", "both")
 

@@ -16,13 +16,14 @@ from collections.abc import Callable
 import baselines
 import torch
 from baselines import EPS, TEMPERATURE, Bounds, Op
+from support.environment import environment
+from support.problems import Problem
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastproto import backends, proto_attention
+from fastproto import proto_attention
 from fastproto.errors import ArgumentError
-from fastproto.testing.environment import environment
-from fastproto.testing.problems import Problem
+from fastproto.op import backends
 from gpu.timers import Call
 
 OURS = ("native", "triton")

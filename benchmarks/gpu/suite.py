@@ -18,7 +18,7 @@ import torch._functorch.config as functorch_config
 from baselines import TOLERANCE, relative_error
 from torch import Tensor
 
-from fastproto import backends
+from fastproto.op import backends
 from gpu import implementations
 from gpu.cases import WHATS, Setting, bounds_of
 from gpu.implementations import FORMS, Implementation

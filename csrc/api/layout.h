@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory layouts of maps [..., C, H, W]: NCHW and channels_last. Twin of fastproto/layout.py.
+// Memory layouts of maps [..., C, H, W]: NCHW and channels_last. Twin of fastproto/op/layout.py.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +12,7 @@
 namespace fastproto {
 
 // channels_last when channels are contiguous and that says something, else NCHW; must agree with
-// is_channels_last in fastproto/layout.py.
+// is_channels_last in fastproto/op/layout.py.
 inline bool is_channels_last(const torch::stable::Tensor& maps) {
   const int64_t n = maps.dim();
   return maps.stride(n - 3) == 1 && maps.size(n - 3) > 1 && maps.size(n - 2) * maps.size(n - 1) > 1;

@@ -3,7 +3,7 @@
 // which would be to wait for the device: kernels answer those that make no sense with NaN.
 //
 // With FASTPROTO_EMULATE the same for CPU tensors, as ops of another library, on the emulated
-// kernels (fastproto/testing/emulator.py).
+// kernels (python_tests/support/emulator.py).
 #ifndef FASTPROTO_EMULATE
 #include <cuda_runtime.h>
 #endif

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from fastproto._version import __version__
 from fastproto.cli import crossval, evaluate, info, phantom, register, segment, train
-from fastproto.errors import InputError
+from fastproto.errors import FastprotoError
 
 DESCRIPTION = "Segment an organ nobody trained for, in CT and MR, from one annotated scan."
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except InputError as error:
+    except FastprotoError as error:
         if args.verbose:
             traceback.print_exc()
         print(f"fastproto: error: {error}", file=sys.stderr)

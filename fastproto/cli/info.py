@@ -47,8 +47,8 @@ def describe() -> dict[str, Any]:
 
     import torch
 
-    from fastproto import _library, backends
     from fastproto._version import __version__
+    from fastproto.op import backends, library
 
     gpus = range(torch.cuda.device_count())
     return {
@@ -56,10 +56,10 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
-        "cpu": {"cores": os.cpu_count(), "level": _library.cpu_level()},
+        "cpu": {"cores": os.cpu_count(), "level": library.cpu_level()},
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in gpus],
-        "build": _library.build_info(),
+        "build": library.build_info(),
         "backends": [
             {"name": name, "available": available, "reason": reason}
             for name, available, reason in backends.describe()

@@ -21,7 +21,7 @@ from fastproto.cli.options import (
     runtime,
 )
 from fastproto.cli.register import add_example_options, add_model_option, learn_example
-from fastproto.errors import ArgumentError, InputError, VolumeError
+from fastproto.errors import ArgumentError, FastprotoError, VolumeError
 
 if TYPE_CHECKING:
     from fastproto.data import Volume
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         for scan, output in jobs:
             try:
                 _segment_scan(model, tasks, scan, output, args)
-            except InputError as error:
+            except FastprotoError as error:
                 if len(jobs) == 1:
                     raise
                 failed += 1

@@ -17,9 +17,9 @@ import SimpleITK as sitk
 
 from fastproto._files import atomic_write
 from fastproto.data._native import quiet, reason
-from fastproto.data.dicom import read_series
-from fastproto.data.metaimage import check_metaimage
-from fastproto.data.nifti import check_nifti, check_orthonormal
+from fastproto.data.formats.dicom import read_series
+from fastproto.data.formats.metaimage import check_metaimage
+from fastproto.data.formats.nifti import check_nifti, check_orthonormal
 from fastproto.errors import ArgumentError, GeometryError, LabelError, OutputError, VolumeError
 
 READABLE = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")

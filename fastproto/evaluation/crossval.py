@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastproto import _library
 from fastproto._files import write_text
 from fastproto._version import __version__
 from fastproto.data.dataset import Case, Dataset, open_dataset
@@ -39,6 +38,7 @@ from fastproto.evaluation.protocol import CHUNKS, episodic_dice, folds
 from fastproto.evaluation.quoted import quoted
 from fastproto.evaluation.summary import summarise
 from fastproto.nn.base import FewShotModel
+from fastproto.op import library
 from fastproto.segmentation.learn import model_preprocessing
 from fastproto.segmentation.task import load_model
 from fastproto.training.config import TrainConfig
@@ -181,7 +181,7 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
             "fastproto": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "cpu_level": _library.cpu_level(),
+            "cpu_level": library.cpu_level(),
         },
         "data": dataset.name,
         "model": given.extra.get("name", Path(str(config.model)).name) if given else config.model,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparing segmentations with the truth: per organ, per patient, as a table and as JSON.
 
-The numbers are those of ``fastproto.metrics``. How they are summed up: an organ's mean and standard
+The numbers are those of ``metrics.py``. How they are summed up: an organ's mean and standard
 deviation (n - 1) run over the patients in whom it was measured; the overall mean is the mean of the
 organs' means, so an organ seen in few patients weighs as much as one seen in all. An organ that the
 prediction misses in a patient counts with Dice 0 and NSD 0; it has no distance, so HD95 and ASSD
@@ -37,7 +37,7 @@ from fastproto.data.volume import (
     without_suffix,
 )
 from fastproto.errors import ArgumentError, DatasetError, LabelError
-from fastproto.metrics import DEFINITIONS, dice, surface_metrics
+from fastproto.evaluation.metrics import DEFINITIONS, dice, surface_metrics
 
 METRICS = tuple(DEFINITIONS)
 

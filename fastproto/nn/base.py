@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastproto.errors import ArgumentError, CheckpointError
+from fastproto.nn.encoders.resnet import ResNetEncoder
 from fastproto.nn.inference import Graphs, can_replay, folded, inference_dtype
 from fastproto.nn.prototypes import (
     Prototypes,
@@ -24,7 +25,6 @@ from fastproto.nn.prototypes import (
     class_masks,
     extract_prototypes,
 )
-from fastproto.nn.resnet import ResNetEncoder
 from fastproto.nn.weights import (
     checksum,
     load_encoder_weights,

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastproto import backends
 from fastproto.nn.decoder import UNetDecoder
 from fastproto.nn.prototypes import Prototypes
 from fastproto.nn.winograd import keep_filters
+from fastproto.op import backends
 
 if TYPE_CHECKING:
     from fastproto.nn.base import FewShotModel

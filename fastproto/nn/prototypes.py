@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastproto.errors import ArgumentError, CheckpointError
 from fastproto.nn.weights import read_safetensors, write_safetensors
-from fastproto.reference import normalize
+from fastproto.op.reference import normalize
 
 _KIND = "prototypes"
 

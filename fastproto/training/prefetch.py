@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastproto.errors import InputError
+from fastproto.errors import FastprotoError
 from fastproto.training.episodes import Episode, EpisodeSource
 
 _AHEAD = 3  # batches that each process keeps ready
@@ -30,7 +30,7 @@ def prefetch(
             batch is made when its turn comes.
 
     Raises:
-        InputError: What the source raised, in whichever process.
+        FastprotoError: What the source raised, in whichever process.
     """
     loader = DataLoader(
         _Batches(source, size),
@@ -43,7 +43,7 @@ def prefetch(
         generator=torch.Generator(),  # the global one is part of a run's state
     )
     for batch in loader:
-        if isinstance(batch, InputError):
+        if isinstance(batch, FastprotoError):
             raise batch
         yield batch
 
@@ -74,13 +74,13 @@ def ahead(episodes: Generator[Episode], device: torch.device) -> Generator[Episo
             yield before
 
 
-class _Batches(Dataset["Episode | InputError"]):
+class _Batches(Dataset["Episode | FastprotoError"]):
     def __init__(self, source: EpisodeSource, size: int):
         self.source = source
         self.size = size
 
-    def __getitem__(self, step: int) -> Episode | InputError:
+    def __getitem__(self, step: int) -> Episode | FastprotoError:
         try:
             return self.source.batch(range((step - 1) * self.size, step * self.size))
-        except InputError as error:  # raised here, it would reach the reader as a RuntimeError
+        except FastprotoError as error:  # raised here, it would reach the reader as a RuntimeError
             return error

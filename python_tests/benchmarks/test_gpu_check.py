@@ -171,13 +171,13 @@ def test_without_a_sanitizer(
 PRETENDED = """
 from types import SimpleNamespace
 import torch
-from fastproto import _library
+from fastproto.op import library
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
 torch.cuda.get_device_properties = lambda index: gpu
-_library.build_info = lambda: {build_info}
-_library.why_not_cuda = lambda: {reason!r}
+library.build_info = lambda: {build_info}
+library.why_not_cuda = lambda: {reason!r}
 """
 
 

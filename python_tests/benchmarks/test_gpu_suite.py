@@ -17,9 +17,9 @@ from gpu import cases, implementations, record
 from gpu import suite as gpu_suite
 from gpu.timers import Call, CudaTimer, HostTimer, Replay
 from roofline import Ceilings
+from support.problems import Problem
 
-from fastproto import _library, backends
-from fastproto.testing.problems import Problem
+from fastproto.op import backends, library
 
 
 def make(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
@@ -166,7 +166,7 @@ def test_families_are_forced_while_a_call_runs_and_not_after(
     assert seen == ["sm80-latency", "sm80-latency", None]
 
 
-@pytest.mark.skipif(not _library.build_info(), reason="there is no native code")
+@pytest.mark.skipif(not library.build_info(), reason="there is no native code")
 def test_families_that_take_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H200, which the plan assumes where there is none."""
     monkeypatch.setattr(implementations, "ours", lambda device: {"native": None})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastproto import backends
+from fastproto.op import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_RECORD = "No record in `benchmarks/results` yet."

@@ -14,16 +14,16 @@ import pytest
 import torch
 
 import fastproto
-from fastproto import _library
+from fastproto.op import library
 
 LIBRARY = Path(fastproto.__file__).parent / "lib" / "libfastproto_cuda.so"
-BUILT = bool(_library.build_info().get("cuda_compiler"))
+BUILT = bool(library.build_info().get("cuda_compiler"))
 
 needs_library = pytest.mark.skipif(not BUILT, reason="the package was built without nvcc")
 
 
 @pytest.mark.skipif(
-    not _library.build_info(), reason="the package was installed without native code"
+    not library.build_info(), reason="the package was installed without native code"
 )
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 @pytest.mark.skipif("FASTPROTO_CUDA" in os.environ, reason="FASTPROTO_CUDA is set")
@@ -33,16 +33,16 @@ def test_is_built_where_nvcc_is_found() -> None:
 
 def test_is_installed_where_it_was_built() -> None:
     assert LIBRARY.is_file() == BUILT
-    assert bool(_library.build_info().get("cuda_architectures")) == BUILT
+    assert bool(library.build_info().get("cuda_architectures")) == BUILT
 
 
 USE = """
 import torch, fastproto
-from fastproto.testing.problems import PROBLEMS
+from support.problems import PROBLEMS
 feat, protos, offsets = PROBLEMS[4].make()
 feat.requires_grad_()
 fastproto.proto_attention(feat, protos, offsets).sum().backward()
-fastproto.backends.describe()
+fastproto.op.backends.describe()
 maps = open("/proc/self/maps").read()
 assert "libfastproto_cpu" in maps
 print("libfastproto_cuda" in maps)
@@ -64,7 +64,7 @@ def test_nothing_loads_it_without_a_gpu() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout == "False\n"
     if torch.version.cuda is None:
-        assert _library.why_not_cuda() == "this torch has no CUDA"
+        assert library.why_not_cuda() == "this torch has no CUDA"
 
 
 @needs_library
@@ -82,8 +82,8 @@ def test_depends_on_torch_alone() -> None:
 
 
 LOAD = """
-import ctypes, sys, torch, fastproto.backends
-fastproto.backends.describe()  # the CPU library, which defines the schemas
+import ctypes, sys, torch, fastproto.op.backends
+fastproto.op.backends.describe()  # the CPU library, which defines the schemas
 ctypes.CDLL(sys.argv[1])
 torch.ops.load_library(sys.argv[2])
 print(torch._C._dispatch_has_kernel_for_dispatch_key("fastproto::proto_attention_fwd", "CUDA"))

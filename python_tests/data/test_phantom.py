@@ -15,7 +15,7 @@ from fastproto.data.dataset import open_dataset
 from fastproto.data.phantom import ORGANS, _bias_field, make_patient, write_phantom
 from fastproto.data.volume import Volume, check_same_grid, read_label, read_volume
 from fastproto.errors import ArgumentError, OutputError
-from fastproto.metrics import dice
+from fastproto.evaluation.metrics import dice
 
 SMALL = (12, 48, 48)
 

@@ -22,7 +22,7 @@ from fastproto.errors import (
     OutputError,
 )
 from fastproto.evaluation import evaluate_case, evaluate_folder
-from fastproto.metrics import dice, surface_metrics
+from fastproto.evaluation.metrics import dice, surface_metrics
 
 SPACING = (1.5, 1.0, 4.0)  # x, y, z
 NAMES = {1: "liver", 2: "spleen", 3: "kidney", 4: "aorta"}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastproto.data import Preprocessing, Volume
 from fastproto.evaluation import methods
 from fastproto.evaluation.methods import Example, LearnedNetwork, make_method, trained_on
-from fastproto.metrics import dice
+from fastproto.evaluation.metrics import dice
 from fastproto.nn import PrototypeNet
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation import load_model

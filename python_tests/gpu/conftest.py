@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastproto import _library, backends, proto_attention
+from fastproto import proto_attention
+from fastproto.op import backends, library
 
 FOLDER = Path(__file__).parent
 BACKENDS = ("native", "triton")
@@ -53,7 +54,7 @@ def device() -> str:
 
 def skip_without(backend: str, device: str) -> None:
     """Skip where a backend cannot run. That its library is there and does not load is a failure."""
-    broken = _library.cuda_is_broken()
+    broken = library.cuda_is_broken()
     assert backend != "native" or broken is None, broken
     reason = backends.why_not(backend, device)
     if reason is not None:

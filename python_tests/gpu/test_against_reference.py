@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.compare import assert_within_rounding
+from support.problems import PROBLEMS, Problem
 from torch import Tensor
 
-from fastproto import InputError, backends, proto_attention
-from fastproto.testing.compare import assert_within_rounding
-from fastproto.testing.problems import PROBLEMS, Problem
+from fastproto import InputError, proto_attention
+from fastproto.op import backends
 
 Op = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.compare import run
+from support.problems import PROBLEMS, Problem
 from torch import Tensor
-
-from fastproto.testing.compare import run
-from fastproto.testing.problems import PROBLEMS, Problem
 
 Op = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

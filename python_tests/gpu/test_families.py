@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.compare import assert_within_rounding
+from support.problems import PROBLEMS, Problem
 from torch import Tensor
 
-from fastproto import backends, proto_attention
+from fastproto import proto_attention
 from fastproto.errors import ArgumentError
-from fastproto.testing.compare import assert_within_rounding
-from fastproto.testing.problems import PROBLEMS, Problem
+from fastproto.op import backends
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MANY = Problem("many", tuple((n, 96 - n) for n in range(0, 97, 24)), queries=2)

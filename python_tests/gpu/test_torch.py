@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo.testing
+from support.problems import PROBLEMS, Problem
 from torch import Tensor
 
-from fastproto import _library
-from fastproto.testing.problems import PROBLEMS, Problem
+from fastproto.op import library
 
 Op = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,7 +19,7 @@ SMALL = Problem("small", ((70, 5),), queries=2, dim=64, height=8, width=8)
 
 
 def test_the_driver_knows_the_cuda_of_torch() -> None:
-    known = _library._driver_knows()
+    known = library._driver_knows()
     assert torch.version.cuda is not None
     assert known is not None
     assert known // 1000 >= int(torch.version.cuda.split(".")[0])

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scalars of the op: bags, exponents, norms. Symbols as in docs/math.md; the same rules as in
-// fastproto/triton/tiles.py.
+// fastproto/op/triton/tiles.py.
 #pragma once
 
 #include "../params.h"

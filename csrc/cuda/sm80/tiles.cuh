@@ -42,7 +42,7 @@ struct Matrix {
   }
   // What is inside is asked of row and column and their ends alone, in all of csrc/cuda: of a count
   // that is clamped first, as min(max(x, 0), 8) == 8, ptxas 13.0 makes a branch on the predicate of
-  // VIMNMX.RELU for sm_90, which is taken for x = 0 (python_tests/cuda/test_resources.py).
+  // VIMNMX.RELU for sm_90, which is taken for x = 0 (python_tests/op/cuda/test_resources.py).
   FP_DEVICE bool contains(int row, int column) const { return row < rows && column < columns; }
   FP_DEVICE bool contains_piece(int row, int column) const {
     return row < rows && column + kPerPiece <= columns;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // dP of 64 prototypes of one bag, summed over its queries. Symbols as in docs/math.md; the same
-// algebra as backward_protos_kernel of fastproto/triton/backward.py.
+// algebra as backward_protos_kernel of fastproto/op/triton/backward.py.
 //
 //   S^T = P F^T      group 0                    dA^T = P dO^T    group 1
 //   dS  = w (dA - delta) / t                    each group for half of the pixels

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // dF of 64 pixels of one image, summed over its classes, and delta = <dO, G>. Symbols as in
-// docs/math.md; the same algebra as backward_query_kernel of fastproto/triton/backward.py.
+// docs/math.md; the same algebra as backward_query_kernel of fastproto/op/triton/backward.py.
 //
 //   S  = F P^T       group 0                    dA = dO P^T      group 1
 //   dS = w (dA - delta) / t                     each group for half of the prototypes

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics against MONAI, against hand-computed cases, and on every kind of empty mask."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from monai.metrics import (
+    compute_average_surface_distance,
+    compute_dice,
+    compute_hausdorff_distance,
+    compute_surface_dice,
+)
+from monai.metrics.utils import create_table_neighbour_code_to_surface_area
+from scipy.ndimage import gaussian_filter
+
+from fastproto.data.volume import read_label
+from fastproto.errors import ArgumentError
+from fastproto.evaluation.metrics import _surface_areas, assd, dice, hd95, nsd, surface_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
+
+SPACINGS = [(1.0, 1.0, 1.0), (5.0, 1.5, 1.5), (0.7, 2.3, 0.9)]
+
+
+def random_pair(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two masks: smooth shapes, or scattered voxels, of random size, often touching the edge."""
+    rng = np.random.default_rng(seed)
+    shape = rng.integers(3, 22, 3)
+    if seed % 4 == 0:
+        return rng.random(shape) < 0.2, rng.random(shape) < 0.1
+    field = gaussian_filter(rng.standard_normal(shape), 2.0)
+    other = field + 0.6 * gaussian_filter(rng.standard_normal(shape), 2.0)
+    level = np.quantile(field, rng.uniform(0.4, 0.9))
+    return field > level, other > level
+
+
+def monai_values(
+    a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...], tolerance: float
+) -> tuple[float, ...]:
+    pred, truth = (torch.from_numpy(mask)[None, None].float() for mask in (a, b))
+    grid = {"include_background": True, "spacing": list(spacing)}
+    return (
+        compute_dice(pred, truth, include_background=True).item(),
+        compute_hausdorff_distance(pred, truth, percentile=95, **grid).item(),
+        compute_average_surface_distance(pred, truth, symmetric=True, **grid).item(),
+        compute_surface_dice(pred, truth, [tolerance], use_subvoxels=True, **grid).item(),
+    )
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("tolerance", [0.0, 0.7, 2.0])
+def test_equals_monai_on_random_masks(spacing: tuple[float, ...], tolerance: float) -> None:
+    for seed in range(32):
+        a, b = random_pair(seed)
+        assert a.any()
+        assert b.any()
+        ours = (dice(a, b), *surface_metrics(a, b, spacing=spacing, nsd_tolerance=tolerance))
+        assert ours == pytest.approx(monai_values(a, b, spacing, tolerance), rel=2e-6, abs=2e-6), (
+            f"seed {seed}"
+        )
+
+
+@pytest.mark.data
+def test_equals_monai_on_real_organs(test_data: Path) -> None:
+    """Organs of one brain against those of another, which overlap roughly."""
+    folder = test_data / "ixi_brain_mr" / "labels"
+    first, second = (read_label(path) for path in sorted(folder.glob("*.nii.gz"))[:2])
+    spacing = (2.0, 1.0, 2.5)
+    for value in (1, 4, 6, 8):
+        a, b = first.array == value, second.array == value
+        ours = (dice(a, b), *surface_metrics(a, b, spacing=spacing, nsd_tolerance=2.0))
+        assert ours == pytest.approx(monai_values(a, b, spacing, 2.0), rel=2e-6)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.7, 2.9), (3.0, 0.5, 0.5)])
+def test_area_of_all_256_surface_elements_equals_monais(spacing: tuple[float, ...]) -> None:
+    table, _ = create_table_neighbour_code_to_surface_area(spacing)
+    np.testing.assert_allclose(_surface_areas(spacing), table.numpy(), rtol=1e-6)
+
+
+def test_boxes_shifted_along_one_axis() -> None:
+    a, b = np.zeros((2, 4, 30, 30), dtype=bool)
+    a[:, 5:15, 5:15] = True
+    b[:, 5:15, 8:18] = True
+    spacing = (5.0, 1.0, 2.0)
+    assert dice(a, b) == pytest.approx(0.7)
+    assert hd95(a, b, spacing=spacing) == pytest.approx(6.0)
+    assert nsd(a, b, spacing=spacing, tolerance=6.0) == 1.0
+    assert nsd(a, b, spacing=spacing, tolerance=5.9) < 1.0
+
+
+def test_a_distance_equal_to_the_tolerance_is_within_it() -> None:
+    """3 * 0.7 is larger than 2.1 in float64."""
+    a, b = np.zeros((2, 12, 12, 12), dtype=bool)
+    a[2, 3, 3] = True
+    b[5, 3, 3] = True
+    assert nsd(a, b, spacing=(0.7, 1.0, 1.0), tolerance=2.1) == 1.0
+
+
+def test_single_functions_equal_surface_metrics() -> None:
+    a, b = random_pair(3)
+    spacing = (5.0, 1.5, 1.4)
+    together = surface_metrics(a, b, spacing=spacing, nsd_tolerance=1.5)
+    assert together.hd95 == hd95(a, b, spacing=spacing)
+    assert together.assd == assd(a, b, spacing=spacing)
+    assert together.nsd == nsd(a, b, spacing=spacing, tolerance=1.5)
+
+
+def test_empty_masks() -> None:
+    empty = np.zeros((4, 5, 6), dtype=bool)
+    some = empty.copy()
+    some[1:3, 2, 2:4] = True
+    spacing = (1.0, 1.0, 1.0)
+    assert math.isnan(dice(empty, empty))
+    assert all(math.isnan(value) for value in surface_metrics(empty, empty, spacing=spacing))
+    for pair in ((empty, some), (some, empty)):
+        assert dice(*pair) == 0
+        measured = surface_metrics(*pair, spacing=spacing)
+        assert measured.nsd == 0
+        assert math.isnan(measured.hd95)
+        assert math.isnan(measured.assd)
+
+
+def test_full_volume_has_a_surface_at_its_edge() -> None:
+    full = np.ones((3, 4, 5), dtype=bool)
+    assert surface_metrics(full, full, spacing=(1, 1, 1)) == (0.0, 0.0, 1.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(1, 10_000),
+    factor=st.sampled_from([0.5, 2.0, 4.0]),
+    pad=st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 3),
+)
+def test_symmetric_and_indifferent_to_place_and_unit(
+    seed: int, factor: float, pad: tuple[tuple[int, int], ...]
+) -> None:
+    a, b = random_pair(seed)
+    assume(a.any() and b.any())  # the rules for empty masks have a test of their own
+    spacing = np.array([3.0, 1.0, 1.5])
+    measured = surface_metrics(a, b, spacing=spacing, nsd_tolerance=2.0)
+    assert surface_metrics(b, a, spacing=spacing, nsd_tolerance=2.0) == pytest.approx(measured)
+    moved = surface_metrics(np.pad(a, pad), np.pad(b, pad), spacing=spacing, nsd_tolerance=2.0)
+    assert moved == pytest.approx(measured)
+    scaled = surface_metrics(a, b, spacing=spacing * factor, nsd_tolerance=2.0 * factor)
+    assert scaled == pytest.approx(
+        (measured.hd95 * factor, measured.assd * factor, measured.nsd), rel=1e-6
+    )
+    assert surface_metrics(a, a, spacing=spacing) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+def test_zeros_and_ones_of_any_type_are_a_mask(dtype: type) -> None:
+    a, b = random_pair(5)
+    assert dice(a.astype(dtype), b) == dice(a, b)
+    assert dice(torch.from_numpy(a), torch.from_numpy(b)) == dice(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "subject"),
+    [
+        ((np.zeros((2, 3, 4)), np.zeros((2, 3, 5))), {}, "prediction and truth"),
+        ((np.zeros((3, 4)), np.zeros((3, 4))), {}, "prediction and truth"),
+        ((np.full((2, 2, 2), 3), np.zeros((2, 2, 2))), {}, "prediction"),
+        ((np.zeros((2, 2, 2)), np.full((2, 2, 2), 0.5)), {}, "truth"),
+        ((np.zeros((2, 2, 2)), np.full((2, 2, 2), np.nan)), {}, "truth"),
+        ((np.zeros((2, 2, 2)),) * 2, {"spacing": (1, 1)}, "spacing"),
+        ((np.zeros((2, 2, 2)),) * 2, {"spacing": (1, 0, 1)}, "spacing"),
+        ((np.zeros((2, 2, 2)),) * 2, {"spacing": (1, np.nan, 1)}, "spacing"),
+        ((np.zeros((2, 2, 2)),) * 2, {"nsd_tolerance": -1.0}, "nsd_tolerance"),
+        ((np.zeros((2, 2, 2)),) * 2, {"nsd_tolerance": np.inf}, "nsd_tolerance"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: tuple, options: dict, subject: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        surface_metrics(*arguments, **{"spacing": (1.0, 1.0, 1.0)} | options)
+    assert error.value.subject == subject

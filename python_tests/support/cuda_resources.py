@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels of the compiled CUDA library need, read from its machine code; no GPU involved.
+
+Registers, stack and local memory are those of the binary, by ``cuobjdump``; matrix and tensor
+memory instructions are counted in its disassembly, and minima with a predicate, which no kernel may
+have. What a kernel may need stands in the ``Traits`` it is compiled with (csrc/cuda): a small
+program, compiled here, prints those.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastproto.op.chips import SHARED_MEMORY
+
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTMALDG")
+REGISTERS = 65536
+"""Of a multiprocessor, and so of a block."""
+CLAMPED = "VIMNMX with a predicate"
+"""An integer minimum or maximum that also says which of its operands it was. ptxas 13.0 makes it of
+comparisons with a clamped value, and for sm_90 branches on it wrongly (csrc/cuda/sm80/tiles.cuh).
+Outputs follow the destination; the last operand chooses minimum or maximum and is none."""
+MORE, FEWER = "registers of a consumer", "registers of a producer"
+"""What setmaxnreg leaves a thread; together no more than all had at the launch, or the block waits
+for ever."""
+_MAX_REGISTERS = re.compile(r"\bUSETMAXREG\.(TRY_ALLOC|DEALLOC)\b.*\b(0x[0-9a-f]+)")
+_CLAMPED = re.compile(r"\bU?VI\w*MNMX[\w.]*\s+U?R\w+,\s*(?:!?U?PT,\s*)*U?P\d,")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What ``Traits`` promise.
+
+    Attributes:
+        threads: Of a block.
+        registers: Of a thread, at most (``kMaxRegisters``; 255 where it is not given).
+        shared: Bytes of a block.
+    """
+
+    threads: int
+    registers: int
+    shared: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of the library, for one architecture.
+
+    Attributes:
+        symbol: Its mangled name.
+        name: Its name without parameters and the package's namespaces: ``sm80::forward_kernel``.
+        traits: Its template's arguments as C++ wants them, or "".
+        chip: "sm_80".
+        registers: Of a thread.
+        stack: Bytes of a thread.
+        local: Bytes of local memory of a thread: spilled registers, arrays with computed indices.
+        instructions: How many of each of :data:`INSTRUCTIONS`, and :data:`CLAMPED`; :data:`MORE`
+            and :data:`FEWER`.
+    """
+
+    symbol: str
+    name: str
+    traits: str
+    chip: str
+    registers: int
+    stack: int
+    local: int
+    instructions: dict[str, int] = dataclasses.field(hash=False)
+
+    @property
+    def label(self) -> str:
+        """For tables and test ids."""
+        arguments = re.sub(r"\b(?:\w+::)+", "", self.traits)
+        return f"{self.name}<{arguments}>" if arguments else self.name
+
+
+@functools.cache
+def tool(name: str) -> Path | None:
+    """NVIDIA's cuobjdump or nvdisasm: on PATH, or the one that comes with Triton."""
+    found = shutil.which(name)
+    if found is not None:
+        return Path(found)
+    try:
+        import triton.backends.nvidia
+    except ImportError:
+        return None
+    bundled = Path(triton.backends.nvidia.__file__).parent / "bin" / name
+    return bundled if bundled.is_file() else None
+
+
+@functools.cache
+def ptxas() -> Path | None:
+    """The assembler that belongs to the nvcc on PATH: another's may not know its PTX."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    command = [nvcc, "-dryrun", "-x", "cu", "-c", os.devnull]
+    report = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    folder = re.search(r"^#\$ _HERE_=(.*)$", report, flags=re.MULTILINE)
+    path = Path(folder[1]) / "ptxas" if folder is not None else None
+    return path if path is not None and path.is_file() else None
+
+
+def why_not() -> str | None:
+    """Why no library can be read here, in a sentence; None if it can."""
+    for name in ("cuobjdump", "nvdisasm"):
+        if tool(name) is None:
+            return f"there is no {name}, neither on PATH nor in an installed triton"
+    if shutil.which("c++filt") is None:
+        return "there is no c++filt"
+    return None
+
+
+def kernels(library: Path) -> list[Kernel]:
+    """Every kernel in ``library``, once per architecture it has machine code for."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _output([_tool("cuobjdump"), "-xelf", "all", library.resolve()], cwd=folder)
+        files = sorted(folder.glob("*.cubin"))
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = [kernel for part in pool.map(_kernels_of_cubin, files) for kernel in part]
+    names = _demangled([kernel.symbol for kernel in found])
+    return [
+        dataclasses.replace(kernel, name=name, traits=traits)
+        for kernel in found
+        for name, traits in [_split(names[kernel.symbol])]
+    ]
+
+
+def _kernels_of_cubin(file: Path) -> list[Kernel]:
+    """Without their readable names."""
+    chip = re.search(r"\.(sm_\w+)\.cubin$", file.name)
+    assert chip is not None, file.name
+    usage = _output([_tool("cuobjdump"), "-res-usage", file])
+    counts = _count_instructions(file)
+    pattern = r"^ Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)"
+    return [
+        Kernel(symbol, "", "", chip[1], int(registers), int(stack), int(local), counts[symbol])
+        for symbol, registers, stack, local in re.findall(pattern, usage, flags=re.MULTILINE)
+    ]
+
+
+def budgets(kernels: Iterable[Kernel], sources: Path) -> dict[str, Budget]:
+    """Of the kernels whose first template argument is one, by ``traits``.
+
+    Args:
+        kernels: What :func:`kernels` found.
+        sources: The folder ``csrc`` that the library was built from.
+    """
+    wanted = sorted({kernel.traits for kernel in kernels if kernel.traits})
+    headers = [
+        path
+        for folder in ("common", "sm80", "sm90")
+        for path in sorted((sources / "cuda" / folder).glob("*.cuh"))
+        # Those are included by platform.h, which decides for the emulation.
+        if path.name not in ("ptx.cuh",)
+    ]
+    lines = [
+        "#define FASTPROTO_EMULATE",
+        "#include <cstdio>",
+        *(f'#include "{path}"' for path in headers),
+        "namespace {",
+        "template <class T> concept Traits = requires {",
+        "  T::kThreads; T::kSharedBytes;",
+        "};",
+        "template <class T> constexpr int most_registers() {",
+        "  if constexpr (requires { T::kMaxRegisters; }) return int(T::kMaxRegisters);",
+        "  else return 255;",
+        "}",
+        "template <class T> void print(int index) {",
+        "  if constexpr (Traits<T>)",
+        '    std::printf("%d %d %d %d\\n", index, int(T::kThreads), most_registers<T>(),',
+        "                int(T::kSharedBytes));",
+        "}",
+        "}  // namespace",
+        "int main() {",
+        *(f"  print<{traits}>({index});" for index, traits in enumerate(wanted)),
+        "}",
+    ]
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "budgets.cpp", Path(folder) / "budgets"
+        source.write_text("\n".join(lines), encoding="utf-8")
+        options = ["-std=gnu++20", "-O0", "-w", "-pthread"]
+        _output([*compiler.split(), *options, source, "-o", program])
+        report = _output([program])
+    found = {}
+    for line in report.splitlines():
+        index, *numbers = map(int, line.split())
+        found[wanted[index]] = Budget(*numbers)
+    return found
+
+
+def wanted_instruction(kernel: Kernel) -> str | None:
+    """The matrix instruction that a kernel is written for."""
+    folder, _, name = kernel.name.rpartition("::")
+    if folder not in ("sm80", "sm90") or "stats" in name:
+        return None
+    return "HGMMA" if folder == "sm90" and "latency" not in name else "HMMA"
+
+
+def complaints(kernel: Kernel, budget: Budget | None) -> list[str]:
+    """What is wrong with a kernel, in sentences."""
+    found = []
+    if kernel.stack or kernel.local:
+        found.append(f"{kernel.stack} bytes of stack, {kernel.local} of local memory; allowed: 0")
+    if kernel.instructions[CLAMPED]:
+        found.append(f"{kernel.instructions[CLAMPED]} {CLAMPED}; allowed: 0")
+    wanted = wanted_instruction(kernel)
+    if wanted is not None and not kernel.instructions[wanted]:
+        found.append(f"no {wanted}; allowed: some")
+    if budget is None:
+        if wanted is not None:
+            found.append("no budget; allowed: Traits with kThreads and kSharedBytes")
+        return found
+    if kernel.registers > budget.registers:
+        found.append(f"{kernel.registers} registers; allowed by its Traits: {budget.registers}")
+    of_block = -(-kernel.registers // 8) * 8 * budget.threads  # handed out in eights
+    if of_block > REGISTERS:
+        found.append(f"{of_block} registers of a block; allowed: {REGISTERS}")
+    asked = (budget.threads - 128) * kernel.instructions[MORE] + 128 * kernel.instructions[FEWER]
+    if asked > kernel.registers * budget.threads:
+        found.append(f"setmaxnreg: {asked}; allowed: {kernel.registers * budget.threads}")
+    # Of other chips the plan asks the driver.
+    allowed = SHARED_MEMORY.get(int(kernel.chip.strip("sm_af")))
+    if allowed is not None and budget.shared > allowed:
+        found.append(f"{budget.shared} bytes of shared memory; allowed: {allowed}")
+    return found
+
+
+def assemble(library: Path, chip: str) -> tuple[list[str], dict[str, int]]:
+    """Assembles the PTX in ``library`` for another chip.
+
+    Returns:
+        What the assembler objects to, spills and local memory included, and :data:`CLAMPED`; and
+        the registers of a thread by the kernel's symbol.
+    """
+    assembler = ptxas()
+    assert assembler is not None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _output([_tool("cuobjdump"), "-xptx", "all", library.resolve()], cwd=folder)
+        files = sorted(folder.glob("*.ptx"))
+        if not files:
+            return [f"{library.name}: found no PTX"], {}
+
+        def one(file: Path) -> tuple[str, str]:
+            options = [f"-arch={chip}", "-v", "-warn-spills", "-warn-lmem-usage", "-Werror"]
+            output = file.with_suffix(".cubin")
+            command = [str(assembler), *options, str(file), "-o", str(output)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            wrong = re.findall(r"^ptxas (?!info).*$", result.stderr, flags=re.MULTILINE)
+            if result.returncode != 0:
+                wrong = wrong or [f"exit code {result.returncode}"]
+            elif clamped := sum(counts[CLAMPED] for counts in _count_instructions(output).values()):
+                wrong.append(f"{clamped} {CLAMPED}")
+            return "; ".join(wrong), result.stderr
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            reports = list(pool.map(one, files))
+    pattern = r"Compiling entry function '(\w+)'(?:.*\n)*?.*Used (\d+) registers"
+    registers = {
+        symbol: int(count) for _, report in reports for symbol, count in re.findall(pattern, report)
+    }
+    wrong = [f"{file.name}: {text}" for file, (text, _) in zip(files, reports, strict=True) if text]
+    return wrong, registers
+
+
+def ptx_architectures(library: Path) -> set[str]:
+    """For which architectures ``library`` holds PTX."""
+    report = _output([_tool("cuobjdump"), "-lptx", library])
+    return set(re.findall(r"\.(sm_\w+)\.ptx$", report, flags=re.MULTILINE))
+
+
+def _count_instructions(file: Path) -> dict[str, dict[str, int]]:
+    """By symbol."""
+    names = (*INSTRUCTIONS, CLAMPED, MORE, FEWER)
+    found: dict[str, dict[str, int]] = {}
+    counts: dict[str, int] = {}
+    # Without data flow (-ndf), which takes most of the time.
+    for line in _output([_tool("nvdisasm"), "-c", "-ndf", file]).splitlines():
+        if line.startswith(".text."):
+            counts = found[line[6:-1]] = dict.fromkeys(names, 0)
+        elif "MMA" in line or "UTMA" in line:
+            match = re.search(rf"\b({'|'.join(INSTRUCTIONS)})\b", line)
+            if match is not None:
+                counts[match[1]] += 1
+        elif _CLAMPED.search(line):
+            counts[CLAMPED] += 1
+        elif asked := _MAX_REGISTERS.search(line):
+            counts[MORE if asked[1] == "TRY_ALLOC" else FEWER] = int(asked[2], 16)
+    return found
+
+
+def _tool(name: str) -> Path:
+    path = tool(name)
+    assert path is not None  # why_not() has looked
+    return path
+
+
+def _demangled(symbols: Sequence[str]) -> dict[str, str]:
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout
+    return dict(zip(symbols, text.splitlines(), strict=True))
+
+
+def _split(function: str) -> tuple[str, str]:
+    """Name and first template argument of ``void space::name<argument, ...>(parameters)``."""
+    head = re.match(r"(?:void )?((?:\(anonymous namespace\)|\w+|::)+)", function)
+    assert head is not None, function
+    name = re.sub(r"^fastproto::(?:cuda::)?|\(anonymous namespace\)::", "", head[1])
+    name = name.removeprefix("fastproto::")
+    rest = function[head.end() :]
+    if not rest.startswith("<"):
+        return name, ""
+    depth = 0
+    for index, letter in enumerate(rest):
+        depth += {"<": 1, "(": 1, ">": -1, ")": -1}.get(letter, 0)
+        if depth == 0 or (depth == 1 and letter == ","):
+            return name, rest[1:index].strip()
+    raise AssertionError(function)
+
+
+def _output(command: Sequence[str | Path], cwd: Path | None = None) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    if result.returncode != 0:
+        text = result.stderr or result.stdout
+        raise RuntimeError(f"{Path(command[0]).name} failed: {text.strip()[-4000:]}")
+    return result.stdout
