@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.safetensors')
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES))
 
-.PHONY: install develop demo test test-parts test-whole test-interpreted sanitize bench gpu-check lint format clean
+.PHONY: install develop demo test test-parts test-whole test-interpreted sanitize bench docs gpu-check lint format clean
 
 install: $(VENV)/.installed
 
@@ -71,6 +71,11 @@ sanitize: $(VENV)/.extras
 bench: develop
 	$(BIN)/pytest benchmarks --record benchmarks/results
 	$(BIN)/python scripts/update_tables.py
+
+# The pages in docs/ and the docstrings they show, as a site in build/docs; a warning fails.
+docs: $(VENV)/.dependencies
+	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml docs)
+	$(BIN)/mkdocs build --strict
 
 # Build, tests, kernels' resources and benchmark on an NVIDIA GPU, with the $(PYTHON) that has torch
 # with CUDA, triton and pytest: nothing is installed into it. GPU_CHECK="--out OUT --minutes 8"
