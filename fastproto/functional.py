@@ -8,6 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from fastproto import defaults
 from fastproto.errors import ArgumentError
 from fastproto.op import backends, reference
 
@@ -19,8 +20,8 @@ def proto_attention(
     protos: Tensor,  # [N_total, D]
     offsets: Tensor,  # [E*K + 1] int32
     *,
-    temperature: float | Tensor = 0.05,
-    eps: float = 1e-6,
+    temperature: float | Tensor = defaults.TEMPERATURE,
+    eps: float = defaults.EPS,
     concat: bool = True,
     backend: str | None = None,
 ) -> Tensor:  # [E, Q, K, 2D, H, W]

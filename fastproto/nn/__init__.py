@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from fastproto.nn.baseline import PrototypeNet
-from fastproto.nn.encoders.resnet import ResNetEncoder
+from fastproto.nn.encoders import ResNetEncoder
 from fastproto.nn.few_shot_unet import FewShotUNet
 from fastproto.nn.proto_attention import ProtoAttention
 from fastproto.nn.prototypes import (

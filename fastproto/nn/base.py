@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastproto.errors import ArgumentError, CheckpointError
-from fastproto.nn.encoders.resnet import ResNetEncoder
+from fastproto.nn.encoders import make_encoder
 from fastproto.nn.inference import Graphs, can_replay, folded, inference_dtype
 from fastproto.nn.prototypes import (
     Prototypes,
@@ -99,7 +99,7 @@ class FewShotModel(nn.Module):
         super().__init__()
         check_temperature(temperature)
         check_threshold(mask_threshold)
-        self.encoder = ResNetEncoder(encoder, output_stride)
+        self.encoder = make_encoder(encoder, output_stride)
         load_encoder_weights(self.encoder, weights)
         self.temperature = temperature
         self.mask_threshold = mask_threshold
@@ -161,7 +161,7 @@ class FewShotModel(nn.Module):
 
         Batch normalisation is folded into the layers before it, the memory format is channels_last,
         and on a GPU :meth:`segment` replays a CUDA graph for every shape that comes again. Images
-        and prototypes must have its dtype, ``model.encoder.conv1.weight.dtype``.
+        and prototypes must have its dtype, that of the encoder's weights.
 
         Args:
             dtype: Of the weights and of what is computed; None takes bfloat16 where matrix units
@@ -179,7 +179,7 @@ class FewShotModel(nn.Module):
             torch.Size([1, 2, 2, 64, 64])
         """
         self._refuse_if_folded("for_inference")
-        device = self.encoder.conv1.weight.device
+        device = next(self.encoder.parameters()).device
         with torch.inference_mode(False):
             model = folded(self, dtype or inference_dtype(device))
         model.is_folded = True
@@ -316,7 +316,7 @@ class FewShotModel(nn.Module):
                 allowed="[E, B, 3, H, W], none of them 0",
                 fix="Repeat a single channel three times: images.expand(-1, -1, 3, -1, -1).",
             )
-        weight = self.encoder.conv1.weight
+        weight = next(self.encoder.parameters())
         if images.device != weight.device:
             raise ArgumentError(
                 name, found=f"device {images.device}", allowed=f"{weight.device}, as the network"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastproto import defaults
 from fastproto.nn.base import Features, FewShotModel
 from fastproto.nn.prototypes import Prototypes, prototype_scores
 
@@ -40,8 +41,8 @@ class PrototypeNet(FewShotModel):
         encoder: str = "resnet101",
         output_stride: int = 8,
         weights: str | os.PathLike[str] | None = None,
-        temperature: float = 0.05,
-        mask_threshold: float = 0.5,
+        temperature: float = defaults.TEMPERATURE,
+        mask_threshold: float = defaults.MASK_THRESHOLD,
         append_global: bool = False,
     ):
         super().__init__(

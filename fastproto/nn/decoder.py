@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastproto import defaults
 from fastproto._memory import machine_memory
 from fastproto.nn.winograd import Conv3x3, conv3x3
 
@@ -49,7 +50,7 @@ class UNetDecoder(nn.Module):
 
     recompute: str = "auto"
 
-    def __init__(self, channels: Sequence[int], output_stride: int = 16):
+    def __init__(self, channels: Sequence[int], output_stride: int = defaults.OUTPUT_STRIDE):
         super().__init__()
         f1, f2, f3, f4, f5 = channels
         scale = output_stride // 8

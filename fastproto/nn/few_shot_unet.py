@@ -7,6 +7,7 @@ import os
 
 from torch import Tensor
 
+from fastproto import defaults
 from fastproto.functional import proto_attention
 from fastproto.nn.base import Features, FewShotModel
 from fastproto.nn.decoder import UNetDecoder
@@ -47,12 +48,12 @@ class FewShotUNet(FewShotModel):
 
     def __init__(
         self,
-        encoder: str = "resnet34",
+        encoder: str = defaults.ENCODER,
         weights: str | os.PathLike[str] | None = None,
         *,
-        output_stride: int = 16,
-        temperature: float = 0.05,
-        mask_threshold: float = 0.5,
+        output_stride: int = defaults.OUTPUT_STRIDE,
+        temperature: float = defaults.TEMPERATURE,
+        mask_threshold: float = defaults.MASK_THRESHOLD,
         append_global: bool = False,
         backend: str | None = None,
     ):

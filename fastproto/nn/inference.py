@@ -52,7 +52,7 @@ def computes_bfloat16(
 def folded(model: Model, dtype: torch.dtype) -> Model:
     """A copy in evaluation mode whose normalisations are part of the layers before them."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    if model.encoder.conv1.weight.dtype != torch.float64:
+    if next(model.encoder.parameters()).dtype != torch.float64:
         model = model.float()  # folding rounds; once is enough
     _fold_convolutions(model.encoder)
     for module in model.modules():
@@ -154,7 +154,7 @@ class Graphs:
 
 def can_replay(model: FewShotModel, images: Tensor, prototypes: Prototypes) -> bool:
     """Whether a graph would do what ``model.segment`` does with these arguments."""
-    weight = model.encoder.conv1.weight
+    weight = next(model.encoder.parameters())
     return (
         images.is_cuda
         and images.device == weight.device == prototypes.protos.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastproto import defaults
 from fastproto.functional import proto_attention
 from fastproto.nn.prototypes import Prototypes
 
@@ -28,9 +29,9 @@ class ProtoAttention(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.05,
+        temperature: float = defaults.TEMPERATURE,
         *,
-        eps: float = 1e-6,
+        eps: float = defaults.EPS,
         concat: bool = True,
         backend: str | None = None,
     ):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastproto import defaults
 from fastproto.errors import ArgumentError, CheckpointError
 from fastproto.nn.weights import read_safetensors, write_safetensors
 from fastproto.op.reference import normalize
@@ -265,7 +266,7 @@ def prototype_scores(feat: Tensor, prototypes: Prototypes, *, temperature: float
     """
     check_temperature(temperature)
     check_prototypes(feat, prototypes)
-    eps = 1e-6
+    eps = defaults.EPS
     dtype = torch.promote_types(feat.dtype, torch.float32)
     with torch.autocast(feat.device.type, enabled=False):
         query = normalize(feat.to(dtype).flatten(3).transpose(2, 3), eps)  # [E, Q, HW, D]

@@ -23,23 +23,16 @@ from torch import Tensor, nn
 
 from fastproto._files import atomic_write, cache_folder
 from fastproto.errors import ArgumentError, CheckpointError
+from fastproto.nn.encoders import ENCODERS, Encoder
 
 IMAGENET_URL = "https://download.pytorch.org/models/"
-IMAGENET_FILES = {
-    "resnet18": "resnet18-f37072fd.pth",
-    "resnet34": "resnet34-b627a593.pth",
-    "resnet50": "resnet50-0676ba61.pth",
-    "resnet101": "resnet101-63fe2227.pth",
-}
-"""torchvision's files; the eight digits in a name are the first of the file's SHA-256."""
-
 _HEADER = "fastproto"
 _DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 _BLOCK = 2**20
 
 
-def load_encoder_weights(encoder: nn.Module, weights: str | os.PathLike[str] | None) -> None:
-    """Fill a ``ResNetEncoder`` in place.
+def load_encoder_weights(encoder: Encoder, weights: str | os.PathLike[str] | None) -> None:
+    """Fill an encoder in place.
 
     Args:
         encoder: The encoder; its ``name`` chooses the ImageNet file.
@@ -54,7 +47,7 @@ def load_encoder_weights(encoder: nn.Module, weights: str | os.PathLike[str] | N
     """
     if weights is None:
         return
-    path = _imagenet_file(str(encoder.name)) if weights == "imagenet" else Path(weights)
+    path = _imagenet_file(encoder.name) if weights == "imagenet" else Path(weights)
     state = {key: value for key, value in _read_weights(path).items() if not key.startswith("fc.")}
     load_state(encoder, state, path)
 
@@ -226,7 +219,14 @@ def _require_file(path: Path) -> None:
 
 def _imagenet_file(name: str) -> Path:
     """The cached ImageNet file of an encoder, downloaded where it is not there yet, and checked."""
-    filename = IMAGENET_FILES[name]
+    filename = ENCODERS[name].imagenet
+    if filename is None:
+        able = (each for each, entry in ENCODERS.items() if entry.imagenet is not None)
+        raise ArgumentError(
+            "weights",
+            found=f"'imagenet' for {name}",
+            allowed=f"a file, or one of {', '.join(able)}",
+        )
     path = cache_folder() / filename
     if path.exists():
         _check_imagenet(path, path)

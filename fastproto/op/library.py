@@ -107,6 +107,12 @@ def build_info() -> dict[str, Any]:
     return dict(module.build_info()) if module is not None else {}
 
 
+def built_for() -> list[str]:
+    """Architectures of the CUDA library, as FASTPROTO_CUDA_ARCHS has them."""
+    architectures: str = build_info().get("cuda_architectures", "")
+    return architectures.split()
+
+
 def cpu_level() -> str | None:
     """Instruction set of the CPU kernels: "baseline", "avx2", "avx512", "avx512bf16", "amx".
 

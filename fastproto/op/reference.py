@@ -10,14 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastproto import defaults
+
 
 def proto_attention(
     feat: Tensor,  # [E, Q, D, H, W]
     protos: Tensor,  # [N_total, D]
     offsets: Tensor,  # [E*K + 1] int32
     *,
-    temperature: float | Tensor = 0.05,
-    eps: float = 1e-6,
+    temperature: float | Tensor = defaults.TEMPERATURE,
+    eps: float = defaults.EPS,
     concat: bool = True,
 ) -> Tensor:  # [E, Q, K, 2D, H, W], or [E, Q, K, D, H, W] without concat
     """Correlation-weighted prototype aggregation, bag by bag; see ``fastproto.proto_attention``."""

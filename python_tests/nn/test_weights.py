@@ -18,6 +18,7 @@ from torch import nn
 
 from fastproto.errors import ArgumentError, CheckpointError, OutputError
 from fastproto.nn import FewShotUNet, Prototypes, ResNetEncoder, weights
+from fastproto.nn.encoders import ENCODERS
 from fastproto.nn.weights import (
     checksum,
     load_encoder_weights,
@@ -245,7 +246,7 @@ def test_imagenet_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_imagenet_file_names() -> None:
-    assert weights.IMAGENET_FILES == {
+    assert {name: entry.imagenet for name, entry in ENCODERS.items()} == {
         "resnet18": "resnet18-f37072fd.pth",
         "resnet34": "resnet34-b627a593.pth",
         "resnet50": "resnet50-0676ba61.pth",
@@ -262,7 +263,7 @@ def test_imagenet_download_and_cache(
     name = f"resnet18-{digest[:8]}.pth"
     (server / "file").rename(server / name)
     monkeypatch.setenv("FASTPROTO_CACHE", str(cache))
-    monkeypatch.setitem(weights.IMAGENET_FILES, "resnet18", name)
+    monkeypatch.setitem(ENCODERS, "resnet18", ENCODERS["resnet18"]._replace(imagenet=name))
     monkeypatch.setattr(weights, "IMAGENET_URL", f"{server.as_uri()}/")
     encoder = ResNetEncoder("resnet18")
     load_encoder_weights(encoder, "imagenet")

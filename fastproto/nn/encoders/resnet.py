@@ -8,7 +8,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastproto import defaults
 from fastproto.errors import ArgumentError
+from fastproto.nn.encoders.encoder import Encoder
 from fastproto.nn.winograd import Conv3x3
 
 
@@ -87,7 +89,7 @@ ARCHITECTURES = {
 }
 
 
-class ResNetEncoder(nn.Module):
+class ResNetEncoder(Encoder):
     """A ResNet without its classifier that returns the features of every stage.
 
     For a ``[B, 3, H, W]`` input with H and W multiples of ``output_stride`` the stages are
@@ -113,7 +115,7 @@ class ResNetEncoder(nn.Module):
         ArgumentError: An unknown name or output stride.
     """
 
-    def __init__(self, name: str = "resnet34", output_stride: int = 16):
+    def __init__(self, name: str = defaults.ENCODER, output_stride: int = defaults.OUTPUT_STRIDE):
         super().__init__()
         if name not in ARCHITECTURES:
             raise ArgumentError("encoder", found=repr(name), allowed=", ".join(ARCHITECTURES))
@@ -122,7 +124,8 @@ class ResNetEncoder(nn.Module):
         block, depths = ARCHITECTURES[name]
         self.name = name
         self.output_stride = output_stride
-        self.channels = (64, *(width * block.expansion for width in (64, 128, 256, 512)))
+        f2, f3, f4, f5 = (width * block.expansion for width in (64, 128, 256, 512))
+        self.channels = (64, f2, f3, f4, f5)
 
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)

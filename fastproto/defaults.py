@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is taken where nobody says otherwise: each number once, everything else refers to it."""
+
+from __future__ import annotations
+
+TEMPERATURE = 0.05
+"""t of the aggregation's softmax, no unit."""
+EPS = 1e-6
+"""Smallest norm of a centred feature or prototype."""
+MASK_THRESHOLD = 0.5
+"""tau: the share of a bottleneck cell that a class must exceed to give a prototype."""
+ENCODER = "resnet34"
+OUTPUT_STRIDE = 16
+"""Pixels of a cell at the bottleneck, along each side."""
+PLANE = "axial"
+"""Slicing plane."""
