@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fastproto.cli.options import Subparsers, add_runtime_options, new_parser, runtime
 from fastproto.errors import ArgumentError
-from fastproto.training.config import AUTO, TrainConfig
+from fastproto.training.config import TrainConfig, describe
 
 EXAMPLE = """\
   fastproto train --data scans-ct more/scans-mr --model base --minutes 60 --out run
@@ -20,8 +21,6 @@ EXAMPLE = """\
   fastproto train --out run --resume"""
 
 _UNLIMITED = 10**9  # steps, where minutes decide
-# Options that only steer the command; all others are fields of `TrainConfig`.
-_NOT_CONFIGURATION = ("run", "verbose", "device", "threads", "settings", "resume")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -41,107 +40,16 @@ def add_parser(subparsers: Subparsers) -> None:
         example=EXAMPLE,
         argument_default=argparse.SUPPRESS,
     )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        nargs="+",
-        metavar="DIR",
-        help="folders of scans, or data sets: dataset.json with images, and labels or not; CT and "
-        "MR may be mixed",
-    )
-    data.add_argument(
-        "--label-fraction",
-        type=float,
-        metavar="SHARE",
-        help="share of the episodes that is drawn from labels, where there are some; 0 never looks "
-        f"at a label {_default('label_fraction')}",
-    )
-    data.add_argument(
-        "--holdout-classes",
-        dest="holdout",
-        nargs="+",
-        type=_class,
-        metavar="ORGAN",
-        help="names or label values never trained on",
-    )
-    data.add_argument(
-        "--classes",
-        nargs="+",
-        type=_class,
-        metavar="ORGAN",
-        help="names or label values to train on (default: all that are not held out)",
-    )
-    data.add_argument(
-        "--holdout-cases", nargs="+", metavar="CASE", help="case ids that training never reads"
-    )
-    data.add_argument(
-        "--validation-cases",
-        nargs="+",
-        metavar="CASE",
-        help="case ids for the validation Dice, not trained on",
-    )
-    data.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help=f"side of the network's images; auto: {AUTO['image_size'][0]} on a GPU, "
-        f"{AUTO['image_size'][1]} on a CPU {_default('image_size')}",
-    )
-    data.add_argument(
-        "--plane",
-        choices=("axial", "coronal", "sagittal"),
-        help="slices to learn from; with axial ones, those of the other planes as well "
-        f"{_default('plane')}",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--out", dest="output", required=True, metavar="RUN", help="run folder to write"
-    )
-    training.add_argument(
-        "--model",
-        dest="start",
-        metavar="RUN",
-        help="model to go on from: base, a run folder or a model.safetensors; it decides on the "
-        "network (default: from scratch)",
-    )
-    training.add_argument(
-        "--minutes",
-        type=float,
-        metavar="M",
-        help="end after so many minutes instead of after a number of steps; with --steps as well, "
-        "whichever comes first",
-    )
-    training.add_argument(
-        "--steps", type=int, metavar="N", help=f"optimiser steps {_default('steps')}"
-    )
-    training.add_argument(
-        "--batch", type=int, metavar="N", help=f"episodes in a step {_default('batch')}"
-    )
-    training.add_argument(
-        "--learning-rate",
-        type=float,
-        metavar="RATE",
-        help=f"peak of the schedule {_default('learning_rate')}",
-    )
-    training.add_argument(
-        "--shots", type=int, metavar="N", help=f"support slices per class {_default('shots')}"
-    )
-    training.add_argument(
-        "--encoder",
-        metavar="NAME",
-        help=f"resnet18, 34, 50, 101 or auto: {AUTO['encoder'][0]} on a GPU, "
-        f"{AUTO['encoder'][1]} on a CPU {_default('encoder')}",
-    )
-    training.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="encoder weights to start from: a safetensors or torchvision file, or imagenet to "
-        "download them (default: from scratch)",
-    )
-    training.add_argument(
-        "--seed", type=int, metavar="N", help=f"of weights and episodes {_default('seed')}"
-    )
-    training.add_argument(
+    groups = {name: parser.add_argument_group(name) for name in ("data", "training")}
+    for option in fields(TrainConfig):
+        about = option.metadata
+        flag, _, metavar = about["flag"].partition(" ")
+        if flag:
+            argument = {**about["allowed"].argument, **about["argument"]}
+            argument |= {"metavar": metavar} if metavar else {}
+            group = groups[about["group"]]
+            group.add_argument(flag, dest=option.name, help=describe(option), **argument)
+    groups["training"].add_argument(
         "--set",
         dest="settings",
         nargs="+",
@@ -149,15 +57,12 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="NAME=VALUE",
         help="any other field of fastproto.training.TrainConfig, such as absent_fraction=0.1",
     )
-    training.add_argument(
+    groups["training"].add_argument(
         "--resume",
         action="store_true",
         default=False,
         help="continue the run in RUN from its last checkpoint, bit for bit; options that are "
         "left out are those of the run",
-    )
-    training.add_argument(
-        "--tensorboard", action="store_true", help="also log for TensorBoard, if it is installed"
     )
     add_runtime_options(parser)
 
@@ -169,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     values: dict[str, Any] = {}
     if args.resume:
         values = TrainConfig.load(Path(args.output, "config.json")).to_dict()
-    given = {name: value for name, value in vars(args).items() if name not in _NOT_CONFIGURATION}
+    flags = {option.name for option in fields(TrainConfig) if option.metadata["flag"]}
+    given = {name: value for name, value in vars(args).items() if name in flags}
     if "minutes" in given and not args.resume:
         given.setdefault("steps", _UNLIMITED)
     values |= given
@@ -182,16 +88,6 @@ def run(args: argparse.Namespace) -> int:
         folder = train(TrainConfig.from_dict(values), resume=args.resume)
     print(f"{folder}: model.safetensors, log.jsonl")
     return 0
-
-
-def _default(name: str) -> str:
-    """What ``TrainConfig`` takes where the option is absent, for its help."""
-    return f"(default: {TrainConfig.__dataclass_fields__[name].default})"
-
-
-def _class(text: str) -> str | int:
-    """A class given by its label value or its name."""
-    return int(text) if text.isdigit() else text
 
 
 def read_settings(pairs: list[str]) -> dict[str, Any]:

@@ -1,242 +1,239 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every knob of a training run, in one dataclass that goes to JSON and back."""
+"""Every knob of a training run, in one dataclass that goes to JSON and back.
 
+A new option is one new field of `TrainConfig`: its metadata, an `Option`, says all else about it.
+"""
+
+# ruff: noqa: RUF009 - `_option` is a `field`
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from fastproto import defaults
 from fastproto.errors import ArgumentError
 
-_CHOICES = {
-    "encoder": ("auto", "resnet18", "resnet34", "resnet50", "resnet101"),
-    "output_stride": (8, 16),
-    "plane": ("axial", "coronal", "sagittal"),
-    "precision": ("auto", "float32", "bfloat16"),
-    "recompute": ("auto", "on", "off"),
-}
-_AT_LEAST_ONE = (
-    *("ways", "shots", "queries", "batch", "min_pixels"),
-    *("steps", "checkpoint_every", "validate_every", "store_size"),
-)
-_FROM_ZERO = ("seed", "validation_episodes")
-_NOT_NEGATIVE = ("weight_decay", "ce", "align", "cycle", "final_learning_rate", "gap")
-_ABOVE_ZERO = ("learning_rate", "clip_norm", "temperature", "background_weight")
-_FRACTION = (
-    "label_fraction",
-    "absent_fraction",
-    "same_slice_fraction",
-    "mask_threshold",
-    "warmup_fraction",
-)
-_SWITCHES = (
-    *("drop_excluded_slices", "augment", "crop", "append_global", "progress", "tensorboard"),
-    *("all_planes", "cuda_graph"),
-)
-_LISTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
-    ("data", (str,), "folders"),
-    ("holdout", (str, int), "class names or label numbers"),
-    ("classes", (str, int), "class names or label numbers"),
-    ("holdout_cases", (str,), "case ids"),
-    ("validation_cases", (str,), "case ids"),
-)
+T = TypeVar("T")
 
-# What the network is; a model to go on from decides on it.
-NETWORK = (
-    *("encoder", "output_stride", "image_size", "plane"),
-    *("temperature", "mask_threshold", "append_global"),
+
+class Allowed(NamedTuple):
+    """The values an option takes."""
+
+    words: str | Callable[[], str]  # of errors
+    holds: Callable[[Any], bool]
+    argument: Mapping[str, Any] = MappingProxyType({})  # how argparse reads them
+    keep: Callable[[Any], Any] | None = None  # makes of a value what the field holds
+
+
+@dataclass(frozen=True)
+class Option:
+    """The metadata of a field of `TrainConfig`, by these names."""
+
+    allowed: Allowed
+    flag: str = ""  # on the command line, with its metavar; without one, --set reaches the field
+    help: str = field(kw_only=True)
+    group: Literal["data", "training"] = "training"
+    argument: Mapping[str, Any] = field(default_factory=dict)  # for argparse; overrules `allowed`
+    auto: tuple[Any, ...] = ()  # what "auto" is on a GPU and on a CPU
+    network: bool = False  # it says what the network is; a model to go on from decides on it
+    loss: bool = False  # a weight of a loss: one of them must be above 0
+    free: bool = False  # it may change when a run is continued: no computed number depends on it
+
+
+def _option(default: T, *about: Any, **more: Any) -> T:
+    """A field with a default; the rest is for `Option`."""
+    return field(default=default, metadata=vars(Option(*about, **more)))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _one_of(literal: Any) -> Allowed:
+    choices = get_args(literal)
+    words = f"one of {', '.join(map(str, choices))}"
+    return Allowed(words, lambda x: x in choices, {"choices": choices})
+
+
+def _list_of(words: str, *types: type, read: Callable[[str], str | int] = str) -> Allowed:
+    def holds(value: Any) -> bool:
+        listed = isinstance(value, Collection) and not isinstance(value, (str, bytes))
+        return listed and all(isinstance(x, types) and not isinstance(x, bool) for x in value)
+
+    return Allowed(f"a list of {words}", holds, {"nargs": "+", "type": read}, tuple)
+
+
+def _class(text: str) -> str | int:
+    """A class given by its label value or its name."""
+    return int(text) if text.isdigit() else text
+
+
+def _text(value: Any) -> Any:
+    """JSON takes no path."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _encoders() -> tuple[str, ...]:
+    from fastproto.nn.encoders import ENCODERS  # imports torch
+
+    return ("auto", *ENCODERS)
+
+
+_INT, _FLOAT = {"type": int}, {"type": float}
+_COUNT = Allowed("an integer of at least 1", lambda x: _is_integer(x) and x >= 1, _INT)
+_FROM_ZERO = Allowed("an integer of at least 0", lambda x: _is_integer(x) and x >= 0, _INT)
+_SIZE = Allowed(f'"auto" or {_COUNT.words}', lambda x: x == "auto" or _COUNT.holds(x), _INT)
+_WORKERS = Allowed(f'"auto" or {_FROM_ZERO.words}', lambda x: x == "auto" or _FROM_ZERO.holds(x))
+_NOT_NEGATIVE = Allowed("a finite number of at least 0", lambda x: _is_real(x) and x >= 0, _FLOAT)
+_ABOVE_ZERO = Allowed("a finite number above 0", lambda x: _is_real(x) and x > 0, _FLOAT)
+_TIME = Allowed("None or a number above 0", lambda x: x is None or _ABOVE_ZERO.holds(x), _FLOAT)
+_SHARE = Allowed("a number from 0 to 1", lambda x: _is_real(x) and 0 <= x <= 1, _FLOAT)
+_SWITCH = Allowed("true or false", lambda x: isinstance(x, bool), {"action": "store_true"})
+_ENCODER = Allowed(
+    lambda: f"one of {', '.join(_encoders())}", lambda x: x == "auto" or x in _encoders()
 )
-# What "auto" is on a GPU and on a CPU.
-AUTO: dict[str, tuple[Any, Any]] = {
-    "encoder": ("resnet34", "resnet18"),
-    "image_size": (256, 128),
-}
-# What may differ between a run and its continuation: none of it changes a computed number.
-_FREE_ON_RESUME = (
-    *("data", "output", "checkpoint_every", "progress", "tensorboard"),
-    *("workers", "recompute", "cuda_graph"),
-)
+_TEXT = Allowed("text or a path", lambda x: True, keep=_text)
+_CLASSES = _list_of("class names or label numbers", str, int, read=_class)
+_CASES = _list_of("case ids", str)
+Plane = Literal["axial", "coronal", "sagittal"]
+Stride = Literal[8, 16]
+Precision = Literal["auto", "float32", "bfloat16"]
+Recompute = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train on, what to train, and how long.
+    """What to train on, what to train, and how long; ArgumentError names a wrong value."""
 
-    Args:
-        data: Folders of scans: data sets (``dataset.json`` inside) or plain folders; CT and MR may
-            be mixed.
-        output: Run folder; gets ``model.safetensors``, ``state.safetensors``, ``log.jsonl`` and
-            ``config.json``.
-        holdout: Classes (names or label numbers) that must never be a foreground: the ones to be
-            segmented later without having been trained.
-        classes: Base classes (names or label numbers) to train on; empty = all not held out.
-        drop_excluded_slices: "Setting 2": drop every slice with a held-out class, so that it is not
-            even seen as background. Off ("setting 1"), it is part of the background.
-        holdout_cases: Case ids that training never reads.
-        validation_cases: Case ids for the validation Dice; not trained on. Empty = the validation
-            episodes come from the training cases.
-        label_fraction: Probability that an episode of a data set with labels is made of its base
-            classes instead of supervoxels, 0 to 1; 0 never looks at a label.
-        absent_fraction: Share of the supervoxel episodes whose query comes from anywhere in the
-            scan, mostly without the class.
-        same_slice_fraction: Share of the other supervoxel episodes whose query is the support
-            slice, under random changes of its own.
-        gap: Largest distance of support and query of a supervoxel in mm; two slices are allowed
-            at any distance.
-        all_planes: Draw slices of the other two planes too, from scans whose voxels allow it.
-        ways: Foreground classes in an episode.
-        shots: Support slices of each class.
-        queries: Query slices in an episode.
-        batch: Episodes in a step.
-        min_pixels: Pixels of the prepared slice that a class must cover for the slice to count.
-        augment: Random affine, elastic and gamma changes of the training slices.
-        image_size: Side of the network's images in pixels; "auto" is 256 on a GPU, 128 on a CPU.
-        store_size: Largest side of the slices that fields of view are cut from, in pixels.
-        plane: Slicing plane.
-        crop: Crop to the body's bounding box before resampling.
-        encoder: Encoder name; "auto" is resnet34 on a GPU, resnet18 on a CPU.
-        output_stride: Pixels of a cell at the bottleneck, 8 or 16; small organs need small cells.
-        weights: Encoder weights to start from: None, "imagenet" or a file.
-        start: A trained model to go on from, a file, a run folder or "base", the package's own; it
-            decides on encoder, output stride, image size, plane and how CT is normalised.
-        temperature: Softmax temperature over prototypes, no unit.
-        mask_threshold: Share of a bottleneck cell that a class must cover to give a prototype,
-            0 to 1.
-        append_global: Add each class's mean feature to its prototypes.
-        steps: Optimiser steps at most.
-        minutes: End after so many minutes of training, the schedule with them; None for ``steps``
-            alone. Such a run depends on the machine's speed.
-        learning_rate: Peak learning rate of Adam.
-        final_learning_rate: Learning rate at the last step, as a share of the peak.
-        warmup_fraction: Share of the steps in which the rate rises linearly; then it falls along
-            half a cosine.
-        weight_decay: Decoupled weight decay of Adam, per unit of learning rate.
-        clip_norm: Largest 2-norm of all gradients together.
-        ce: Weight of the cross-entropy.
-        align: Weight of the alignment loss.
-        cycle: Weight of the cyclic consistency loss.
-        background_weight: Class weight of the background in the losses; foregrounds have 1.
-        precision: "float32", "bfloat16" (autocast; weights and Adam stay float32) or "auto":
-            bfloat16 where the hardware computes in it, float32 elsewhere.
-        recompute: Whether the backward pass computes the decoder's largest maps again, which takes
-            somewhat longer, instead of keeping them: "on", "off" or "auto", where they take more
-            than a sixteenth of the device's memory.
-        cuda_graph: On a GPU capture a whole step as one CUDA graph, so that it need not wait for
-            the host.
-        device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
-        workers: Processes that prepare the next steps' episodes meanwhile; "auto" is one for each
-            core, 8 at most, on a GPU, and none on a CPU, which has no time to spare.
-        seed: Seed of initial weights and episodes. Episode i is a pure function of (seed, i).
-        checkpoint_every: Steps between checkpoints; the last step always makes one.
-        validate_every: Steps between validations; the last step always makes one.
-        validation_episodes: Episodes in a validation; 0 = none.
-        progress: Show a progress bar on stderr.
-        tensorboard: Write TensorBoard events beside the JSONL log (extra ``tensorboard``).
-
-    Raises:
-        ArgumentError: A value out of its range, named.
-    """
-
-    data: tuple[str, ...]
-    output: str
-    holdout: tuple[str | int, ...] = ()
-    classes: tuple[str | int, ...] = ()
-    drop_excluded_slices: bool = False
-    holdout_cases: tuple[str, ...] = ()
-    validation_cases: tuple[str, ...] = ()
-    label_fraction: float = 0.5
-    absent_fraction: float = 0.25
-    same_slice_fraction: float = 0.5
-    gap: float = 10.0
-    all_planes: bool = True
-    ways: int = 1
-    shots: int = 1
-    queries: int = 1
-    batch: int = 8
-    min_pixels: int = 30
-    augment: bool = True
-    image_size: int | Literal["auto"] = "auto"
-    store_size: int = 256
-    plane: Literal["axial", "coronal", "sagittal"] = "axial"
-    crop: bool = True
-    encoder: str = "auto"
-    output_stride: Literal[8, 16] = 8
-    weights: str | None = None
-    start: str | None = None
-    temperature: float = 0.05
-    mask_threshold: float = 0.5
-    append_global: bool = False
-    steps: int = 5_000
-    minutes: float | None = None
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.01
-    warmup_fraction: float = 0.02
-    weight_decay: float = 1e-4
-    clip_norm: float = 1.0
-    ce: float = 1.0
-    align: float = 0.0
-    cycle: float = 0.0
-    background_weight: float = 0.2
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    recompute: Literal["auto", "on", "off"] = "auto"
-    cuda_graph: bool = True
-    device: str = "auto"
-    workers: int | Literal["auto"] = "auto"
-    seed: int = 0
-    checkpoint_every: int = 500
-    validate_every: int = 500
-    validation_episodes: int = 16
-    progress: bool = True
-    tensorboard: bool = False
+    # fmt: off
+    data: tuple[str, ...] = field(metadata=vars(Option(
+        _list_of("folders", str), "--data DIR", group="data", free=True,
+        help="folders of scans or data sets (dataset.json with images, labels or not), CT and MR")))
+    output: str = field(metadata=vars(Option(
+        _TEXT, "--out RUN", argument={"required": True}, free=True,
+        help="run folder for model.safetensors, state.safetensors, log.jsonl and config.json")))
+    holdout: tuple[str | int, ...] = _option((), _CLASSES, "--holdout-classes ORGAN", group="data",
+        help="classes (names or label values) never trained as foreground, to be segmented later")
+    classes: tuple[str | int, ...] = _option((), _CLASSES, "--classes ORGAN", group="data",
+        help="classes (names or label values) to train on (default: all that are not held out)")
+    drop_excluded_slices: bool = _option(False, _SWITCH,
+        help="drop slices with a held-out class (setting 2); else it is background (setting 1)")
+    holdout_cases: tuple[str, ...] = _option((), _CASES, "--holdout-cases CASE", group="data",
+        help="case ids that training never reads")
+    validation_cases: tuple[str, ...] = _option((), _CASES, "--validation-cases CASE", group="data",
+        help="case ids for the validation Dice, not trained on (default: the training cases)")
+    label_fraction: float = _option(0.5, _SHARE, "--label-fraction SHARE", group="data",
+        help="share of the episodes drawn from labels, where there are some; 0 never looks at one")
+    absent_fraction: float = _option(0.25, _SHARE,
+        help="share of the supervoxel episodes whose query is any slice, mostly without the class")
+    same_slice_fraction: float = _option(0.5, _SHARE,
+        help="share of the others whose query is the support slice, with random changes of its own")
+    gap: float = _option(10.0, _NOT_NEGATIVE,
+        help="mm from support to query of a supervoxel at most; two slices are never too far")
+    all_planes: bool = _option(True, _SWITCH,
+        help="draw slices of the other two planes too, from scans whose voxels allow it")
+    ways: int = _option(1, _COUNT, help="foreground classes in an episode")
+    shots: int = _option(1, _COUNT, "--shots N", help="support slices of each class")
+    queries: int = _option(1, _COUNT, help="query slices in an episode")
+    batch: int = _option(8, _COUNT, "--batch N", help="episodes in a step")
+    min_pixels: int = _option(30, _COUNT,
+        help="pixels of the prepared slice that a class must cover for the slice to count")
+    augment: bool = _option(True, _SWITCH,
+        help="random affine, elastic and gamma changes of the training slices")
+    image_size: int | Literal["auto"] = _option("auto", _SIZE, "--image-size PIXELS", group="data",
+        auto=(256, 128), network=True, help="side of the network's images in pixels")
+    store_size: int = _option(256, _COUNT,
+        help="largest side of the slices that fields of view are cut from, in pixels")
+    plane: Plane = _option("axial", _one_of(Plane), "--plane", group="data", network=True,
+        help="slices to learn from; with axial ones, those of the other planes as well")
+    crop: bool = _option(True, _SWITCH, help="crop to the body's bounding box before resampling")
+    encoder: str = _option("auto", _ENCODER, "--encoder NAME",
+        auto=(defaults.ENCODER, "resnet18"), network=True, help="resnet18, 34, 50, 101 or auto")
+    output_stride: Stride = _option(8, _one_of(Stride), network=True,
+        help="pixels of a cell at the bottleneck; small organs need small cells")
+    weights: str | None = _option(None, _TEXT, "--weights FILE",
+        help="encoder weights to start from: a safetensors or torchvision file, or imagenet to "
+        "download them (default: from scratch)")
+    start: str | None = _option(None, _TEXT, "--model RUN",
+        help="model to go on from, which decides on the network, image size, plane and how CT is "
+        "normalised: base, a run folder or a model.safetensors (default: from scratch)")
+    temperature: float = _option(defaults.TEMPERATURE, _ABOVE_ZERO, network=True,
+        help="softmax temperature over prototypes, no unit")
+    mask_threshold: float = _option(defaults.MASK_THRESHOLD, _SHARE, network=True,
+        help="share of a bottleneck cell, below 1, that a class must cover to give a prototype")
+    append_global: bool = _option(False, _SWITCH, network=True,
+        help="add each class's mean feature to its prototypes")
+    steps: int = _option(5_000, _COUNT, "--steps N", help="optimiser steps at most")
+    minutes: float | None = _option(None, _TIME, "--minutes M",
+        help="end after so many minutes of training, the schedule with them; the command then "
+        "counts steps only if told how many. Such a run depends on the machine's speed")
+    learning_rate: float = _option(1e-3, _ABOVE_ZERO, "--learning-rate RATE",
+        help="peak learning rate of Adam")
+    final_learning_rate: float = _option(0.01, _NOT_NEGATIVE,
+        help="learning rate at the last step, as a share of the peak")
+    warmup_fraction: float = _option(0.02, _SHARE,
+        help="share of the steps with a linear rise of the rate; then it falls along half a cosine")
+    weight_decay: float = _option(1e-4, _NOT_NEGATIVE,
+        help="decoupled weight decay of Adam, per unit of learning rate")
+    clip_norm: float = _option(1.0, _ABOVE_ZERO, help="largest 2-norm of all gradients together")
+    ce: float = _option(1.0, _NOT_NEGATIVE, loss=True, help="weight of the cross-entropy")
+    align: float = _option(0.0, _NOT_NEGATIVE, loss=True, help="weight of the alignment loss")
+    cycle: float = _option(0.0, _NOT_NEGATIVE, loss=True, help="weight of the cyclic consistency")
+    background_weight: float = _option(0.2, _ABOVE_ZERO,
+        help="class weight of the background in the losses; foregrounds have 1")
+    precision: Precision = _option("auto", _one_of(Precision),
+        help="float32, bfloat16 (autocast; weights and Adam stay float32) or auto: bfloat16 where "
+        "the hardware computes in it, float32 elsewhere")
+    recompute: Recompute = _option("auto", _one_of(Recompute), free=True,
+        help="compute the decoder's largest maps again in the backward pass, somewhat slower, "
+        "instead of keeping them: on, off or auto, where they exceed 1/16 of the device's memory")
+    cuda_graph: bool = _option(True, _SWITCH, free=True,
+        help="on a GPU capture a whole step as one CUDA graph, which does not wait for the host")
+    device: str = _option("auto", _TEXT, help="auto (the GPU if there is one), cpu, cuda:1, ...")
+    workers: int | Literal["auto"] = _option("auto", _WORKERS, free=True,
+        help="processes that prepare the next steps' episodes meanwhile; auto: one for each core, "
+        "8 at most, on a GPU, and none on a CPU, which has no time to spare")
+    seed: int = _option(0, _FROM_ZERO, "--seed N",
+        help="seed of initial weights and episodes; episode i is a pure function of (seed, i)")
+    checkpoint_every: int = _option(500, _COUNT, free=True,
+        help="steps between checkpoints; the last step always makes one")
+    validate_every: int = _option(500, _COUNT,
+        help="steps between validations; the last step always makes one")
+    validation_episodes: int = _option(16, _FROM_ZERO, help="episodes in a validation; 0: none")
+    progress: bool = _option(True, _SWITCH, free=True, help="show a progress bar on stderr")
+    tensorboard: bool = _option(False, _SWITCH, "--tensorboard", free=True,
+        help="also log for TensorBoard, if it is installed")
+    # fmt: on
 
     def __post_init__(self) -> None:
         if isinstance(self.data, (str, os.PathLike)):
             object.__setattr__(self, "data", (os.fspath(self.data),))
-        for name in ("output", "weights", "start"):  # a Path goes in, JSON takes only text
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
-        for name, types, words in _LISTS:
-            value = getattr(self, name)
-            listed = isinstance(value, Collection) and not isinstance(value, (str, bytes))
-            valid = listed and all(
-                isinstance(entry, types) and not isinstance(entry, bool) for entry in value
-            )
-            _check(name, valid, self, f"a list of {words}")
-            object.__setattr__(self, name, tuple(value))
-        for name in _SWITCHES:
-            _check(name, isinstance(getattr(self, name), bool), self, "true or false")
-        for name, choices in _CHOICES.items():
-            allowed = ", ".join(map(str, choices))
-            _check(name, getattr(self, name) in choices, self, f"one of {allowed}")
-        for name in _AT_LEAST_ONE:
-            _check(name, _is_integer(getattr(self, name), 1), self, "an integer of at least 1")
-        for name in _NOT_NEGATIVE:
-            _check(name, _is_number(getattr(self, name), 0), self, "a finite number of at least 0")
-        for name in _ABOVE_ZERO:
-            value = getattr(self, name)
-            _check(name, _is_number(value, 0) and value > 0, self, "a finite number above 0")
-        for name in _FRACTION:
-            value = getattr(self, name)
-            _check(name, _is_number(value, 0) and value <= 1, self, "a number from 0 to 1")
-        _check("mask_threshold", self.mask_threshold < 1, self, "a number from 0 to below 1")
-        for name in _FROM_ZERO:
-            _check(name, _is_integer(getattr(self, name), 0), self, "an integer of at least 0")
-        _check("ce", self.ce + self.align + self.cycle > 0, self, "a loss weight above 0 somewhere")
-        size = self.image_size == "auto" or _is_integer(self.image_size, 1)
-        _check("image_size", size, self, '"auto" or an integer of at least 1')
-        workers = self.workers == "auto" or _is_integer(self.workers, 0)
-        _check("workers", workers, self, '"auto" or an integer of at least 0')
-        time = self.minutes is None or (_is_number(self.minutes, 0) and self.minutes > 0)
-        _check("minutes", time, self, "None or a number above 0")
-        _check("data", bool(self.data), self, "at least one folder")
+        for option in fields(self):
+            allowed, value = option.metadata["allowed"], getattr(self, option.name)
+            self._check(option.name, allowed.holds(value), allowed.words)
+            if allowed.keep:
+                object.__setattr__(self, option.name, allowed.keep(value))
+        self._check("mask_threshold", self.mask_threshold < 1, "a number from 0 to below 1")
+        losses = [getattr(self, option.name) for option in fields(self) if option.metadata["loss"]]
+        self._check("ce", any(losses), "a loss weight above 0 somewhere")
+        self._check("data", bool(self.data), "at least one folder")
         shared = sorted(set(self.holdout_cases) & set(self.validation_cases))
-        _check("validation_cases", not shared, self, f"cases outside holdout_cases (not {shared})")
+        self._check("validation_cases", not shared, f"cases outside holdout_cases (not {shared})")
+
+    def _check(self, name: str, valid: bool, allowed: str | Callable[[], str]) -> None:
+        if not valid:
+            allowed = allowed if isinstance(allowed, str) else allowed()
+            raise ArgumentError(name, found=repr(getattr(self, name)), allowed=allowed)
 
     def to_dict(self) -> dict[str, Any]:
         """All values, in a form that JSON keeps."""
@@ -247,17 +244,11 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The reverse of ``to_dict``; absent values get their defaults.
-
-        Raises:
-            ArgumentError: An unknown name, or a value out of its range.
-        """
-        known = {field.name for field in fields(cls)}
+        """The reverse of ``to_dict``, with defaults; ArgumentError names a wrong name or value."""
+        names = sorted(option.name for option in fields(cls))
         for name in values:
-            if name not in known:
-                raise ArgumentError(
-                    name, found="an unknown option", allowed=", ".join(sorted(known))
-                )
+            if name not in names:
+                raise ArgumentError(name, found="an unknown option", allowed=", ".join(names))
         for name in ("data", "output"):
             if name not in values:
                 raise ArgumentError(name, found="nothing", allowed="a path")
@@ -265,33 +256,29 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainConfig:
-        """Read a ``config.json``.
-
-        Raises:
-            ArgumentError: The file cannot be read as a configuration.
-        """
+        """Read a ``config.json``; ArgumentError names one that is no configuration."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ArgumentError(
-                path, found=f"no readable JSON ({error})", allowed="a config.json of a run"
-            ) from error
+            found = f"no readable JSON ({error})"
+            raise ArgumentError(path, found=found, allowed="a config.json of a run") from error
         if not isinstance(values, dict):
             raise ArgumentError(path, found=type(values).__name__, allowed="a JSON object")
         return cls.from_dict(values)
 
     def resolved(self, *, gpu: bool) -> TrainConfig:
         """With every "auto" of the network's size replaced by what suits the device."""
-        choice: dict[str, Any] = {
-            name: on_gpu if gpu else on_cpu
-            for name, (on_gpu, on_cpu) in AUTO.items()
-            if getattr(self, name) == "auto"
+        chosen = {
+            option.name: option.metadata["auto"][0 if gpu else 1]
+            for option in fields(self)
+            if option.metadata["auto"] and getattr(self, option.name) == "auto"
         }
-        return replace(self, **choice)
+        return replace(self, **chosen)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What makes this another run than ``other``, a ``to_dict``: "name: old -> new"."""
-        free = {*_FREE_ON_RESUME, *(NETWORK if self.start is not None else ())}
+        free = {option.name for option in fields(self) if option.metadata["free"]}
+        free |= set(NETWORK if self.start is not None else ())
         return [
             f"{name}: {other.get(name)!r} -> {value!r}"
             for name, value in self.to_dict().items()
@@ -299,14 +286,17 @@ class TrainConfig:
         ]
 
 
-def _check(name: str, valid: bool, config: TrainConfig, allowed: str) -> None:
-    if not valid:
-        raise ArgumentError(name, found=repr(getattr(config, name)), allowed=allowed)
+def describe(option: Field[Any]) -> str:
+    """The help of a field of `TrainConfig`, with its default where there is more than nothing."""
+    text: str = option.metadata["help"]
+    if option.metadata["auto"]:
+        text += "; auto: {} on a GPU, {} on a CPU".format(*option.metadata["auto"])
+    default = option.default
+    shown = isinstance(default, (str, int, float)) and default is not False
+    return f"{text} (default: {default})" if shown else text
 
 
-def _is_number(value: object, low: float) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= low
-
-
-def _is_integer(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+# What a model to go on from decides on.
+NETWORK = tuple(option.name for option in fields(TrainConfig) if option.metadata["network"])
+_HELP = (f"    {option.name}: {describe(option)}" for option in fields(TrainConfig))
+TrainConfig.__doc__ = "\n".join([f"{TrainConfig.__doc__}\n\nArgs:", *_HELP])

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 
 from fastproto.cli import main
 from fastproto.segmentation import load_model
 from fastproto.training import TrainConfig
+from fastproto.training.config import Allowed, Option
 
 
 @pytest.fixture
@@ -58,6 +61,25 @@ def test_minutes_stand_for_steps_or_beside_them(configs):
     assert (alone.minutes, both.minutes) == (2.5, 2.5)
     assert alone.steps >= 10**6
     assert both.steps == 7
+
+
+def test_a_new_option_is_one_field(configs, monkeypatch, capsys):
+    weight = Allowed("a number of at least 0", lambda x: x >= 0, {"type": float})
+    option = Option(weight, "--dice WEIGHT", loss=True, help="weight of the Dice loss")
+
+    @dataclass(frozen=True)
+    class Extended(TrainConfig):
+        dice: float = field(default=0.0, metadata=vars(option))
+
+    monkeypatch.setattr("fastproto.cli.train.TrainConfig", Extended)
+    shared = ["train", "--data", "phantom", "--out", "run", "--set", "ce=0"]
+    assert main([*shared, "--dice", "0.5"]) == 0
+    assert configs[0][0].to_dict()["dice"] == 0.5
+    assert main([*shared, "--dice", "-1"]) == 2
+    assert "dice: found -1.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "--dice WEIGHT         weight of the Dice loss (default: 0.0)" in capsys.readouterr().out
 
 
 def test_help_tells_the_defaults_of_the_configuration(capsys):

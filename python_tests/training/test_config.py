@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,10 @@ def test_values_of_a_wrong_type_are_refused_by_name(name, value):
     with pytest.raises(ArgumentError) as caught:
         TrainConfig(**{"data": "d", "output": "o", name: value})
     assert caught.value.subject == name
+
+
+def test_every_option_describes_itself():
+    documented = TrainConfig.__doc__.split("Args:")[1]
+    for option in fields(TrainConfig):
+        assert f"\n    {option.name}: {option.metadata['help']}" in documented
+        assert option.default is MISSING or option.metadata["allowed"].holds(option.default)
