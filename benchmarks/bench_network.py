@@ -12,8 +12,9 @@ from pathlib import Path
 import networks
 import pytest
 import torch
-from measure import OURS, THREADS, Record, rounds_for, take_turns
+from measure import OURS, THREADS, Record, take_turns
 from pytest_benchmark.fixture import BenchmarkFixture
+from timers import rounds_for
 
 from fastproto.nn.inference import computes_bfloat16
 

@@ -32,9 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header() -> str:
-    """Why the folder gpu has no tests."""
+    """Why there are no tests of a GPU's kernels here."""
     gpu = "" if torch.cuda.is_available() else "; torch finds no CUDA device here"
-    return f"benchmarks/gpu is a program of its own, not collected: make gpu-check{gpu}"
+    return f"benchmarks/run_gpu.py is a program of its own, not collected: make gpu-check{gpu}"
 
 
 def pytest_configure(config: pytest.Config) -> None:

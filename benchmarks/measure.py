@@ -4,27 +4,25 @@
 from __future__ import annotations
 
 import datetime
-import itertools
-import json
 import os
 import platform
-import random
-import re
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from timers import medians, quartiles, seconds_of, turns
 
 import fastproto
 import fastproto.op.native  # loads the native library
 from fastproto import _C
 
-Call = Callable[[], None]
+Call = Callable[[], object]
 OURS = "native"
 
 
@@ -38,31 +36,8 @@ def available_threads() -> int:
 THREADS = [threads for threads in (1, 2) if threads <= available_threads()]
 
 
-def seconds_of(call: Call) -> float:
-    """Wall time of one call."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
-def turns(names: Sequence[str], rounds: int) -> list[str]:
-    """Who runs when: each name once per round, in an order drawn anew for every round.
-
-    Nobody always follows the same one, in whose caches and on whose heap it would then start. The
-    seed is fixed.
-    """
-    draw = random.Random(0)
-    return [name for _ in range(rounds) for name in draw.sample(names, len(names))]
-
-
-def rounds_for(calls: dict[str, Call], budget: float = 0.5, least: int = 7) -> int:
-    """Rounds that take about ``budget`` seconds; the calls must be warm."""
-    one = sum(seconds_of(call) for call in calls.values())
-    return min(max(least, round(budget / one)), 101)
-
-
 def take_turns(
-    benchmark: BenchmarkFixture, calls: dict[str, Call], rounds: int
+    benchmark: BenchmarkFixture, calls: Mapping[str, Call], rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of each call in ``rounds`` rounds of all of them, ours timed by pytest-benchmark.
 
@@ -70,7 +45,7 @@ def take_turns(
     whose turn comes earlier run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = iter(turns(list(calls), rounds))
+    order = turns(list(calls), rounds)
 
     def until_ours() -> None:
         for name in order:
@@ -78,7 +53,10 @@ def take_turns(
                 return
             seconds[name].append(seconds_of(calls[name]))
 
-    benchmark.pedantic(calls[OURS], setup=until_ours, rounds=rounds)
+    def ours() -> None:
+        calls[OURS]()  # the result is dropped here: everyone's clock includes freeing it
+
+    benchmark.pedantic(ours, setup=until_ours, rounds=rounds)
     until_ours()  # the peers after our last turn
     if benchmark.stats is not None:  # None with --benchmark-disable
         seconds[OURS] = list(benchmark.stats.stats.data)
@@ -87,15 +65,12 @@ def take_turns(
 
 def milliseconds(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Medians, quartiles and the comparison with the fastest peer."""
-    median = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+    median = {name: statistics.median(values) for name, values in seconds.items()}
     fastest = min((name for name in median if name != OURS), key=lambda name: median[name])
     return {
         "rounds": len(seconds[OURS]),
-        "ms": {name: round(value, 4) for name, value in median.items()},
-        "quartiles_ms": {
-            name: [round(q * 1e3, 4) for q in statistics.quantiles(values, method="inclusive")[::2]]
-            for name, values in seconds.items()
-        },
+        "ms": medians(seconds, 1e3, 4),
+        "quartiles_ms": quartiles(seconds, 1e3, 4),
         "fastest_peer": fastest,
         "peer_over_native": round(median[fastest] / median[OURS], 3),
     }
@@ -189,7 +164,7 @@ class Record:
         """Write ``folder/<date>-cpu-<machine>.json``; with the network's rows alone "network"."""
         date = datetime.date.today().isoformat()
         model, cores = cpu_model(), available_threads()
-        record = {
+        found = {
             "date": date,
             "command": shlex.join(["pytest", *arguments]),
             "machine": f"{platform.machine()}, {model}, {cores} cores",
@@ -208,12 +183,10 @@ class Record:
         alone = bool(self.network) and not (self.cases or self.overhead or self.memory)
         if alone and self.network[-1]["device"] != "cpu":
             model = self.network[-1]["device"]
-        tag = re.sub(r"\((?:r|tm)\)|[^a-z0-9]+", "-", f"{model} {cores}c".lower())
-        folder.mkdir(parents=True, exist_ok=True)
         kind = "network" if alone else "cpu"
-        path = folder / f"{date}-{kind}-{re.sub('-+', '-', tag).strip('-')}.json"
-        path.write_text(_one_line_per_row(record), encoding="utf-8")
-        return path
+        return record.write(
+            folder / f"{date}-{kind}-{record.slug(f'{model} {cores}c')}.json", found
+        )
 
     def _of_ceilings(self, case: dict[str, Any]) -> dict[str, float]:
         """Fractions of the machine's rates, which are known once the run is over."""
@@ -232,25 +205,3 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown CPU"
-
-
-def flops(bounds: Sequence[int], queries: int, pixels: int, dim: int, what: str) -> int:
-    """Floating-point operations that are counted, whatever an implementation really does.
-
-    Forward: two matrix products. Backward: five, as in attention (the scores again, and one for
-    each gradient and intermediate); our kernel does seven.
-    """
-    products = {"forward": 2, "backward": 5, "both": 7}[what]
-    prototypes = sum(b - a for a, b in itertools.pairwise(bounds))
-    return 2 * products * queries * pixels * prototypes * dim
-
-
-def _one_line_per_row(record: dict[str, Any]) -> str:
-    """JSON in which every row of a list has a line: thousands of lines otherwise."""
-    entries = []
-    for key, value in record.items():
-        text = json.dumps(value, indent=1).replace("\n", "\n ")
-        if isinstance(value, list):
-            text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
-        entries.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(entries) + "\n}\n"

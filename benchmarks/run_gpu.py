@@ -15,7 +15,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import sys
@@ -25,11 +24,12 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 
+import problems
+import record
 import torch
-from gpu import cases, record
-from gpu.suite import Suite
-from gpu.timers import CudaTimer, HostTimer, Timer
 from roofline import Ceilings
+from suite import Suite
+from timers import CudaTimer, HostTimer, Timer
 
 import fastproto
 
@@ -120,16 +120,6 @@ def build_record(
     }
 
 
-def write(folder: Path, found: dict[str, Any]) -> Path:
-    """Replace the file of this day and machine, in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{found['date']}-{record.tag(found['gpu']['name'])}.json"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(record.one_line_per_row(found), encoding="utf-8")
-    os.replace(temporary, path)
-    return path
-
-
 def report(found: dict[str, Any]) -> None:
     """The cases and the goals, for a terminal."""
     print(f"\nmedians: us of {found['ours']}; how many times as long each peer took")
@@ -170,7 +160,7 @@ def main() -> int:
         print("run_gpu.py: torch finds no CUDA device; nothing was measured.", file=sys.stderr)
         return 2
     timer: Timer = CudaTimer() if options.device == "cuda" else HostTimer()
-    settings = cases.QUICK if options.quick else cases.SETTINGS
+    settings = problems.QUICK_SETTINGS if options.quick else problems.SETTINGS
     settings = [setting for setting in settings if options.only in setting.name]
     if not settings:
         print(f"run_gpu.py: no setting's name has {options.only!r}.", file=sys.stderr)
@@ -181,7 +171,9 @@ def main() -> int:
         return build_record(suite, timer, time.monotonic() - began, options.checks)
 
     def write_so_far() -> Path:
-        return write(options.out, record_so_far())
+        found = record_so_far()
+        name = f"{found['date']}-{record.tag(found['gpu']['name'])}.json"
+        return record.write(options.out / name, found)
 
     suite.run(settings, write_so_far)
     path = write_so_far()

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 
+from page_tables import replace_table, table
 from support import cuda_resources
 from support.cuda_resources import INSTRUCTIONS, Budget, Kernel
-from update_tables import replace_table
 
 import fastproto
 from fastproto.op import library
@@ -33,7 +33,7 @@ def page_of(kernel: Kernel) -> str | None:
     return "sm80" if kernel.name.startswith("sm80::") else None
 
 
-def table(kernels: list[Kernel], budgets: dict[str, Budget], ptx: dict[str, int]) -> str:
+def table_of(kernels: list[Kernel], budgets: dict[str, Budget], ptx: dict[str, int]) -> str:
     """Markdown: a line per kernel; registers of a thread for each chip."""
     chips = list(dict.fromkeys(kernel.chip for kernel in kernels))
     extra = ["sm_100"] if any(kernel.symbol in ptx for kernel in kernels) else []
@@ -42,10 +42,10 @@ def table(kernels: list[Kernel], budgets: dict[str, Budget], ptx: dict[str, int]
     ]
     titles = ["kernel", "threads", *(f"registers {chip}" for chip in chips + extra)]
     titles += ["stack, local", "shared KiB", *instructions]
-    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     groups: dict[str, list[Kernel]] = {}
     for kernel in kernels:
         groups.setdefault(kernel.label, []).append(kernel)
+    rows = []
     for label, group in sorted(groups.items()):
         budget = budgets.get(group[0].traits)
         by_chip = {kernel.chip: kernel for kernel in group}
@@ -57,10 +57,10 @@ def table(kernels: list[Kernel], budgets: dict[str, Budget], ptx: dict[str, int]
         for name in instructions:
             counts = sorted({kernel.instructions[name] for kernel in group})
             cells.append(" to ".join(dict.fromkeys((str(counts[0]), str(counts[-1])))))
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     version = library.build_info().get("cuda_compiler") or "unknown"
-    lines += ["", f"<sub>nvcc {version}; `python scripts/cuda_resources.py --write`</sub>"]
-    return "\n".join(lines)
+    source = f"<sub>nvcc {version}; `python scripts/cuda_resources.py --write`</sub>"
+    return f"{table('', titles, rows)}\n\n{source}"
 
 
 def main() -> int:
@@ -92,7 +92,7 @@ def main() -> int:
         chosen = [kernel for kernel in kernels if page_of(kernel) == name]
         if not chosen:
             continue
-        text = table(chosen, budgets, ptx)
+        text = table_of(chosen, budgets, ptx)
         print(f"\n{name}\n\n{text}")
         if arguments.write:
             replace_table(page, "resources", text)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -27,16 +27,13 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+PYTHON = sys.executable
 RESOURCES = ROOT / "scripts" / "triton_resources.py"
-CUDA_RESOURCES = ROOT / "scripts" / "cuda_resources.py"
-SANITIZED = ROOT / "scripts" / "sanitize_gpu.py"
-SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 # What can run, and whether something is wrong with the native backend; the last line is for us.
 INSTALLED = """
 import json
@@ -48,20 +45,36 @@ text = "; ".join([fastproto.__file__, *(f"{n}: {why or 'runs'}" for n, why in re
 compiler = library.build_info().get("cuda_compiler")
 print(json.dumps({"text": text, "compiler": compiler, "broken": library.cuda_is_broken()}))
 """
-BUILD_TOOLS = ("setuptools", "pybind11", "cmake", "ninja")
+PIP = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
+PIP += ["--disable-pip-version-check", "--verbose", str(ROOT), "--target", "{package}"]
+PYTEST = [PYTHON, "-m", "pytest", "-c", f"{ROOT}/pyproject.toml", "--rootdir", str(ROOT)]
+PYTEST += ["-p", "no:cacheprovider"]
+TESTS = [*PYTEST, f"{ROOT}/python_tests/gpu", "-m", "gpu", "--tb=short", "--verbose"]
+NETWORK = [*PYTEST, f"{ROOT}/benchmarks/bench_network.py", "-k", "cuda", "--record", "{out}"]
+SUITE = [PYTHON, f"{ROOT}/benchmarks/run_gpu.py", "--out", "{out}"]
+SUITE += ["--checks", "{checks}", "--budget", "{budget}"]
+# Every tensor is an allocation of its own, or a block of many would hide what is outside.
+SANITIZER = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "{sanitizer}", "--error-exitcode", "86"]
+# The kernels of ours alone are watched; for initcheck all: who wrote the inputs must be seen.
+SANITIZERS = {
+    "memcheck": ["--kernel-name", "kns=fastproto"],
+    "racecheck": ["--kernel-name", "kns=fastproto", "--racecheck-report", "all"],
+    "initcheck": [],
+}
+UNABLE = ("Device not supported", "Unable to find injection library", "nothing to run")
+# Which tests run together, as pytest's -k has it.
+GROUPS = {
+    "triton": "triton",
+    "native": "not triton and not sm80 and not sm90",
+    "sm80-latency": "sm80-latency",
+    "sm80-throughput": "sm80-throughput",
+    "sm90-latency": "sm90-latency",
+    "sm90-throughput": "sm90-throughput",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What came of a step.
-
-    Attributes:
-        name: For the table.
-        result: "passed", "failed" or "skipped".
-        seconds: Wall time.
-        detail: Counts, or why.
-        log: Its output, if it had any.
-    """
+class Result(NamedTuple):
+    """What came of a step: "passed", "failed" or "skipped"; counts, or why."""
 
     name: str
     result: str
@@ -70,94 +83,154 @@ class Step:
     log: Path | None = None
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the benchmark's record"
-    )
-    parser.add_argument(
-        "--logs",
-        type=Path,
-        default=ROOT / "build" / "gpu-check",
-        metavar="FOLDER",
-        help="for every step's output and the summary",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, help="for everything; what is late is cut short"
-    )
-    parser.add_argument("--installed", action="store_true", help="do not build and install")
-    parser.add_argument(
-        "--only", nargs="+", choices=STEPS, default=list(DEFAULT), help="some of the steps"
-    )
-    return parser.parse_args()
+class Step(NamedTuple):
+    """A step.
+
+    Attributes:
+        share: Of the whole time; what it leaves, the next has. 0: it runs only if asked for.
+        commands: By the names of their logs, all at once; ``Check._call`` fills the braces.
+        why_not: Why it is skipped, if it is.
+        unable: Words with which a program says that there was nothing to check: no failure.
+    """
+
+    share: float
+    commands: dict[str, list[str]]
+    why_not: Callable[[Check], str | None] = lambda check: None
+    unable: tuple[str, ...] = ()
 
 
-def why_not() -> str | None:
-    """Why nothing can be checked here, in a sentence; None if it can."""
-    for name in ("torch", "triton", "pytest"):
-        if importlib.util.find_spec(name) is None:
-            return f"{sys.executable} has no {name}"
-    import torch
+def sanitizer(share: float, tool: str) -> Step:
+    """The small problems of sanitize_gpu.py under a tool of compute-sanitizer."""
+    command = [*SANITIZER, "--tool", tool, *SANITIZERS[tool], PYTHON]
+    command += [f"{ROOT}/scripts/sanitize_gpu.py", "--for", tool]
+    missing = "there is no compute-sanitizer"
+    return Step(share, {tool: command}, lambda _: None if find_sanitizer() else missing, UNABLE)
 
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no CUDA device"
-    return None
+
+STEPS = {
+    "install": Step(
+        0.15, {"install": PIP}, lambda c: "--installed" if c.options.installed else None
+    ),
+    "tests": Step(
+        0.25, {k: [*TESTS, "-k", v, f"--junitxml={{logs}}/{k}.xml"] for k, v in GROUPS.items()}
+    ),
+    "cuda_resources": Step(
+        0.05,
+        {"cuda_resources": [PYTHON, f"{ROOT}/scripts/cuda_resources.py"]},
+        unable=("cuda_resources.py: cannot run: ",),
+    ),
+    "memcheck": sanitizer(0.1, "memcheck"),
+    "racecheck": sanitizer(0.1, "racecheck"),
+    "network": Step(
+        0.15,
+        {"network": NETWORK},
+        lambda _: None if has_tool("pytest_benchmark") else "there is no pytest-benchmark",
+    ),
+    "initcheck": sanitizer(0, "initcheck"),
+    "resources": Step(
+        0,
+        {"resources": [PYTHON, str(RESOURCES)]},
+        lambda _: None if RESOURCES.is_file() else f"there is no scripts/{RESOURCES.name}",
+    ),
+    "benchmark": Step(0.2, {"benchmark": SUITE}),
+}
+DEFAULT = [name for name, step in STEPS.items() if step.share]
 
 
 class Check:
-    """The steps; all run in processes of their own, away from the sources."""
+    """Runs steps in processes of their own, away from the sources."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options: argparse.Namespace = options
         self.deadline = time.monotonic() + options.minutes * 60
         self.logs: Path = options.logs.resolve()
-        self.checks = self.logs / "checks.json"
+        self.package, self.checks = self.logs / "package", self.logs / "checks.json"
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.environment = {
-            key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"
-        }
+        if not self.checks.is_file():
+            self.checks.write_text("[]", encoding="utf-8")
+        self.environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         nvcc = find_nvcc()
         if nvcc is not None:
             self.environment.setdefault("CUDACXX", str(nvcc))
         if not options.installed:
-            self._look_first_in(self.logs / "package")
+            # Before the environment's own packages; the sources last, should the build fail.
+            path = [str(self.package), os.environ.get("PYTHONPATH", ""), str(ROOT)]
+            self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
 
-    def _look_first_in(self, folder: Path) -> None:
-        """Before the environment's own packages; the sources last, should the build fail."""
-        path = [str(folder), os.environ.get("PYTHONPATH", ""), str(ROOT)]
-        self.environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+    def left(self, name: str) -> float:
+        """Seconds that a step may take, so that those after it get their share; some, at least."""
+        after = DEFAULT[DEFAULT.index(name) + 1 :] if name in DEFAULT else []
+        kept = sum(STEPS[step].share for step in after) * self.options.minutes * 60
+        return max(self.deadline - time.monotonic() - kept, 20)
 
-    def remember(self, step: Step) -> None:
-        """For the benchmark's record; also across calls, until something else is installed."""
-        rows: list[dict[str, str]] = []
-        if step.name != "install" and self.checks.is_file():
-            rows = json.loads(self.checks.read_text(encoding="utf-8"))
-        rows = [row for row in rows if row["check"] != step.name]
-        rows.append({"check": step.name, "result": step.result, "detail": step.detail})
+    def step(self, name: str) -> Result:
+        """What comes of a step, whatever happens; also kept for the benchmark's record."""
+        try:
+            result = self._step(name, STEPS[name])
+        except Exception as error:  # the next step may still tell something
+            result = Result(name, "failed", 0.0, f"{type(error).__name__}: {error}")
+        rows = json.loads(self.checks.read_text(encoding="utf-8"))  # of calls before, too
+        rows = [row for row in rows if "install" != name != row["check"]]
+        rows.append({"check": name, "result": result.result, "detail": result.detail})
         self.checks.write_text(json.dumps(rows), encoding="utf-8")
+        return result
 
-    def install(self) -> Step:
-        """Build and install into a folder."""
-        if self.options.installed:
-            return Step("install", "skipped", 0.0, "--installed")
-        folder = self.logs / "package"
-        shutil.rmtree(folder, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-        pip += ["--disable-pip-version-check", "--no-index", "--verbose", "--target", str(folder)]
-        step = self._step("install", [*pip, str(ROOT)])
-        if step.result == "failed":
-            missing = [name for name in BUILD_TOOLS if not has_tool(name)]
-            tools = f"the build needs {', '.join(missing)}" if missing else ""
-            detail = "; ".join(filter(None, [step.detail, tools]))
-            return dataclasses.replace(step, detail=detail)
-        problem, found = self._what_is_installed()
-        return dataclasses.replace(step, result="failed" if problem else "passed", detail=found)
+    def _step(self, name: str, step: Step) -> Result:
+        reason = step.why_not(self)
+        if reason is not None:
+            return Result(name, "skipped", 0.0, reason)
+        if name == "install":
+            shutil.rmtree(self.package, ignore_errors=True)
+        limit = self.left(name)
+        with concurrent.futures.ThreadPoolExecutor(len(step.commands)) as pool:
+            parts = list(pool.map(lambda log: self._call(log, step, limit), step.commands))
+        if len(parts) == 1:
+            return parts[0]
+        worst = min(parts, key=lambda part: part.result)  # "failed" < "passed"
+        detail = "; ".join(f"{part.name}: {part.detail}" for part in parts)
+        return Result(name, worst.result, max(p.seconds for p in parts), detail, worst.log)
 
-    def _what_is_installed(self) -> tuple[bool, str]:
+    def _call(self, name: str, step: Step, limit: float) -> Result:
+        log, junit, out = self.logs / f"{name}.log", self.logs / f"{name}.xml", self.options.out
+        junit.unlink(missing_ok=True)
+        values = {"logs": self.logs, "package": self.package, "checks": self.checks}
+        # No setting starts after the budget; the last one takes its time, and so do the tables.
+        values |= {"out": out.resolve(), "budget": f"{max(limit - 40, 10) / 60:.2f}"}
+        values |= {"sanitizer": find_sanitizer()}
+        command = [word.format_map(values) for word in step.commands[name]]
+        print(f"\n== {name}: {' '.join(command)}", flush=True)
+        began = time.monotonic()
+        code, timed_out = run(command, log, self.environment, self.logs, limit)
+        seconds = time.monotonic() - began
+        lines = log.read_text(encoding="utf-8").splitlines()
+        unable = [line for words in step.unable for line in lines if words in line]
+        if code and unable:
+            return Result(name, "skipped", seconds, unable[0].strip("= "), log)
+        good, details = code == 0, []
+        if timed_out or code:
+            details = [f"stopped after {limit:.0f} s" if timed_out else f"exit code {code}"]
+        if name == "install" and good:
+            wrong, text = self.what_is_installed()
+            good, details = not wrong, [text]
+        elif name == "install":
+            missing = [x for x in ("setuptools", "pybind11", "cmake", "ninja") if not has_tool(x)]
+            details += [f"the build needs {', '.join(missing)}"] * bool(missing)
+        elif name in GROUPS:
+            words, some = count(junit)
+            good, details = good and some, [*details, words]
+        elif name in SANITIZERS:
+            said = [line for line in lines if line and not line.startswith("=====")]
+            details += [line.strip("= ") for line in lines if "SUMMARY" in line] + said[-1:]
+        elif name == "benchmark":
+            details.append(str(values["out"]))
+        result = "passed" if good else "failed"
+        return Result(name, result, seconds, "; ".join(dict.fromkeys(details)), log)
+
+    def what_is_installed(self) -> tuple[bool, str]:
         """Whether something is wrong with it, and which backends it has or why not."""
+        command = [sys.executable, "-c", INSTALLED]
         found = subprocess.run(
-            [sys.executable, "-c", INSTALLED],
+            command,
             cwd=self.logs,
             env=self.environment,
             capture_output=True,
@@ -171,152 +244,6 @@ class Check:
         wants_native = self.environment.get("FASTPROTO_CUDA") != "0" and find_nvcc() is not None
         return bool(facts["broken"]) or (wants_native and not facts["compiler"]), facts["text"]
 
-    def left(self, name: str) -> float:
-        """Seconds that a step may take, so that those after it get their share; some, at least."""
-        after = (
-            [SHARE[step] for step in DEFAULT[DEFAULT.index(name) + 1 :]] if name in SHARE else []
-        )
-        return max(self.deadline - time.monotonic() - sum(after) * self.options.minutes * 60, 20)
-
-    def tests(self) -> Step:
-        """The tests marked gpu: each group in a process of its own, all at once.
-
-        A kernel that hangs or spoils its process takes no other group's tests with it.
-        """
-        with concurrent.futures.ThreadPoolExecutor(len(GROUPS)) as pool:
-            parts = list(pool.map(self._group, GROUPS))
-        bad = [part for part in parts if part.result == "failed"]
-        detail = "; ".join(f"{part.name}: {part.detail}" for part in parts)
-        seconds = max(part.seconds for part in parts)
-        return Step("tests", "failed" if bad else "passed", seconds, detail, (bad or parts)[0].log)
-
-    def _group(self, name: str) -> Step:
-        junit = self.logs / f"{name}.xml"
-        junit.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
-        command += ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-m", "gpu", "--tb=short"]
-        command += ["--verbose", f"--junitxml={junit}", "-k", GROUPS[name]]
-        command += [str(ROOT / "python_tests" / "gpu")]
-        limit = self.left("tests")
-        return self._step(name, command, lambda: count(junit), lambda: passed(junit), limit=limit)
-
-    def resources(self) -> Step:
-        """Compile every configuration of the table for this device."""
-        if not RESOURCES.is_file():
-            return Step("resources", "skipped", 0.0, f"there is no scripts/{RESOURCES.name}")
-        return self._step("resources", [sys.executable, str(RESOURCES)])
-
-    def cuda_resources(self) -> Step:
-        """Read the machine code of the CUDA library."""
-        step = self._step("cuda_resources", [sys.executable, str(CUDA_RESOURCES)])
-        if "exit code 2" in step.detail:  # there is no library, or nothing to read it with
-            return dataclasses.replace(step, result="skipped", detail=self._last_line(step))
-        return step
-
-    def memcheck(self) -> Step:
-        """Accesses out of bounds or misaligned, in the CUDA library's kernels."""
-        return self._sanitizer("memcheck", ["--kernel-name", "kns=fastproto"])
-
-    def racecheck(self) -> Step:
-        """Races in shared memory."""
-        options = ["--kernel-name", "kns=fastproto", "--racecheck-report", "all"]
-        return self._sanitizer("racecheck", options)
-
-    def initcheck(self) -> Step:
-        """Global memory that is read before it was written."""
-        # All kernels are watched: who wrote the inputs must have been seen.
-        return self._sanitizer("initcheck", [])
-
-    def _sanitizer(self, tool: str, options: Sequence[str]) -> Step:
-        program = find_sanitizer()
-        if program is None:
-            return Step(tool, "skipped", 0.0, "there is no compute-sanitizer")
-        command = [str(program), "--tool", tool, "--error-exitcode", "86", *options]
-        command += [sys.executable, str(SANITIZED), "--for", tool]
-        # Every tensor is an allocation of its own, or a block of many would hide what is outside.
-        step = self._step(
-            tool,
-            command,
-            extra={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )
-        log = step.log.read_text(encoding="utf-8") if step.log is not None else ""
-        reason = why_not_sanitized(log)
-        if step.result == "failed" and reason is not None:
-            return dataclasses.replace(step, result="skipped", detail=reason)
-        found = [line.strip("= ") for line in log.splitlines() if "SUMMARY" in line]
-        details = [step.detail, *found, self._last_line(step)]
-        return dataclasses.replace(step, detail="; ".join(dict.fromkeys(filter(None, details))))
-
-    def _last_line(self, step: Step) -> str:
-        """What a program said last, its sanitizer aside."""
-        text = step.log.read_text(encoding="utf-8") if step.log is not None else ""
-        lines = [line for line in text.splitlines() if line and not line.startswith("=====")]
-        return lines[-1] if lines else ""
-
-    def network(self) -> Step:
-        """The whole network beside the baseline; the record goes beside the other one."""
-        if not has_tool("pytest_benchmark"):
-            return Step("network", "skipped", 0.0, "there is no pytest-benchmark")
-        folder = self.options.out.resolve()
-        command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
-        command += ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-k", "cuda"]
-        command += [str(ROOT / "benchmarks" / "bench_network.py"), "--record", str(folder)]
-        return self._step("network", command)
-
-    def benchmark(self) -> Step:
-        """The GPU suite; what the steps before found goes into its record."""
-        program = ROOT / "benchmarks" / "run_gpu.py"
-        out = self.options.out.resolve()
-        command = [sys.executable, str(program), "--out", str(out)]
-        if self.checks.is_file():
-            command += ["--checks", str(self.checks)]
-        # No setting starts after the budget; the last one takes its time, and so do the tables.
-        command += ["--budget", f"{max(self.left('benchmark') - 40, 10) / 60:.2f}"]
-        return self._step("benchmark", command, describe=lambda: str(out))
-
-    def _step(
-        self,
-        name: str,
-        command: Sequence[str],
-        describe: Callable[[], str] = lambda: "",
-        accept: Callable[[], bool] = lambda: True,
-        limit: float | None = None,
-        extra: Mapping[str, str] | None = None,
-    ) -> Step:
-        log = self.logs / f"{name}.log"
-        print(f"\n== {name}: {' '.join(command)}", flush=True)
-        began = time.monotonic()
-        limit = self.left(name) if limit is None else limit
-        environment = self.environment | dict(extra or {})
-        code, timed_out = run(command, log, environment, self.logs, limit)
-        seconds = time.monotonic() - began
-        details = [f"stopped after {limit:.0f} s" if timed_out else "", describe()]
-        if code != 0 and not timed_out:
-            details.insert(0, f"exit code {code}")
-        result = "passed" if code == 0 and accept() else "failed"
-        return Step(name, result, seconds, "; ".join(filter(None, details)), log)
-
-
-# What the steps that run by default need, about, of the whole time; what one leaves the next has.
-SHARE = {
-    "install": 0.15,
-    "tests": 0.25,
-    "cuda_resources": 0.05,
-    "memcheck": 0.1,
-    "racecheck": 0.1,
-    "network": 0.15,
-    "benchmark": 0.2,
-}
-DEFAULT = tuple(SHARE)
-STEPS = (*DEFAULT[:-1], "initcheck", "resources", "benchmark")
-FAMILIES = ("sm80-latency", "sm80-throughput", "sm90-latency", "sm90-throughput")
-# Which tests run together, as pytest's -k has it.
-GROUPS = {
-    "triton": "triton",
-    "native": "not triton and not sm80 and not sm90",
-    **{family: family for family in FAMILIES},
-}
-
 
 def has_tool(name: str) -> bool:
     """Whether the build finds a package of this Python, or a program."""
@@ -325,31 +252,22 @@ def has_tool(name: str) -> bool:
 
 def find_nvcc() -> Path | None:
     """nvcc: what CUDACXX names, or on PATH, or where toolkits are installed."""
-    return _find(os.environ.get("CUDACXX") or "nvcc", [])
+    return _find(os.environ.get("CUDACXX") or "nvcc")
 
 
 def find_sanitizer() -> Path | None:
     """compute-sanitizer: on PATH, or beside nvcc, or where toolkits are installed."""
     nvcc = find_nvcc()
-    return _find("compute-sanitizer", [] if nvcc is None else [nvcc.resolve().parent])
+    return _find("compute-sanitizer", *([] if nvcc is None else [nvcc.resolve().parent]))
 
 
-def _find(program: str, folders: Sequence[Path]) -> Path | None:
+def _find(program: str, *folders: Path) -> Path | None:
     found = shutil.which(program)
     if found is not None:
         return Path(found)
-    toolkits = sorted(Path("/usr/local").glob("cuda*"), reverse=True)
-    candidates = [folder / program for folder in (*folders, *(path / "bin" for path in toolkits))]
+    toolkits = [path / "bin" for path in sorted(Path("/usr/local").glob("cuda*"), reverse=True)]
+    candidates = [folder / program for folder in (*folders, *toolkits)]
     return next((path for path in candidates if os.access(path, os.X_OK)), None)
-
-
-def why_not_sanitized(log: str) -> str | None:
-    """Why a sanitizer could not watch this GPU, or this program; None if it could."""
-    for words in ("Device not supported", "Unable to find injection library", "nothing to run"):
-        if words in log:
-            line = next(line for line in log.splitlines() if words in line)
-            return line.strip("= ")
-    return None
 
 
 def run(
@@ -376,8 +294,7 @@ def run(
         timer = threading.Timer(limit, stop)
         timer.start()
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
+            for line in process.stdout or ():
                 file.write(line)
                 file.flush()
                 print(line, end="", flush=True)
@@ -387,56 +304,41 @@ def run(
     return code, expired.is_set()
 
 
-def _suite(junit: Path) -> dict[str, int]:
-    """Counts of a junit file; empty where there is none."""
+def count(junit: Path) -> tuple[str, bool]:
+    """Passed, failed and skipped, in words, and whether that is good: all skipped is no success."""
     if not junit.is_file():
-        return {}
+        return "no junit file was written", False
+    suites = list(xml.etree.ElementTree.parse(junit).getroot().iter("testsuite"))
     keys = ("tests", "failures", "errors", "skipped")
-    totals = dict.fromkeys(keys, 0)
-    for suite in xml.etree.ElementTree.parse(junit).getroot().iter("testsuite"):
-        for key in keys:
-            totals[key] += int(suite.get(key, 0))
-    return totals
+    tests, failures, errors, skipped = (sum(int(s.get(k, 0)) for s in suites) for k in keys)
+    bad = failures + errors
+    words = f"{tests - bad - skipped} passed, {bad} failed, {skipped} skipped"
+    return words, bad == 0 and tests > skipped
 
 
-def count(junit: Path) -> str:
-    """Passed, failed and skipped, in words."""
-    totals = _suite(junit)
-    if not totals:
-        return "no junit file was written"
-    bad = totals["failures"] + totals["errors"]
-    good = totals["tests"] - bad - totals["skipped"]
-    return f"{good} passed, {bad} failed, {totals['skipped']} skipped"
+def why_not() -> str | None:
+    """Why nothing can be checked here, in a sentence; None if it can."""
+    for name in ("torch", "triton", "pytest"):
+        if importlib.util.find_spec(name) is None:
+            return f"{sys.executable} has no {name}"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    return None
 
 
-def passed(junit: Path) -> bool:
-    """Whether something ran and nothing failed: all skipped is no success."""
-    totals = _suite(junit)
-    bad = totals.get("failures", 0) + totals.get("errors", 0)
-    return bool(totals) and bad == 0 and totals["tests"] > totals["skipped"]
-
-
-def summary(steps: Sequence[Step]) -> str:
-    """The table of the steps, in markdown."""
-    lines = ["| step | result | seconds | | output |", "|---|---|---:|---|---|"]
-    lines += [
-        f"| {s.name} | {s.result} | {s.seconds:.0f} | {s.detail.replace('|', '/')} | "
-        f"{'' if s.log is None else s.log} |"
-        for s in steps
-    ]
-    return "\n".join(lines)
-
-
-def tables(results: Path) -> str:
-    """The tables of the newest record in ``results``, as docs/performance.md has them."""
-    spec = importlib.util.spec_from_file_location(
-        "update_tables", ROOT / "scripts" / "update_tables.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return "\n\n".join((module.gpu(results), module.gpu_goals(results)))
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    folder = functools.partial(parser.add_argument, metavar="FOLDER", type=Path)
+    folder("--out", default=ROOT / "benchmarks" / "results", help="for the benchmark's record")
+    folder("--logs", default=ROOT / "build" / "gpu-check", help="for every step's output")
+    add = parser.add_argument
+    add("--minutes", type=float, default=8.0, help="for everything; what is late is cut short")
+    add("--installed", action="store_true", help="do not build and install")
+    add("--only", nargs="+", choices=STEPS, default=list(DEFAULT), help="some of the steps")
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -447,21 +349,21 @@ def main() -> int:
         print(f"gpu-check: cannot run: {reason}.", file=sys.stderr)
         return 2
     check = Check(options)
-    methods: dict[str, Callable[[], Step]] = {name: getattr(check, name) for name in STEPS}
-    steps = []
-    for name in STEPS:
-        if name in options.only:
-            try:
-                steps.append(methods[name]())
-            except Exception as error:  # the next step may still tell something
-                steps.append(Step(name, "failed", 0.0, f"{type(error).__name__}: {error}"))
-            check.remember(steps[-1])
-    text = summary(steps)
+    results = [check.step(name) for name in STEPS if name in options.only]
+    lines = ["| step | result | seconds | | output |", "|---|---|---:|---|---|"]
+    for r in results:
+        row = [r.name, r.result, f"{r.seconds:.0f}", r.detail.replace("|", "/"), str(r.log or "")]
+        lines.append("| " + " | ".join(row) + " |")
     if "benchmark" in options.only:
-        text += "\n\n" + tables(options.out)
+        sys.path.append(str(ROOT / "scripts"))
+        from update_tables import PAGES
+
+        tables = PAGES["docs/performance.md"]
+        lines += ["", tables["gpu"](options.out), "", tables["gpu-goals"](options.out)]
+    text = "\n".join(lines)
     (check.logs / "summary.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}")
-    return 1 if any(step.result == "failed" for step in steps) else 0
+    return 1 if any(result.result == "failed" for result in results) else 0
 
 
 if __name__ == "__main__":

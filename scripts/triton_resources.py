@@ -16,9 +16,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 
 import torch
 import triton
+from page_tables import replace_table, table
 from support.offline import SHARED_LIMIT, Case, Resources, cases
 from triton.compiler.errors import CompilationError
-from update_tables import replace_table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels" / "triton.md"
 
@@ -30,13 +30,8 @@ def _compile(case: Case) -> Resources | str:
         return str(error)
 
 
-def table(results: list[tuple[Case, Resources]]) -> str:
+def table_of(results: list[tuple[Case, Resources]]) -> str:
     """Markdown: one line per kernel, chip and type, the worst of dimensions, layouts and modes."""
-    lines = [
-        "| kernel | pixels x prototypes x channels | chip | type | registers | stack | "
-        "shared KiB | matrix instructions |",
-        "|---|---|---|---|---:|---:|---:|---|",
-    ]
     groups: dict[tuple[str, ...], list[Resources]] = {}
     for case, found in results:
         config = case.config
@@ -47,17 +42,17 @@ def table(results: list[tuple[Case, Resources]]) -> str:
             kind += f" {case.precision}"
         key = (case.kernel, tile + split, f"sm_{case.capability}", kind)
         groups.setdefault(key, []).append(found)
+    titles = ["kernel", "pixels x prototypes x channels", "chip", "type"]
+    titles += ["registers", "stack", "shared KiB", "matrix instructions"]
+    rows = []
     for key, found_all in groups.items():
-        cells = [
-            str(max(found.registers for found in found_all)),
-            str(max(found.stack for found in found_all)),
-            f"{max(found.shared for found in found_all) / 1024:.0f}",
-            ", ".join(sorted({kind for found in found_all for kind in found.instructions})),
-        ]
-        lines.append("| " + " | ".join([*key, *cells]) + " |")
+        worst = [max(getattr(f, name) for f in found_all) for name in ("registers", "stack")]
+        shared = f"{max(found.shared for found in found_all) / 1024:.0f}"
+        kinds = ", ".join(sorted({kind for found in found_all for kind in found.instructions}))
+        rows.append([*key, *map(str, worst), shared, kinds])
     versions = f"triton {triton.__version__}, torch {torch.__version__}"
-    lines += ["", f"<sub>{versions}; `python scripts/triton_resources.py --write`</sub>"]
-    return "\n".join(lines)
+    source = f"<sub>{versions}; `python scripts/triton_resources.py --write`</sub>"
+    return f"{table('', titles, rows, 'llllrrrl')}\n\n{source}"
 
 
 def main() -> int:
@@ -70,7 +65,7 @@ def main() -> int:
     with concurrent.futures.ProcessPoolExecutor() as pool:
         outcomes = list(zip(todo, pool.map(_compile, todo), strict=True))
     results = [(case, found) for case, found in outcomes if isinstance(found, Resources)]
-    text = table(results)
+    text = table_of(results)
     print(text)
     bad = [f"{case.name}: {found}" for case, found in outcomes if isinstance(found, str)]
     bad += [

@@ -12,33 +12,56 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+
+from page_tables import Columns, Row, replace_table, table
 
 ROOT = Path(__file__).resolve().parent.parent
+VERDICTS = {True: "yes", False: "**no**", None: "-"}
 NO_RECORD = "No record in `benchmarks/results` yet."
+Table = Callable[[Path], str]
+Blocks = Callable[[Row], Iterable[str]]
 
 
-def newest(results: Path, name: str) -> list[dict[str, Any]]:
+def newest(results: Path, name: str) -> list[Row]:
     """The newest record of each result whose name begins with ``name``, a pattern of glob."""
-    latest: dict[str, Path] = {}
-    for path in sorted(results.glob(f"????-??-??-{name}*.json")):
-        latest[path.stem[11:]] = path
-    return [
-        json.loads(path.read_text(encoding="utf-8")) | {"file": path.name}
-        for path in latest.values()
-    ]
+    found = sorted(results.glob(f"????-??-??-{name}*.json"))
+    paths = {path.stem[11:]: path for path in found}.values()
+    return [json.loads(path.read_text(encoding="utf-8")) | {"file": path.name} for path in paths]
 
 
-def provenance(record: dict[str, Any]) -> str:
+def network_records(results: Path) -> list[Row]:
+    """The newest record of every machine that measured the whole network."""
+    records = [*newest(results, "cpu"), *newest(results, "network")]
+    records = sorted((r for r in records if r.get("network")), key=itemgetter("date"))
+    return list({r["network"][-1]["device"] + r["machine"]: r for r in records}.values())
+
+
+def gpu_records(results: Path) -> list[Row]:
+    """The newest record of every GPU: those that say which one."""
+    return [record for record in newest(results, "") if "gpu" in record]
+
+
+def provenance(record: Row) -> str:
     """One line: where the numbers come from."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return (
-        f"<sub>{record['date']}, {record['machine']}, {versions}; `{record['command']}`; "
-        f"`benchmarks/results/{record['file']}`</sub>"
-    )
+    where = f"`{record['command']}`; `benchmarks/results/{record['file']}`"
+    return f"<sub>{record['date']}, {record['machine']}, {versions}; {where}</sub>"
+
+
+def of_each(records: str | Callable[[Path], list[Row]], blocks: Blocks) -> Table:
+    """What every record, or every one of that name, gives, and where it comes from."""
+
+    def fill(results: Path) -> str:
+        found: list[str] = []
+        for record in newest(results, records) if isinstance(records, str) else records(results):
+            own = [block for block in blocks(record) if block]
+            found += [*own, provenance(record)] if own else []
+        return "\n\n".join(found) or NO_RECORD
+
+    return fill
 
 
 def cell(value: float | None) -> str:
@@ -46,10 +69,24 @@ def cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the numbers among ``values``."""
-    numbers = [value for value in values if value is not None]
-    return sum(numbers) / len(numbers) if numbers else None
+def digits(value: float | None) -> str:
+    """Three significant digits, without an exponent; three decimals below 1."""
+    if value is None:
+        return "-"
+    decimals = max(0, 3 - len(str(int(value)))) if value >= 1 else 3
+    return f"{value:.{decimals}f}"
+
+
+def shown(key: str, form: str) -> Callable[[Row], str]:
+    """A column: the value of ``key``, or a dash."""
+    return lambda row: format(row[key], form) if key in row else "-"
+
+
+def least(key: str, *names: str) -> Callable[[Row], str]:
+    """A column: the least of the named times that there are, or a dash."""
+    return lambda row: digits(
+        min((row[key][name] for name in names if name in row.get(key, {})), default=None)
+    )
 
 
 # Protocol, method and variant of a cross-validation's result, and what its column is called.
@@ -68,27 +105,26 @@ COLUMNS = {
 }
 
 
+def by_column(record: Row) -> dict[tuple[str, str, str], Row]:
+    """Results of a cross-validation by the keys of ``COLUMNS``."""
+    return {(row["protocol"], row["method"], row["variant"]): row for row in record["results"]}
+
+
 def crossval(results: Path) -> str:
     """Dice on organs and patients that training never saw, per data set, beside other methods."""
-    blocks = []
+    blocks: list[str] = []
     quoted: set[str] = set()
     for record in newest(results, "*crossval-"):
-        found = {
-            (entry["protocol"], entry["method"], entry["variant"]): entry
-            for entry in record["results"]
-        }
-        used = {key: title for key, title in COLUMNS.items() if key in found}
-        organs = dict.fromkeys(o["organ"] for key in used for o in found[key]["organs"])
-        rows = []
-        for organ in organs:
-            scores = [{o["organ"]: o["dice"] for o in found[key]["organs"]} for key in used]
-            rows.append([organ, *(cell(s.get(organ, {}).get("mean")) for s in scores)])
+        found = by_column(record)
+        used = {title: found[key] for key, title in COLUMNS.items() if key in found}
+        scores = [{o["organ"]: o["dice"]["mean"] for o in row["organs"]} for row in used.values()]
+        organs = dict.fromkeys(organ for score in scores for organ in score)
+        rows = [[organ, *(cell(score.get(organ)) for score in scores)] for organ in organs]
         rows.append(["**mean**"])
-        for key in used:
-            dice = found[key]["mean"]["dice"]
+        for dice in (row["mean"]["dice"] for row in used.values()):
             spread = "" if dice["std"] is None else f" ± {cell(dice['std'])}"
             rows[-1].append(f"**{cell(dice['mean'])}**{spread}")
-        blocks += [table(title_of(record), ["organ", *used.values()], rows), provenance(record)]
+        blocks += [table(title_of(record), ["organ", *used], rows), provenance(record)]
         if record["quoted"] and record["data"] not in quoted:
             quoted.add(record["data"])
             columns = ["quoted, not measured here", "setting 1", "setting 2", "source"]
@@ -100,17 +136,15 @@ def crossval(results: Path) -> str:
     return "\n\n".join(blocks) or NO_RECORD
 
 
-def title_of(record: dict[str, Any]) -> str:
+def title_of(record: Row) -> str:
     """What was trained and tested, in one line."""
-    training, minutes = record["training"], record["training_minutes"]
+    training, minutes = record["training"], list(record["training_minutes"].values())
     how = f"model {record['model']}"
     if training:
         share = training["label_fraction"]
         labels = "without labels" if share == 0 else f"{share:.0%} of the episodes from labels"
-        how = (
-            f"{training['encoder']} at {training['image_size']} px, {labels}, "
-            f"{mean(minutes.values()) or 0:.0f} minutes"
-        )
+        mean = sum(minutes) / len(minutes) if minutes else 0
+        how = f"{training['encoder']} at {training['image_size']} px, {labels}, {mean:.0f} minutes"
     tests = {case for cases in record["tests"].values() for case in cases}
     one = record["annotated"]
     if isinstance(one, list):
@@ -120,410 +154,235 @@ def title_of(record: dict[str, Any]) -> str:
     return f"{record['data']}: {how}; {len(tests)} unseen patients, annotated: {one}"
 
 
-def ablation(results: Path) -> str:
+def ablation(record: Row) -> Iterator[str]:
     """Dice of the network alone, without adaptation, after each change of the training recipe."""
-    blocks = []
-    for record in newest(results, "ablation"):
-        for data in dict.fromkeys(row["data"] for row in record["rows"]):
-            tests = record["tests"][data]
-            rows: dict[str, list[str]] = {}
-            for row in record["rows"]:
-                if row["data"] == data:
-                    cells = rows.setdefault(row["name"], [row["name"], *["-"] * 6])
-                    first = 4 if row["timed"] else 1
-                    found = [str(row["steps"]), cell(row["ep1"]), cell(row["whole"])]
-                    cells[first : first + 3] = found
-            timed = f"in {record['minutes'] * 60:.0f} s: steps"
-            columns = [tests["data"], "steps", "EP1", "whole", timed, "EP1", "whole"]
-            title = (
-                f"{tests['data']}: trained without {len(tests['test_cases'])} patients, who test it"
-            )
-            blocks.append(table(title, columns, rows.values()))
-        blocks.append(provenance(record))
-    return "\n\n".join(blocks) or NO_RECORD
+    for data in dict.fromkeys(row["data"] for row in record["rows"]):
+        tests = record["tests"][data]
+        rows: dict[str, list[str]] = {}
+        for row in record["rows"]:
+            if row["data"] == data:
+                line = rows.setdefault(row["name"], [row["name"], *["-"] * 6])
+                first = 4 if row["timed"] else 1
+                line[first : first + 3] = [str(row["steps"]), cell(row["ep1"]), cell(row["whole"])]
+        timed = f"in {record['minutes'] * 60:.0f} s: steps"
+        columns = [tests["data"], "steps", "EP1", "whole", timed, "EP1", "whole"]
+        without = f"{len(tests['test_cases'])} patients, who test it"
+        yield table(f"{tests['data']}: trained without {without}", columns, rows.values())
 
 
-def inference(results: Path) -> str:
+def inference(record: Row) -> Iterator[str]:
     """Dice on training patients with one step of inference changed at a time."""
-    blocks = []
-    for record in newest(results, "inference"):
-        pair = f"{record['annotated']} to {', '.join(record['queries'])}"
-        title = f"{record['data']}: model {record['model']}, {pair}"
-        rows = [[name, f"{dice:.3f}"] for name, dice in record["dice"].items()]
-        blocks += [table(title, ["whole volumes, not adapted", "Dice"], rows), provenance(record)]
-    return "\n\n".join(blocks) or NO_RECORD
+    pair = f"{record['annotated']} to {', '.join(record['queries'])}"
+    title = f"{record['data']}: model {record['model']}, {pair}"
+    rows = [[name, f"{dice:.3f}"] for name, dice in record["dice"].items()]
+    yield table(title, ["whole volumes, not adapted", "Dice"], rows)
 
 
-def memory(results: Path) -> str:
+def memory(record: Row) -> Iterator[str]:
     """Peak resident memory, and the size of both networks."""
-    blocks = []
-    for record in newest(results, "memory"):
-        lines = ["| | peak resident memory |", "|---|---|"]
-        lines += [f"| {case} | {mib} MiB |" for case, mib in record["peak_resident_mib"].items()]
-        lines += ["", "| network | parameters | file |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {size['parameters'] / 1e6:.2f} M | {size['file_mb']:.1f} MB |"
-            for name, size in record["networks"].items()
-        ]
-        blocks.append("\n".join([*lines, "", provenance(record)]))
-    return "\n\n".join(blocks) or NO_RECORD
-
-
-def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> str:
-    """A titled table, numbers to the right."""
-    lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |"]
-    lines.append("|---|" + "---:|" * (len(columns) - 1))
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def digits(value: float) -> str:
-    """Three significant digits, without an exponent; three decimals below 1."""
-    decimals = max(0, 3 - len(str(int(value)))) if value >= 1 else 3
-    return f"{value:.{decimals}f}"
-
-
-SPEED = ["ms", "fastest peer", "its ms", "ratio", "GFLOP/s", "of matmul", "of FMA loop"]
-
-
-def speed_cells(case: dict[str, Any]) -> list[str]:
-    """One measurement: the columns of ``SPEED``."""
-    peer = case["fastest_peer"]
-    return [
-        digits(case["ms"]["native"]),
-        peer,
-        digits(case["ms"][peer]),
-        f"{case['peer_over_native']:.2f}",
-        digits(case["native_gflops"]),
-        f"{case['of_matmul']:.0%}",
-        f"{case['of_fma_loop']:.0%}",
+    peaks = [[case, f"{mib} MiB"] for case, mib in record["peak_resident_mib"].items()]
+    yield table("", ["", "peak resident memory"], peaks, "ll").replace("|  |", "| |", 1)
+    sizes = [
+        [name, f"{size['parameters'] / 1e6:.2f} M", f"{size['file_mb']:.1f} MB"]
+        for name, size in record["networks"].items()
     ]
+    yield table("", ["network", "parameters", "file"], sizes, "lll")
 
 
-def speed(results: Path, dtype: str, all_threads: bool) -> str:
-    """One bag: native beside the fastest peer, by pass and size; on all threads or on one."""
-    blocks = []
-    for record in newest(results, "cpu"):
-        cases = [c for c in record["cases"] if c["dtype"] == dtype and c["size"] != "mixed"]
-        counts = sorted({case["threads"] for case in cases})
-        if not counts or (not all_threads and len(counts) == 1):
-            continue
-        threads = counts[-1 if all_threads else 0]
+SPEED: Columns = {
+    "ms": lambda case: digits(case["ms"]["native"]),
+    "fastest peer": itemgetter("fastest_peer"),
+    "its ms": lambda case: digits(case["ms"][case["fastest_peer"]]),
+    "ratio": shown("peer_over_native", ".2f"),
+    "GFLOP/s": lambda case: digits(case["native_gflops"]),
+    "of matmul": shown("of_matmul", ".0%"),
+    "of FMA loop": shown("of_fma_loop", ".0%"),
+}
+
+
+def speed(record: Row, dtype: str, all_threads: bool = True) -> Iterator[str]:
+    """One bag: native beside the fastest peer, by pass and size; on all threads or on fewer."""
+    cases = [c for c in record["cases"] if c["dtype"] == dtype and c["size"] != "mixed"]
+    counts = sorted({case["threads"] for case in cases})
+    for threads in counts[-1:] if all_threads else counts[:-1][:1]:
         for what in ("forward", "backward", "both"):
-            rows = [
-                [case["size"], *speed_cells(case)]
-                for case in cases
-                if case["what"] == what and case["threads"] == threads
-            ]
-            if rows:
-                title = f"{what}, {dtype}, {threads} thread{'s' * (threads > 1)}"
-                blocks.append(table(title, ["size", *SPEED], rows))
-        blocks.append(provenance(record))
-    return "\n\n".join(blocks) or NO_RECORD
+            chosen = [c for c in cases if (c["what"], c["threads"]) == (what, threads)]
+            title = f"{what}, {dtype}, {threads} thread{'s' * (threads > 1)}"
+            yield table(title, {"size": itemgetter("size")} | SPEED, chosen)
 
 
-def mixed_bags(results: Path) -> str:
+def mixed_bags(record: Row) -> Iterator[str]:
     """Bags of different sizes: one call of ours beside the peers' loops."""
-    blocks = []
-    for record in newest(results, "cpu"):
-        rows = [
-            [f"{case['what']}, {case['dtype']}, {case['threads']} t", *speed_cells(case)]
-            for case in record["cases"]
-            if case["size"] == "mixed"
-        ]
-        if rows:
-            blocks += [table("mixed bags", ["", *SPEED], rows), provenance(record)]
-    return "\n\n".join(blocks) or NO_RECORD
+    columns: Columns = {"": "{what}, {dtype}, {threads} t".format_map, **SPEED}
+    yield table("mixed bags", columns, [c for c in record["cases"] if c["size"] == "mixed"])
 
 
-def op_memory(results: Path) -> str:
+def op_memory(record: Row) -> Iterator[str]:
     """Memory beyond inputs and results."""
-    blocks = []
-    for record in newest(results, "cpu"):
-        measured = record["memory"]
-        if not measured:
-            continue
-        names = [key.removesuffix("_needed") for key in measured[0] if key.endswith("_needed")]
+    for first in record["memory"][:1]:
+        names = [key.removesuffix("_needed") for key in first if key.endswith("_needed")]
         columns = ["size", "pass", *(f"{n}: {k}" for n in names for k in ("call", "kept"))]
+        keys = [f"{name}_{kind}" for name in names for kind in ("needed", "kept")]
         rows = [
-            [row["size"], row["what"]]
-            + [f"{row[f'{n}_{k}'] / 2**20:.1f}" for n in names for k in ("needed", "kept")]
-            for row in measured
+            [row["size"], row["what"], *(f"{row[key] / 2**20:.1f}" for key in keys)]
+            for row in record["memory"]
         ]
-        threads = measured[0]["threads"]
-        blocks += [table(f"MiB, float32, {threads} threads", columns, rows), provenance(record)]
-    return "\n\n".join(blocks) or NO_RECORD
+        yield table(f"MiB, float32, {first['threads']} threads", columns, rows)
 
 
-def overhead(results: Path) -> str:
-    """Microseconds per call of a problem with next to no arithmetic."""
-    blocks = []
-    for record in newest(results, "cpu"):
-        rows = [[row["call"], f"{row['us']:.1f}"] for row in record["overhead"]]
-        if rows:
-            blocks += [table("one thread", ["call", "microseconds"], rows), provenance(record)]
-    return "\n\n".join(blocks) or NO_RECORD
+def network(record: Row) -> Iterator[str]:
+    """The whole network beside the baseline."""
+    rows = record["network"]
+    label = "{what}, {batch} at once, {dtype}, {device}, {network}"
+    columns: Columns = {"milliseconds": label.format_map}
+    columns |= {name: least("ms", name) for name in dict.fromkeys(n for r in rows for n in r["ms"])}
+    columns["MiB, unet"] = lambda row: str(row.get("peak_mib", {}).get("unet", "-"))
+    columns["MiB, baseline"] = lambda row: str(row.get("peak_mib", {}).get("baseline", "-"))
+    yield table(f"the whole network, {rows[0]['threads']} threads on a CPU", columns, rows)
 
 
-def ceilings(results: Path) -> str:
-    """What the percentages are percentages of."""
-    blocks = []
-    for record in newest(results, "cpu"):
-        rows = []
-        for row in record["ceilings"]:
-            values = row["measurements"]
-            spread = f"{digits(min(values))} to {digits(max(values))}"
-            median, count = digits(row["gflops"]), str(len(values))
-            rows.append([row["rate"], str(row["threads"]), median, spread, count])
-        if rows:
-            columns = ["rate", "threads", "GFLOP/s", "range", "measurements"]
-            blocks += [table("the machine", columns, rows), provenance(record)]
-    return "\n\n".join(blocks) or NO_RECORD
-
-
-def network_records(results: Path) -> list[dict[str, Any]]:
-    """The newest record of every machine that measured the whole network."""
-    latest: dict[str, dict[str, Any]] = {}
-    for record in sorted(
-        [*newest(results, "cpu"), *newest(results, "network")], key=lambda record: record["date"]
-    ):
-        if record.get("network"):
-            latest[record["network"][-1]["device"] + record["machine"]] = record
-    return list(latest.values())
-
-
-def network(results: Path) -> str:
-    """The whole network beside the baseline, and what the source document promised of it."""
-    blocks = []
-    for record in network_records(results):
-        rows = record["network"]
-        names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
-        cells = []
-        for row in rows:
-            label = f"{row['what']}, {row['batch']} at once, {row['dtype']}, {row['device']}, "
-            label += row["network"]
-            peaks = [row.get("peak_mib", {}).get(name) for name in ("unet", "baseline")]
-            cells.append([label])
-            cells[-1] += [digits(row["ms"][name]) if name in row["ms"] else "-" for name in names]
-            cells[-1] += ["-" if peak is None else str(peak) for peak in peaks]
-        columns = ["milliseconds", *names, "MiB, unet", "MiB, baseline"]
-        title = f"the whole network, {rows[0]['threads']} threads on a CPU"
-        blocks += [table(title, columns, cells), provenance(record)]
-    return "\n\n".join(blocks) or NO_RECORD
+RATIOS = (
+    ("inference 2x faster than the ResNet-101 baseline", "inference", "ms", 2.0),
+    ("training 40 % faster", "training", "ms", 1.4),
+    ("inference in half the memory", "inference", "peak_mib", 2.0),
+    ("training in half the memory", "training", "peak_mib", 2.0),
+)
+"""Of the ResNet-34 U-Net: the promise, the pass, what is measured, and the baseline's over ours."""
 
 
 def promises(results: Path) -> str:
     """What the source document promised, line by line; a line that does not hold says so."""
-    if not network_records(results):
-        return NO_RECORD
-    lines = ["| promised of the ResNet-34 U-Net | measured | holds |", "|---|---|---|"]
-
-    def add(promise: str, measured: str | None, holds: bool | None) -> None:
-        verdict = "-" if holds is None else "yes" if holds else "**no**"
-        lines.append(f"| {promise} | {measured or 'not measured'} | {verdict} |")
-
     rows = [row for record in network_records(results) for row in record["network"]]
+    if not rows:
+        return NO_RECORD
+    lines: list[list[str]] = []
 
-    def ratios(what: str, key: str) -> list[tuple[str, float]]:
-        found = []
+    def add(promise: str, measured: str | None = None, holds: bool | None = None) -> None:
+        lines.append([promise, measured or "not measured", VERDICTS[holds if measured else None]])
+
+    for promise, what, key, least in RATIOS:
+        how = "{:.2f} times as fast" if key == "ms" else "the baseline takes {:.2f} times as much"
+        ratios, texts = [], []
         for row in rows:
             values = row.get(key, {})
             theirs = [value for name, value in values.items() if name.startswith("baseline")]
             if row["what"] == what and row["batch"] == 1 and theirs:
-                found.append((f"{row['dtype']}, {row['device']}", min(theirs) / values["unet"]))
-        return found
-
-    for promise, what, key, least in (
-        ("inference 2x faster than the ResNet-101 baseline", "inference", "ms", 2.0),
-        ("training 40 % faster", "training", "ms", 1.4),
-        ("inference in half the memory", "inference", "peak_mib", 2.0),
-        ("training in half the memory", "training", "peak_mib", 2.0),
-    ):
-        found = ratios(what, key)
-        how = "{:.2f} times as fast" if key == "ms" else "the baseline takes {:.2f} times as much"
-        text = "; ".join(f"{how.format(ratio)} ({where})" for where, ratio in found)
-        add(promise, text, min(r for _, r in found) >= least if found else None)
-    on_gpu = [
-        row["ms"]["unet"]
-        for row in rows
-        if row["what"] == "inference" and row["batch"] == 1 and row["device"] != "cpu"
-    ]
-    add(
-        "under 100 ms an image on a GPU",
-        f"{max(on_gpu):.1f} ms" if on_gpu else None,
-        max(on_gpu) < 100 if on_gpu else None,
-    )
-    peaks = [
-        row["peak_mib"]["unet"] for row in rows if row["what"] == "training" and "peak_mib" in row
-    ]
-    add(
-        "training under 4 GB",
-        f"{max(peaks)} MiB" if peaks else None,
-        max(peaks) * 2**20 < 4e9 if peaks else None,
-    )
+                ratios.append(min(theirs) / values["unet"])
+                texts.append(f"{how.format(ratios[-1])} ({row['dtype']}, {row['device']})")
+        add(promise, "; ".join(texts), min(ratios, default=0) >= least)
+    single = [row for row in rows if row["what"] == "inference" and row["batch"] == 1]
+    slowest = max((row["ms"]["unet"] for row in single if row["device"] != "cpu"), default=None)
+    add("under 100 ms an image on a GPU", slowest and f"{slowest:.1f} ms", (slowest or 0) < 100)
+    training = [row for row in rows if row["what"] == "training" and "peak_mib" in row]
+    most = max((row["peak_mib"]["unet"] for row in training), default=None)
+    add("training under 4 GB", most and f"{most} MiB", (most or 0) * 2**20 < 4e9)
     for record in newest(results, "memory"):
         ours, theirs = record["networks"].values()
-        share = ours["parameters"] / theirs["parameters"]
+        share, size = ours["parameters"] / theirs["parameters"], ours["file_mb"]
         add("half the parameters", f"{share:.2f} of the baseline's", share <= 0.5)
-        size = ours["file_mb"]
         add("about 84 MB", f"{size:.1f} MB (84 is the encoder alone)", size <= 85)
     for record in newest(results, "crossval-chaos"):
-        mean_dice = {
-            (entry["protocol"], entry["method"], entry["variant"]): entry["mean"]["dice"]["mean"]
-            for entry in record["results"]
-        }
-        ours = mean_dice.get(("ep1", "fastproto", "network"))
-        scores = mean_dice.get(("ep1", "prototypes", "network"))
+        dice = {key: row["mean"]["dice"]["mean"] for key, row in by_column(record).items()}
+        ours, scores = (dice.get(("ep1", how, "network")) for how in ("fastproto", "prototypes"))
         if ours and scores:
-            gain = ours / scores - 1
+            text = f"{ours / scores - 1:.0%} (CHAOS, EP1, same encoder)"
             promise = "8 to 12 % better Dice than enlarged prototype scores"
-            add(promise, f"{gain:.0%} (CHAOS, EP1, same encoder)", gain >= 0.08)
-    add("Dice at least 95 % of the ResNet-101 baseline's", None, None)
-    return "\n".join(lines)
+            add(promise, text, ours / scores - 1 >= 0.08)
+    add("Dice at least 95 % of the ResNet-101 baseline's")
+    return table("", ["promised of the ResNet-34 U-Net", "measured", "holds"], lines, "lll")
 
 
-def gpu_records(results: Path) -> list[dict[str, Any]]:
-    """The newest record of every GPU: those that say which one."""
-    return [record for record in newest(results, "") if "gpu" in record]
-
-
-def gpu_gaps(record: dict[str, Any]) -> list[str]:
-    """What a record lacks, if anything, in sentences."""
-    lines = []
-    if record["left_out"]:
-        names = ", ".join(row["setting"] for row in record["left_out"])
-        lines.append(f"Left out ({record['left_out'][0]['why']}): {names}.")
-    lines += [f"Failed: {row['what']}: {row['error']}" for row in record["failed"]]
-    return ["\n".join(f"* {line}".replace("|", "/") for line in lines)] if lines else []
-
-
-def gpu_cells(case: dict[str, Any]) -> list[str]:
-    """One measurement: the columns of ``GPU``."""
-    ours, peer = case["ours"], case.get("fastest_peer")
-
-    def shown(key: str, form: str) -> str:
-        return format(case[key], form) if key in case else "-"
-
-    def time_of(name: str | None, key: str = "us") -> str:
-        return digits(case[key][name]) if name in case.get(key, {}) else "-"
-
-    wall = case.get("wall_us", {})
-    eager = [wall[name] for name in ("eager", "eager_nchw") if name in wall]
-    return [
-        time_of(ours),
-        peer or "-",
-        time_of(peer),
-        shown("peer_over_ours", ".2f"),
-        shown("expected_us", ".2f"),
-        shown("measured_over_expected", ".2f"),
-        shown("gb_per_s", ".0f"),
-        shown("of_copy", ".0%"),
-        shown("tflops", ".1f"),
-        shown("of_matmul", ".0%"),
-        time_of(ours, "wall_us"),
-        digits(min(eager)) if eager else "-",
-    ]
-
-
-GPU = ["us", "fastest peer", "its us", "ratio", "expected us", "over expected", "GB/s", "of copy"]
-GPU += ["TFLOP/s", "of matmul", "wall us", "eager's wall us"]
-
-
-def gpu_backends(record: dict[str, Any]) -> list[str]:
-    """Our backends, and families of kernels, side by side, where several were measured."""
-    names = [
-        name
-        for name in dict.fromkeys(name for case in record["cases"] for name in case["us"])
-        if name.partition(" ")[0] in ("native", "triton")
-    ]
-    if len(names) < 2:
-        return []
-    rows = [
-        [case["setting"], case["what"]]
-        + [digits(case["us"][name]) if name in case["us"] else "-" for name in names]
-        for case in record["cases"]
-    ]
-    return [table("our backends, microseconds", ["setting", "pass", *names], rows)]
-
-
-def gpu_checks(record: dict[str, Any]) -> list[str]:
-    """What was checked beside, if anything."""
-    rows = [
-        [row["check"], row["result"], row["detail"].replace("|", "/")] for row in record["checks"]
-    ]
-    return [table("checks", ["", "result", ""], rows)] if rows else []
-
-
-def gpu(results: Path) -> str:
-    """A GPU: ours beside the fastest peer and what the machine could reach, by type and pass."""
-    blocks = []
-    for record in gpu_records(results):
-        for dtype in dict.fromkeys(case["dtype"] for case in record["cases"]):
-            for what in ("forward", "backward", "both"):
-                rows = [
-                    [case["size"], *gpu_cells(case)]
-                    for case in record["cases"]
-                    if (case["dtype"], case["what"]) == (dtype, what)
-                ]
-                if rows:
-                    title = f"{record['gpu']['name']}: {what}, {dtype}, {record['ours']}"
-                    blocks.append(table(title, ["size", *GPU], rows))
-        blocks += gpu_backends(record)
-        rows = [
-            [row["rate"], f"{digits(row['median'])} {row['unit']}", str(len(row["measurements"]))]
-            for row in record["ceilings"]
-        ]
-        if rows:
-            blocks.append(table("what the machine reaches", ["rate", "", "measurements"], rows))
-        blocks += [*gpu_checks(record), *gpu_gaps(record), provenance(record)]
-    return "\n\n".join(blocks) or NO_RECORD
-
-
-def gpu_goals(results: Path) -> str:
-    """What was aimed for on a GPU, and what was reached, line by line."""
-    blocks = []
-    for record in gpu_records(results):
-        lines = [f"**{record['gpu']['name']}: bfloat16, D = 512, 16 x 16 pixels**", ""]
-        lines += ["| backend | goal | wanted | reached | met |", "|---|---|---:|---:|---|"]
-        for row in record["goals"]:
-            reached, met = "not measured", "-"
-            if row["reached"] is not None:
-                reached = f"{row['reached']} {row['unit']} ({row['at']})"
-                met = "yes" if row["met"] else "**no**"
-            cells = [row["backend"], row["goal"], row["wanted"], reached, met]
-            lines.append("| " + " | ".join(cells) + " |")
-        blocks += ["\n".join(lines), provenance(record)]
-    return "\n\n".join(blocks) or NO_RECORD
-
-
-Table = Callable[[Path], str]
-PAGES: dict[str, dict[str, Table]] = {
-    "README.md": {"results": crossval, "promises": promises, "memory": memory},
-    "docs/training.md": {"ablation": ablation, "inference": inference},
-    "docs/performance.md": {
-        "ceilings": ceilings,
-        "float32": functools.partial(speed, dtype="float32", all_threads=True),
-        "float32-one-thread": functools.partial(speed, dtype="float32", all_threads=False),
-        "bfloat16": functools.partial(speed, dtype="bfloat16", all_threads=True),
-        "float16": functools.partial(speed, dtype="float16", all_threads=True),
-        "mixed-bags": mixed_bags,
-        "op-memory": op_memory,
-        "overhead": overhead,
-        "network": network,
-        "promises": promises,
-        "gpu-goals": gpu_goals,
-        "gpu": gpu,
-    },
+GPU: Columns = {
+    "us": lambda case: least("us", case["ours"])(case),
+    "fastest peer": lambda case: case.get("fastest_peer", "-"),
+    "its us": lambda case: least("us", case.get("fastest_peer", ""))(case),
+    "ratio": shown("peer_over_ours", ".2f"),
+    "expected us": shown("expected_us", ".2f"),
+    "over expected": shown("measured_over_expected", ".2f"),
+    "GB/s": shown("gb_per_s", ".0f"),
+    "of copy": shown("of_copy", ".0%"),
+    "TFLOP/s": shown("tflops", ".1f"),
+    "of matmul": shown("of_matmul", ".0%"),
+    "wall us": lambda case: least("wall_us", case["ours"])(case),
+    "eager's wall us": least("wall_us", "eager", "eager_nchw"),
+}
+GPU_CEILINGS: Columns = {
+    "rate": itemgetter("rate"),
+    "": lambda row: f"{digits(row['median'])} {row['unit']}",
+    "measurements": lambda row: str(len(row["measurements"])),
 }
 
 
-def replace_table(page: Path, name: str, content: str) -> None:
-    """Put ``content`` between the marks of a table in ``page``; other scripts do, too."""
-    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    text = page.read_text(encoding="utf-8")
-    text, count = pattern.subn(lambda m: m[1] + content + "\n" + m[2], text)
-    if count != 1:
-        raise SystemExit(f"{page}: found {count} tables {name!r}; allowed: one.")
-    page.write_text(text, encoding="utf-8")
+def gpu(record: Row) -> Iterator[str]:
+    """A GPU: ours beside the fastest peer and what the machine could reach, by type and pass."""
+    cases = record["cases"]
+    for dtype in dict.fromkeys(case["dtype"] for case in cases):
+        for what in ("forward", "backward", "both"):
+            chosen = [case for case in cases if (case["dtype"], case["what"]) == (dtype, what)]
+            title = f"{record['gpu']['name']}: {what}, {dtype}, {record['ours']}"
+            yield table(title, {"size": itemgetter("size")} | GPU, chosen)
+    names = dict.fromkeys(name for case in cases for name in case["us"])
+    ours = [name for name in names if name.partition(" ")[0] in ("native", "triton")]
+    if len(ours) > 1:
+        columns: Columns = {"setting": itemgetter("setting"), "pass": itemgetter("what")}
+        columns |= {name: least("us", name) for name in ours}
+        yield table("our backends, microseconds", columns, cases)
+    yield table("what the machine reaches", GPU_CEILINGS, record["ceilings"])
+    rows = [[c["check"], c["result"], c["detail"].replace("|", "/")] for c in record["checks"]]
+    yield table("checks", ["", "result", ""], rows)
+    gaps = [f"Failed: {row['what']}: {row['error']}" for row in record["failed"]]
+    if record["left_out"]:
+        settings = ", ".join(row["setting"] for row in record["left_out"])
+        gaps.insert(0, f"Left out ({record['left_out'][0]['why']}): {settings}.")
+    yield "\n".join(f"* {line}".replace("|", "/") for line in gaps)
+
+
+def gpu_goals(record: Row) -> Iterator[str]:
+    """What was aimed for on a GPU, and what was reached, line by line."""
+    rows = []
+    for row in record["goals"]:
+        missing = row["reached"] is None
+        reached = "not measured" if missing else f"{row['reached']} {row['unit']} ({row['at']})"
+        rows.append([row["backend"], row["goal"], row["wanted"], reached, VERDICTS[row["met"]]])
+    title = f"{record['gpu']['name']}: bfloat16, D = 512, 16 x 16 pixels"
+    yield table(title, ["backend", "goal", "wanted", "reached", "met"], rows, "llrrl")
+
+
+def single(title: str, key: str, columns: Columns) -> Blocks:
+    """One table of the rows of ``key``."""
+    return lambda record: [table(title, columns, record[key])]
+
+
+CEILINGS: Columns = {
+    "rate": itemgetter("rate"),
+    "threads": shown("threads", ""),
+    "GFLOP/s": lambda row: digits(row["gflops"]),
+    "range": lambda row: " to ".join(digits(f(row["measurements"])) for f in (min, max)),
+    "measurements": lambda row: str(len(row["measurements"])),
+}
+OVERHEAD: Columns = {"call": itemgetter("call"), "microseconds": shown("us", ".1f")}
+CPU: dict[str, Blocks] = {
+    "ceilings": single("the machine", "ceilings", CEILINGS),
+    **{t: functools.partial(speed, dtype=t) for t in ("float32", "bfloat16", "float16")},
+    "float32-one-thread": functools.partial(speed, dtype="float32", all_threads=False),
+    "mixed-bags": mixed_bags,
+    "op-memory": op_memory,
+    "overhead": single("one thread", "overhead", OVERHEAD),
+}
+PAGES: dict[str, dict[str, Table]] = {
+    "README.md": {"results": crossval, "promises": promises, "memory": of_each("memory", memory)},
+    "docs/training.md": {
+        "ablation": of_each("ablation", ablation),
+        "inference": of_each("inference", inference),
+    },
+    "docs/performance.md": {
+        **{name: of_each("cpu", blocks) for name, blocks in CPU.items()},
+        "network": of_each(network_records, network),
+        "promises": promises,
+        "gpu-goals": of_each(gpu_records, gpu_goals),
+        "gpu": of_each(gpu_records, gpu),
+    },
+}
 
 
 def main() -> None:
@@ -532,9 +391,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
     root = parser.parse_args().root
     for page, tables in PAGES.items():
-        path = root / page
         for name, write in tables.items():
-            replace_table(path, name, write(root / "benchmarks" / "results"))
+            replace_table(root / page, name, write(root / "benchmarks" / "results"))
 
 
 if __name__ == "__main__":

@@ -80,11 +80,9 @@ def test_counts(
     gpu_check: ModuleType, tmp_path: Path, counts: tuple[int, ...], words: str, good: bool
 ) -> None:
     path = tmp_path / "junit.xml"
-    assert gpu_check.count(path) == "no junit file was written"
-    assert not gpu_check.passed(path)
+    assert gpu_check.count(path) == ("no junit file was written", False)
     path.write_text(JUNIT.format(*counts))
-    assert gpu_check.count(path) == words
-    assert gpu_check.passed(path) == good
+    assert gpu_check.count(path) == (words, good)
 
 
 def test_all_steps_run_whatever_fails(
@@ -164,7 +162,7 @@ def test_without_a_sanitizer(
 ) -> None:
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--logs", str(tmp_path)])
-    step = gpu_check.Check(gpu_check.arguments()).memcheck()
+    step = gpu_check.Check(gpu_check.arguments()).step("memcheck")
     assert (step.result, step.detail) == ("skipped", "there is no compute-sanitizer")
 
 
@@ -206,7 +204,7 @@ def test_a_native_backend_that_was_built_and_does_not_run_fails_the_installation
     (tmp_path / "sitecustomize.py").write_text(program)
     path = check.environment.get("PYTHONPATH", "")
     check.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), path]))
-    wrong, text = check._what_is_installed()
+    wrong, text = check.what_is_installed()
     assert wrong == expected, text
     assert f"native: {reason or 'runs'}; triton: " in text
 
@@ -215,4 +213,4 @@ def test_a_package_that_dies_fails_the_installation(gpu_check: ModuleType, tmp_p
     check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True, minutes=8))
     (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)")
     check.environment["PYTHONPATH"] = str(tmp_path)
-    assert check._what_is_installed() == (True, "does not import: exit code 3")
+    assert check.what_is_installed() == (True, "does not import: exit code 3")

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import baselines
+import problems
 import pytest
+import record
 import run_gpu
+import suite as gpu_suite
+import timers
 import torch
-from gpu import cases, implementations, record
-from gpu import suite as gpu_suite
-from gpu.timers import Call, CudaTimer, HostTimer, Replay
+from baselines import Call
 from roofline import Ceilings
 from support.problems import Problem
+from timers import CudaTimer, HostTimer, Replay
 
 from fastproto.op import backends, library
 
@@ -25,7 +28,7 @@ from fastproto.op import backends, library
 def make(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
     """Features, prototypes and bounds."""
     feat, protos, _ = problem.make(torch.float32)
-    return feat, protos, cases.bounds_of(problem)
+    return feat, protos, problems.bounds_of(problem)
 
 
 @pytest.mark.parametrize("bags", [((5,),), ((4, 4), (4, 4), (4, 4)), ((1,), (1,))], ids=str)
@@ -33,31 +36,31 @@ def make(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]
 def test_batched_peers_compute_the_formula(name: str, bags: tuple[tuple[int, ...], ...]) -> None:
     problem = Problem("p", bags, queries=2, dim=24, height=3, width=4)
     feat, protos, bounds = make(problem)
-    assert implementations.equal_bags(bounds)
-    out = implementations.peers(bounds)[name](feat, protos, bounds)
+    assert baselines.equal_bags(bounds)
+    out = baselines.peers(bounds)[name](feat, protos, bounds)
     expected = baselines.eager(feat, protos, bounds)
     assert baselines.relative_error(out, expected) < 1e-5
 
 
 def test_unequal_bags_loop() -> None:
-    assert not implementations.equal_bags((0, 5, 8))
-    assert not implementations.equal_bags((0, 0))
-    assert implementations.peers((0, 5, 8))["sdpa"] is baselines.sdpa
+    assert not baselines.equal_bags((0, 5, 8))
+    assert not baselines.equal_bags((0, 0))
+    assert baselines.peers((0, 5, 8))["sdpa"] is baselines.sdpa
 
 
 def test_settings_are_unique_and_begin_with_the_goals() -> None:
-    names = [setting.name for setting in cases.SETTINGS]
+    names = [setting.name for setting in problems.SETTINGS]
     assert len(set(names)) == len(names)
     goals = record.GOALS + record.NATIVE_GOALS
     wanted = {f"{size} bfloat16" for goal in goals for size in goal.sizes}
     assert set(names[: len(wanted)]) == wanted
-    for setting in cases.SETTINGS:
+    for setting in problems.SETTINGS:
         assert (setting.kind == "mixed") == (len({n for e in setting.problem.bags for n in e}) > 1)
 
 
 def test_sets_exceed_the_cache() -> None:
     cache = 60 << 20
-    for setting in cases.SETTINGS:
+    for setting in problems.SETTINGS:
         sets = gpu_suite.sets_for(setting, cache)
         work = gpu_suite.roofline.forward(gpu_suite.size_of(setting))
         assert sets * work.bytes >= gpu_suite.CACHES * cache
@@ -157,10 +160,10 @@ def test_families_are_forced_while_a_call_runs_and_not_after(
         return torch.zeros(1)
 
     monkeypatch.delenv("FASTPROTO_CUDA_KERNELS", raising=False)
-    monkeypatch.setattr(implementations, "_backend", lambda name: native)
-    family = implementations.Family("sm80-latency")
+    monkeypatch.setattr(baselines, "native", native)
+    family = baselines.Family("sm80-latency")
     empty = torch.zeros(1)
-    family(empty, empty, empty, (0, 1))
+    family(empty, empty, (0, 1))
     family.around(lambda: [native()])()
     native()
     assert seen == ["sm80-latency", "sm80-latency", None]
@@ -169,12 +172,12 @@ def test_families_are_forced_while_a_call_runs_and_not_after(
 @pytest.mark.skipif(not library.build_info(), reason="there is no native code")
 def test_families_that_take_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H200, which the plan assumes where there is none."""
-    monkeypatch.setattr(implementations, "ours", lambda device: {"native": None})
-    problem = cases.bags(1, 64)
+    monkeypatch.setattr(baselines, "ours", lambda device: {"native": None})
+    problem = problems.bags(1, 64)
     both = [f"native {name}" for name in backends.CUDA_FAMILIES]
-    assert implementations.families("cpu", problem, torch.bfloat16) == {}
-    assert list(implementations.families("cuda", problem, torch.bfloat16)) == both
-    assert list(implementations.families("cuda", problem, torch.float32)) == both[:2]
+    assert baselines.families("cpu", problem, torch.bfloat16) == {}
+    assert list(baselines.families("cuda", problem, torch.bfloat16)) == both
+    assert list(baselines.families("cuda", problem, torch.float32)) == both[:2]
 
 
 def test_tag() -> None:
@@ -214,19 +217,19 @@ class FakeTimer(HostTimer):
 
 
 @pytest.fixture
-def settings(monkeypatch: pytest.MonkeyPatch) -> list[cases.Setting]:
+def settings(monkeypatch: pytest.MonkeyPatch) -> list[problems.Setting]:
     """Two settings, with a plain function in the place of our backends."""
-    monkeypatch.setattr(
-        implementations, "ours", lambda device: {"triton": implementations.peer(baselines.eager)}
-    )
+    monkeypatch.setattr(baselines, "ours", lambda device: {"triton": baselines.eager})
     return [
-        cases.Setting(Problem(name, ((3,),), dim=8, height=2, width=2), cases.FP32, "one", False)
+        problems.Setting(
+            Problem(name, ((3,),), dim=8, height=2, width=2), problems.FP32, "one", False
+        )
         for name in ("first", "second")
     ]
 
 
 def test_a_peer_that_fails_or_strays_does_not_stop_the_run(
-    settings: list[cases.Setting], monkeypatch: pytest.MonkeyPatch
+    settings: list[problems.Setting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(feat: torch.Tensor, protos: torch.Tensor, bounds: Any) -> torch.Tensor:
         raise RuntimeError("no such\nkernel")
@@ -235,7 +238,7 @@ def test_a_peer_that_fails_or_strays_does_not_stop_the_run(
         return baselines.eager(feat, protos, bounds) * 1.01
 
     monkeypatch.setattr(
-        implementations,
+        baselines,
         "peers",
         lambda bounds: {"eager": broken, "eager_nchw": stray, "sdpa": baselines.sdpa},
     )
@@ -250,7 +253,7 @@ def test_a_peer_that_fails_or_strays_does_not_stop_the_run(
     assert "against the float32 formula; allowed 1e-04" in suite.failed[1]["error"]
 
 
-def test_time_that_runs_out_is_said(settings: list[cases.Setting]) -> None:
+def test_time_that_runs_out_is_said(settings: list[problems.Setting]) -> None:
     suite = gpu_suite.Suite(FakeTimer(), budget=-1, quick=True)
     suite.run(settings, lambda: None)
     assert suite.cases == suite.failed == []
@@ -259,7 +262,7 @@ def test_time_that_runs_out_is_said(settings: list[cases.Setting]) -> None:
     assert len(suite.ceilings["copy"]) == 1  # the second measurement is the end's
 
 
-def test_a_lost_device_ends_the_run(settings: list[cases.Setting]) -> None:
+def test_a_lost_device_ends_the_run(settings: list[problems.Setting]) -> None:
     suite = gpu_suite.Suite(FakeTimer(lost_after=5), budget=60, quick=True)
     suite.run(settings, lambda: None)
     assert [row["setting"] for row in suite.left_out] == ["second float32"]
@@ -267,23 +270,23 @@ def test_a_lost_device_ends_the_run(settings: list[cases.Setting]) -> None:
 
 
 def test_one_setting_of_each_kind_is_compiled(
-    settings: list[cases.Setting], monkeypatch: pytest.MonkeyPatch
+    settings: list[problems.Setting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled = [setting.kind for setting in cases.SETTINGS if setting.compile]
+    compiled = [setting.kind for setting in problems.SETTINGS if setting.compile]
     assert sorted(compiled) == ["many", "mixed", "one"]
-    monkeypatch.setattr(implementations, "compiled", lambda op: op)
+    monkeypatch.setattr(baselines, "compiled", lambda op, **options: op)
     suite = gpu_suite.Suite(FakeTimer(), budget=60, quick=True)
     first, second = settings
     suite.run([dataclasses.replace(first, compile=True), second], lambda: None)
-    both, none = (set(case["us"]) & set(implementations.FORMS) for case in suite.cases[::3])
-    assert both == set(implementations.FORMS)
+    both, none = (set(case["us"]) & set(gpu_suite.COMPILED) for case in suite.cases[::3])
+    assert both == set(gpu_suite.COMPILED)
     assert not none
 
 
 def test_without_a_backend_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementations, "ours", lambda device: {})
+    monkeypatch.setattr(baselines, "ours", lambda device: {})
     suite = gpu_suite.Suite(FakeTimer(), budget=60, quick=True)
-    suite.run(cases.QUICK, lambda: None)
+    suite.run(problems.QUICK_SETTINGS, lambda: None)
     assert suite.cases == []
     assert suite.failed[0]["what"] == "ours"
 
@@ -295,7 +298,7 @@ def test_turns_are_fair() -> None:
         order.append(name)
         return 1.0
 
-    seconds = gpu_suite.in_turns({n: lambda n=n: sample(n) for n in "abc"}, 20)
+    seconds = timers.in_turns({n: lambda n=n: sample(n) for n in "abc"}, 20)
     assert seconds == {name: [1.0] * 20 for name in "abc"}
     rounds = [tuple(order[i : i + 3]) for i in range(0, 60, 3)]
     assert all(set(turn) == set("abc") for turn in rounds)

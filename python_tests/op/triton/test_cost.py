@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.cases import SETTINGS
+from problems import SETTINGS
 from support.problems import Problem
 
 from fastproto.op.triton.configs import Config, choose

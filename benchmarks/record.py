@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From measurements to the record: ratios, fractions of the ceilings, and the goals."""
+"""From a GPU's measurements to ratios, fractions of the ceilings and goals; writing records."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from baselines import OURS
 from roofline import Ceilings, Work, bound, expected_seconds
 
-OUR_NAMES = ("native", "triton")
 # Plain PyTorch, uncompiled: what the wall times of single calls are compared with.
 EAGER = ("eager", "eager_nchw")
 
@@ -39,7 +41,7 @@ def ceiling_rows(measured: Mapping[str, Sequence[float]]) -> list[dict[str, Any]
 def complete(case: dict[str, Any], chosen: str, ceilings: Ceilings | None) -> dict[str, Any]:
     """The case with what follows from its times, for the backend ``chosen``."""
     times, work = case["us"], Work(case["bytes"], case["flops"])
-    peers = [name for name in times if name.partition(" ")[0] not in OUR_NAMES]
+    peers = [name for name in times if name.partition(" ")[0] not in OURS]
     derived: dict[str, Any] = {"ours": chosen}
     if peers:
         derived["fastest_peer"] = min(peers, key=lambda name: times[name])
@@ -155,18 +157,27 @@ def _value(goal: Goal, case: Mapping[str, Any], chosen: str) -> float | None:
     return value * 100 if value is not None and goal.unit == "%" else value
 
 
+def slug(name: str) -> str:
+    """A machine's name for the name of a file."""
+    words = re.sub(r"\((?:r|tm)\)|[^a-z0-9]+", "-", name.lower())
+    return re.sub("-+", "-", words).strip("-")
+
+
 def tag(name: str) -> str:
     """A GPU's name for the name of a file: "NVIDIA H200" -> "h200"."""
-    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return words.removeprefix("nvidia-")
+    return slug(name).removeprefix("nvidia-")
 
 
-def one_line_per_row(record: Mapping[str, Any]) -> str:
-    """JSON in which every row of a list has a line."""
+def write(path: Path, record: Mapping[str, Any]) -> Path:
+    """Replace the file in one step; every row of a list has a line."""
     entries = []
     for key, value in record.items():
         text = json.dumps(value, indent=1).replace("\n", "\n ")
         if isinstance(value, list) and value:
             text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
         entries.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(entries) + "\n}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import random
 import statistics
 import time
 import traceback
@@ -15,14 +15,12 @@ import baselines
 import roofline
 import torch
 import torch._functorch.config as functorch_config
-from baselines import TOLERANCE, relative_error
+from baselines import TOLERANCE, Bounds, Call, Op, relative_error
+from problems import WHATS, Setting, bounds_of
+from timers import Replay, Timer, in_turns, medians, quartiles, rounds_for
 from torch import Tensor
 
 from fastproto.op import backends
-from gpu import implementations
-from gpu.cases import WHATS, Setting, bounds_of
-from gpu.implementations import FORMS, Implementation
-from gpu.timers import Call, Replay, Timer
 
 SECONDS_PER_COMPARISON = 0.7
 ROUNDS = (7, 51)
@@ -30,64 +28,65 @@ WALL_ROUNDS = 51
 # Calls of one graph. With 512 channels, 256 pixels and a half type the smallest inputs and results
 # are 0.8 MB: so many of them are three times the largest L2 cache there is, and more.
 MOST_SETS = 512
+COMPILED = {"compiled": "eager", "compiled_nchw": "eager_nchw"}
+"""What torch.compile is applied to, by the name of the result."""
 CACHES = 3  # inputs and results of all calls of a graph, in caches
 
 
+@dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The operands of one call, made on the device."""
+    """The operands of one call."""
 
-    def __init__(self, setting: Setting, device: str, seed: int) -> None:
+    feat: Tensor
+    protos: Tensor
+    bounds: Bounds
+    grad_out: Tensor
+
+    @classmethod
+    def random(cls, setting: Setting, device: str, seed: int) -> Inputs:
+        """Made on the device."""
         problem, dtype = setting.problem, setting.dtype
         generator = torch.Generator(device).manual_seed(seed)
-        self.bounds = bounds_of(problem)
+        bounds = bounds_of(problem)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device)
 
         shape = (problem.episodes, problem.queries, problem.dim, problem.height, problem.width)
         # ReLU of normal numbers, as behind a ResNet's last block.
-        self.feat = normal(*shape).relu_().to(dtype)
-        self.protos = normal(self.bounds[-1], problem.dim).relu_().to(dtype)
-        self.offsets = torch.tensor(self.bounds, dtype=torch.int32, device=device)
-        self.grad_out = normal(*problem.out_shape).to(dtype)
+        feat = normal(*shape).relu_().to(dtype)
+        protos = normal(bounds[-1], problem.dim).relu_().to(dtype)
+        return cls(feat, protos, bounds, normal(*problem.out_shape).to(dtype))
 
-    def forward(self, op: Implementation) -> Call:
+    def forward(self, op: Op) -> Call:
         """A call without gradients."""
 
         def call() -> list[Tensor]:
             with torch.no_grad():
-                return [op(self.feat, self.protos, self.offsets, self.bounds)]
+                return [op(self.feat, self.protos, self.bounds)]
 
         return call
 
-    def backward(self, op: Implementation) -> Call:
+    def backward(self, op: Op) -> Call:
         """The gradients of features and prototypes alone: one forward pass, kept for all calls."""
         leaves = self._leaves()
-        out = op(*leaves, self.offsets, self.bounds)
+        out = op(*leaves, self.bounds)
         return lambda: list(torch.autograd.grad(out, leaves, self.grad_out, retain_graph=True))
 
-    def both(self, op: Implementation) -> Call:
+    def both(self, op: Op) -> Call:
         """A forward pass that records, and its backward pass."""
         leaves = self._leaves()
+        return lambda: list(torch.autograd.grad(op(*leaves, self.bounds), leaves, self.grad_out))
 
-        def call() -> list[Tensor]:
-            out = op(*leaves, self.offsets, self.bounds)
-            return list(torch.autograd.grad(out, leaves, self.grad_out))
-
-        return call
-
-    def call(self, what: str, op: Implementation) -> Call:
+    def call(self, what: str, op: Op) -> Call:
         """Forward, backward or both."""
-        make: Callable[[Implementation], Call] = getattr(self, what)
+        make: Callable[[Op], Call] = getattr(self, what)
         return make(op)
 
     def exact(self, what: str) -> list[Tensor]:
         """What the formula gives in float32."""
-        wide = object.__new__(Inputs)
-        wide.bounds, wide.offsets = self.bounds, self.offsets
-        wide.feat, wide.protos = self.feat.float(), self.protos.float()
-        wide.grad_out = self.grad_out.float()
-        return wide.call(what, implementations.peer(baselines.eager))()
+        floats = (self.feat.float(), self.protos.float(), self.bounds, self.grad_out.float())
+        return Inputs(*floats).call(what, baselines.eager)()
 
     def _leaves(self) -> tuple[Tensor, Tensor]:
         feat, protos = (x.detach().clone().requires_grad_() for x in (self.feat, self.protos))
@@ -124,7 +123,7 @@ class Suite:
     ) -> None:
         self.timer, self.quick, self.families = timer, quick, families
         self._deadline = time.monotonic() + budget
-        self.ours = implementations.ours(timer.device)
+        self.ours = baselines.ours(timer.device)
         chosen = backends.choose(timer.device)
         self.chosen = chosen if chosen in self.ours else next(iter(self.ours), chosen)
         """The backend that the goals are about: the one that users get."""
@@ -136,7 +135,7 @@ class Suite:
     def run(self, settings: Sequence[Setting], after_each: Callable[[], None]) -> None:
         """Measure ``settings`` in their order; ``after_each`` writes what there is so far."""
         if not self.ours:
-            self._fail("ours", "; ".join(map(self._why_not, implementations.OURS)))
+            self._fail("ours", "; ".join(map(self._why_not, baselines.OURS)))
             return
         self._guarded("ceilings", self.measure_ceilings)
         # A graph that is kept must not lend its buffers. Costs nothing that could be measured.
@@ -163,17 +162,21 @@ class Suite:
             torch.compiler.reset()  # it would give up, silently, after eight shapes
         with self.timer.scope():
             sets = [
-                Inputs(setting, self.timer.device, seed)
+                Inputs.random(setting, self.timer.device, seed)
                 for seed in range(sets_for(setting, self.timer.cache_bytes))
             ]
-        uncompiled = implementations.peers(sets[0].bounds)
-        compiled = self._compiled(setting, uncompiled)
+        peers = baselines.peers(sets[0].bounds)
+        names = COMPILED if setting.compile else {}
+        # By whether gradients are wanted: code is made for one or the other.
+        compiled = [
+            {name: baselines.compiled(peers[names[name]], fullgraph=True) for name in names}
+            for _ in range(2)
+        ]
         for what in WHATS:
             ops = {name: op for name, op in self.ours.items() if self._takes(name, setting)}
             if self.families:
-                ops |= implementations.families(self.timer.device, setting.problem, setting.dtype)
-            ops |= {n: implementations.peer(op) for n, op in uncompiled.items()}
-            ops |= {n: implementations.peer(op) for n, op in compiled[what != "forward"].items()}
+                ops |= baselines.families(self.timer.device, setting.problem, setting.dtype)
+            ops |= peers | compiled[what != "forward"]
             # Everything that was made here, graphs and their memory too, goes with this call.
             self._guarded(
                 f"{setting.name} {what}",
@@ -189,21 +192,8 @@ class Suite:
         device, dim = self.timer.device, backends.padded_dim(setting.problem.dim)
         return device != "cuda" or backends.why_not(name, device, setting.dtype, dim) is None
 
-    def _compiled(
-        self, setting: Setting, uncompiled: Mapping[str, baselines.Op]
-    ) -> dict[bool, dict[str, baselines.Op]]:
-        """By whether gradients are wanted: code is made for one or the other."""
-        if not setting.compile:
-            return {False: {}, True: {}}
-        return {
-            gradient: {
-                name: implementations.compiled(uncompiled[form]) for name, form in FORMS.items()
-            }
-            for gradient in (False, True)
-        }
-
     def _compare(
-        self, setting: Setting, what: str, ops: Mapping[str, Implementation], sets: list[Inputs]
+        self, setting: Setting, what: str, ops: Mapping[str, Op], sets: list[Inputs]
     ) -> None:
         """Times of one pass, of equals only."""
         label = f"{setting.name} {what}"
@@ -213,16 +203,13 @@ class Suite:
             calls: dict[str, list[Call]] = {}
             errors: dict[str, float] = {}
             for name, op in ops.items():
-                made = self._guarded(
-                    f"{label}: {name}", lambda n=name, o=op: self._ready(setting, what, n, o, sets)
-                )
+                made = self._guarded(f"{label}: {name}", lambda o=op: self._ready(what, o, sets))
                 if made is not None:
-                    calls[name], replays[name] = made
-                    problem = self._check(setting.dtype, replays[name], truth)
-                    errors[name] = problem[0]
-                    if problem[1] is not None:
-                        self._fail(f"{label}: {name}", problem[1])
-                        del calls[name], replays[name]
+                    errors[name], wrong = self._check(setting.dtype, made[1], truth)
+                    if wrong is None:
+                        calls[name], replays[name] = made
+                    else:
+                        self._fail(f"{label}: {name}", wrong)
                 elif self.timer.alive() is not None:
                     return
             del truth
@@ -238,12 +225,10 @@ class Suite:
             calls.clear()
         self._add_case(setting, what, len(sets), seconds, wall, errors)
 
-    def _ready(
-        self, setting: Setting, what: str, name: str, op: Implementation, sets: list[Inputs]
-    ) -> tuple[list[Call], Replay]:
+    def _ready(self, what: str, op: Op, sets: list[Inputs]) -> tuple[list[Call], Replay]:
         """Calls of all sets, warm, and their replay."""
         calls = [inputs.call(what, op) for inputs in sets]
-        if isinstance(op, implementations.Family):
+        if isinstance(op, baselines.Family):
             calls = [op.around(call) for call in calls]
         for _ in range(2):  # compiles, and fills the allocator
             calls[0]()
@@ -265,11 +250,7 @@ class Suite:
 
     def _take_turns(self, samples: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
         """Each once per round, in an order drawn anew for every round."""
-        began = time.perf_counter()
-        for sample in samples.values():
-            sample()
-        one = max(time.perf_counter() - began, 1e-6)
-        rounds = min(max(ROUNDS[0], round(SECONDS_PER_COMPARISON / one)), ROUNDS[1])
+        rounds = rounds_for(samples, SECONDS_PER_COMPARISON, *ROUNDS)
         return in_turns(samples, 2 if self.quick else rounds)
 
     def _take_wall_turns(self, calls: dict[str, list[Call]]) -> dict[str, list[float]]:
@@ -304,11 +285,12 @@ class Suite:
             "rounds": len(next(iter(seconds.values()))),
             "bytes": work.bytes,
             "flops": work.flops,
-            "us": microseconds(seconds),
-            "quartiles_us": quartiles(seconds),
+            "us": medians(seconds, 1e6, 3),
+            "quartiles_us": quartiles(seconds, 1e6, 3),
         }
         if wall:
-            case |= {"wall_us": microseconds(wall), "wall_quartiles_us": quartiles(wall)}
+            case["wall_us"] = medians(wall, 1e6, 3)
+            case["wall_quartiles_us"] = quartiles(wall, 1e6, 3)
         case["relative_errors"] = {name: float(f"{error:.1e}") for name, error in errors.items()}
         self.cases.append(case)
         times = "  ".join(f"{name} {value:.1f}" for name, value in case["us"].items())
@@ -321,12 +303,8 @@ class Suite:
         rounds = 2 if self.quick else 5
         with self.timer.scope():
             self._copy_ceiling(elements, rounds)
-            for name, dtype in (
-                ("bfloat16", torch.bfloat16),
-                ("float16", torch.float16),
-                ("tf32", torch.float32),
-                ("float32", torch.float32),
-            ):
+            for name in ("bfloat16", "float16", "tf32", "float32"):
+                dtype = torch.float32 if name == "tf32" else getattr(torch, name)
                 a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
                 out = torch.empty_like(a)
                 before = torch.get_float32_matmul_precision()
@@ -371,26 +349,3 @@ class Suite:
 
     def _why_not(self, name: str) -> str:
         return f"{name}: {backends.why_not(name, self.timer.device)}"
-
-
-def in_turns(samples: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, once per round; the order is drawn anew for every round, seed fixed."""
-    draw, names = random.Random(0), list(samples)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in draw.sample(names, len(names)):
-            seconds[name].append(samples[name]())
-    return seconds
-
-
-def microseconds(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Medians."""
-    return {name: round(statistics.median(v) * 1e6, 3) for name, v in seconds.items()}
-
-
-def quartiles(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """First and third, in microseconds."""
-    return {
-        name: [round(q * 1e6, 3) for q in statistics.quantiles(v, method="inclusive")[::2]]
-        for name, v in seconds.items()
-    }

@@ -1,21 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks: CUDA events around graph replays, and, to try the suite without a GPU, the host's."""
+"""Clocks - the host's, CUDA events around graph replays - and taking turns before them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import platform
+import random
 import shutil
+import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from baselines import Call
 from torch import Tensor
 
-Call = Callable[[], list[Tensor]]
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Wall time of one call; its result is dropped within it."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def rounds_for(
+    calls: Mapping[str, Callable[[], object]], budget: float = 0.5, least: int = 7, most: int = 101
+) -> int:
+    """Rounds that take about ``budget`` seconds; the calls must be warm."""
+    one = sum(seconds_of(call) for call in calls.values())
+    return min(max(least, round(budget / max(one, 1e-6))), most)
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Who runs when: each name once per round, in an order drawn anew for every round.
+
+    Nobody always follows the same one, in whose caches and on whose heap it would then start. The
+    seed is fixed.
+    """
+    draw = random.Random(0)
+    for _ in range(rounds):
+        yield from draw.sample(names, len(names))
+
+
+def in_turns(samples: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each of ``samples`` gives, once per round."""
+    seconds: dict[str, list[float]] = {name: [] for name in samples}
+    for name in turns(list(samples), rounds):
+        seconds[name].append(samples[name]())
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]], unit: float, digits: int) -> dict[str, float]:
+    """Of each, in ``unit`` per second."""
+    return {name: round(statistics.median(v) * unit, digits) for name, v in seconds.items()}
+
+
+def quartiles(
+    seconds: Mapping[str, Sequence[float]], unit: float, digits: int
+) -> dict[str, list[float]]:
+    """First and third of each."""
+    return {
+        name: [round(q * unit, digits) for q in statistics.quantiles(v, method="inclusive")[::2]]
+        for name, v in seconds.items()
+    }
 
 
 @dataclasses.dataclass
@@ -166,9 +216,7 @@ class HostTimer:
 
     def wall(self, call: Call) -> float:
         """Seconds of a call."""
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
+        return seconds_of(call)
 
     def alive(self) -> str | None:
         """It is."""
