@@ -7,6 +7,7 @@ The command line prints the message without a traceback and exits with status 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 
@@ -70,3 +71,26 @@ class OutputError(FastprotoError):
 
 class TrainingError(FastprotoError):
     """A training run that cannot go on, e.g. because the loss is no longer finite."""
+
+
+def require(
+    condition: object,
+    subject: object,
+    *,
+    found: str | Callable[[], str],
+    allowed: str,
+    fix: str | None = None,
+    error: type[FastprotoError] = ArgumentError,
+) -> None:
+    """Raise ``error`` unless ``condition`` is true.
+
+    Args:
+        condition: Anything with a truth value.
+        subject: As in ``FastprotoError``.
+        found: The same; a function where the text costs something or exists only after a failure.
+        allowed: As in ``FastprotoError``.
+        fix: The same.
+        error: The class to raise.
+    """
+    if not condition:
+        raise error(subject, found=found() if callable(found) else found, allowed=allowed, fix=fix)

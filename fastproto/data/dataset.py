@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fastproto.data.preprocessing import guess_modality
 from fastproto.data.volume import READABLE, read_volume, volume_suffix, without_suffix
-from fastproto.errors import DatasetError, LabelError
+from fastproto.errors import DatasetError, LabelError, require
 
 _MR_CHANNELS = ("mr", "t1", "t2", "flair", "pd", "dwi", "adc", "swi")
 
@@ -53,12 +53,13 @@ class Dataset:
         known = {case.id: case for case in self.cases}
         ids = list(ids)
         unknown = [id_ for id_ in ids if id_ not in known]
-        if unknown:
-            raise DatasetError(
-                self.root,
-                found=f"no case {', '.join(unknown)}",
-                allowed=", ".join(known),
-            )
+        require(
+            not unknown,
+            self.root,
+            error=DatasetError,
+            found=f"no case {', '.join(unknown)}",
+            allowed=", ".join(known),
+        )
         return [known[id_] for id_ in ids]
 
     def label_ids(self, labels: Iterable[str | int]) -> list[int]:
@@ -69,14 +70,16 @@ class Dataset:
         """
         by_name = {name: number for number, name in self.labels.items()}
         by_name |= {str(number): number for number in self.labels}
+        allowed = ", ".join(f"{number} {name}" for number, name in sorted(self.labels.items()))
         numbers = []
         for label in labels:
-            if str(label) not in by_name:
-                raise LabelError(
-                    self.root,
-                    found=f"no label {label!r}",
-                    allowed=", ".join(f"{n} {name}" for n, name in sorted(self.labels.items())),
-                )
+            require(
+                str(label) in by_name,
+                self.root,
+                error=LabelError,
+                found=f"no label {label!r}",
+                allowed=allowed,
+            )
             numbers.append(by_name[str(label)])
         return numbers
 
@@ -137,9 +140,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DatasetError(
-            file,
-            found="no such file",
-            allowed="a dataset.json with modality, labels and cases",
+            file, found="no such file", allowed="a dataset.json with modality, labels and cases"
         ) from error
     except (OSError, ValueError) as error:
         raise DatasetError(file, found=f"invalid JSON ({error})", allowed="valid JSON") from error
@@ -223,23 +224,25 @@ def _nnunet_cases(root: Path, file: Path, fields: Mapping[str, Any]) -> list[Cas
         cases = []
         for image in _volumes(root / "imagesTr"):
             id_, channel = _case_id(image)[:-5], _case_id(image)[-5:]
-            if channel != "_0000" or not id_:
-                raise DatasetError(
-                    image,
-                    found=f"the file name {image.name}",
-                    allowed="CASE_0000 with a single channel",
-                )
+            require(
+                channel == "_0000" and id_,
+                image,
+                error=DatasetError,
+                found=f"the file name {image.name}",
+                allowed="CASE_0000 with a single channel",
+            )
             cases.append(Case(id_, image, _find(root / "labelsTr", id_)))
     else:
         cases = [_listed_case(root, file, entry) for entry in _entries(file, listed)]
     _check_unique(file, "training", cases)
     expected = fields.get("numTraining", len(cases))
-    if expected != len(cases):
-        raise DatasetError(
-            file,
-            found=f"numTraining = {expected} and {len(cases)} images in imagesTr",
-            allowed="as many images as numTraining says",
-        )
+    require(
+        expected == len(cases),
+        file,
+        error=DatasetError,
+        found=f"numTraining = {expected} and {len(cases)} images in imagesTr",
+        allowed="as many images as numTraining says",
+    )
     return cases
 
 
@@ -255,10 +258,13 @@ def _listed_case(root: Path, file: Path, entry: Mapping[str, Any]) -> Case:
     image = root / entry["image"]
     label = root / entry["label"] if entry.get("label") else None
     for path in (image, label):
-        if path is not None and not path.exists():
-            raise DatasetError(
-                file, found=f"training entry {json.dumps(dict(entry))}", allowed="existing files"
-            )
+        require(
+            path is None or path.exists(),
+            file,
+            error=DatasetError,
+            found=lambda: f"training entry {json.dumps(dict(entry))}",
+            allowed="existing files",
+        )
     return Case(_case_id(image).removesuffix("_0000"), image, label)
 
 
@@ -274,13 +280,14 @@ def _check_stray_labels(folder: Path, cases: list[Case]) -> None:
     used = {case.label.resolve() for case in cases if case.label is not None}
     known = {case.id for case in cases}
     for path in _volumes(folder) if folder.is_dir() else []:
-        if path.resolve() not in used and _case_id(path) not in known:
-            raise DatasetError(
-                path,
-                found="a label map without a case",
-                allowed="labels named like their case",
-                fix="Rename it, or add the case to dataset.json.",
-            )
+        require(
+            path.resolve() in used or _case_id(path) in known,
+            path,
+            error=DatasetError,
+            found="a label map without a case",
+            allowed="labels named like their case",
+            fix="Rename it, or add the case to dataset.json.",
+        )
 
 
 def _volumes(folder: Path) -> list[Path]:
@@ -310,10 +317,11 @@ def _find(folder: Path, id_: str) -> Path | None:
     found = [path for path in paths if path.is_file()]
     if (folder / id_).is_dir():
         found.append(folder / id_)
-    if len(found) > 1:
-        raise DatasetError(
-            folder,
-            found=f"several files of case {id_!r} ({', '.join(path.name for path in found)})",
-            allowed="one file per case",
-        )
+    require(
+        len(found) <= 1,
+        folder,
+        error=DatasetError,
+        found=f"several files of case {id_!r} ({', '.join(path.name for path in found)})",
+        allowed="one file per case",
+    )
     return found[0] if found else None

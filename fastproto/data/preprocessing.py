@@ -10,41 +10,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import scipy.ndimage
 import torch
 
+from fastproto.data.geometry import PLANES, FieldOfView, ImageAxis, canonical, view_of_axes
+from fastproto.data.geometry import linear_weights as linear_weights
+from fastproto.data.intensity import CT_WINDOW, body_box, normalisation
+from fastproto.data.intensity import body_mask as body_mask
+from fastproto.data.intensity import guess_modality as guess_modality
 from fastproto.data.volume import Volume, blocks, check_same_grid
-from fastproto.errors import ArgumentError, LabelError
-
-# Where slices, rows and columns grow: (world axis, sign) with world axes 0 = left, 1 = posterior,
-# 2 = superior. Coronal and sagittal pictures have the head on top.
-_PLANES = {
-    "axial": ((2, 1), (1, 1), (0, 1)),
-    "coronal": ((1, 1), (2, -1), (0, 1)),
-    "sagittal": ((0, 1), (2, -1), (1, 1)),
-}
-CT_WINDOW = (-125.0, 275.0)
-MR_CLIPPED_FRACTION = 0.005
-
-_CT_BODY_HU = -500.0
-_CT_AIR_HU = -200.0
-_MR_BODY_FRACTION = 0.1
-_BODY_MARGIN_MM = 5.0
-_BODY_GRID = 128
-
-
-def guess_modality(volume: Volume) -> Literal["ct", "mr"]:
-    """What the values look like: CT where one in a thousand voxels lies below -200, as air does."""
-    step = max(1, round((volume.array.size / 1e6) ** (1 / 3)))
-    sample = volume.array[::step, ::step, ::step].astype(np.float32)
-    return "ct" if float(np.percentile(sample, 0.1)) < _CT_AIR_HU else "mr"
+from fastproto.errors import LabelError, require
 
 
 @dataclass(frozen=True)
@@ -71,26 +51,32 @@ class Preprocessing:
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
 
     def __post_init__(self) -> None:
-        if self.modality not in ("ct", "mr"):
-            raise ArgumentError("modality", found=repr(self.modality), allowed='"ct" or "mr"')
-        if self.plane not in _PLANES:
-            raise ArgumentError("plane", found=repr(self.plane), allowed=", ".join(_PLANES))
-        if not isinstance(self.image_size, int) or self.image_size < 1:
-            raise ArgumentError(
-                "image_size", found=repr(self.image_size), allowed="an integer above 0"
-            )
-        given = self.mean, self.std
-        if self.modality == "mr" and given != (None, None):
-            raise ArgumentError(
-                "mean, std", found=f"{given}", allowed="None for MR: each volume has its own"
-            )
-        if self.modality == "ct" and not _are_statistics(*given):
-            raise ArgumentError(
-                "mean, std",
-                found=f"{given}",
-                allowed="two finite numbers for CT, std above 0",
-                fix='Compute them from the training set with Preprocessing.fit(volumes, "ct").',
-            )
+        modality, image_size, mean, std = self.modality, self.image_size, self.mean, self.std
+        require(modality in ("ct", "mr"), "modality", found=repr(modality), allowed='"ct" or "mr"')
+        require(self.plane in PLANES, "plane", found=repr(self.plane), allowed=", ".join(PLANES))
+        require(
+            isinstance(image_size, int) and image_size >= 1,
+            "image_size",
+            found=repr(image_size),
+            allowed="an integer above 0",
+        )
+        require(
+            modality == "ct" or (mean, std) == (None, None),
+            "mean, std",
+            found=f"{mean, std}",
+            allowed="None for MR: each volume has its own",
+        )
+        require(
+            modality == "mr"
+            or (
+                (mean is not None and math.isfinite(mean))
+                and (std is not None and math.isfinite(std) and std > 0)
+            ),
+            "mean, std",
+            found=f"{mean, std}",
+            allowed="two finite numbers for CT, std above 0",
+            fix='Compute them from the training set with Preprocessing.fit(volumes, "ct").',
+        )
 
     @classmethod
     def fit(
@@ -120,12 +106,12 @@ class Preprocessing:
                 squares += np.square(values).sum()
         mean = total / count if count else 0.0
         variance = squares / count - mean**2 if count else 0.0
-        if variance < 1e-6:
-            raise ArgumentError(
-                "volumes",
-                found=f"{count} voxels, all of {mean:g} HU after clipping to {CT_WINDOW}",
-                allowed="CT volumes in Hounsfield units",
-            )
+        require(
+            not variance < 1e-6,
+            "volumes",
+            found=f"{count} voxels, all of {mean:g} HU after clipping to {CT_WINDOW}",
+            allowed="CT volumes in Hounsfield units",
+        )
         return cls(modality, image_size, float(mean), math.sqrt(variance), crop, plane)
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,10 +126,12 @@ class Preprocessing:
             ArgumentError: Missing, unknown or unusable fields.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        if "modality" not in fields or not known.issuperset(fields):
-            raise ArgumentError(
-                "preprocessing", found=f"fields {sorted(fields)}", allowed=f"{sorted(known)}"
-            )
+        require(
+            "modality" in fields and known.issuperset(fields),
+            "preprocessing",
+            found=lambda: f"fields {sorted(fields)}",
+            allowed=f"{sorted(known)}",
+        )
         return cls(**fields)
 
     def prepare(self, volume: Volume, view: FieldOfView | None = None) -> PreparedVolume:
@@ -155,20 +143,6 @@ class Preprocessing:
                 whole slice without ``crop``.
         """
         return PreparedVolume(self, volume, view)
-
-
-class FieldOfView(NamedTuple):
-    """A square in the slices of a volume.
-
-    Attributes:
-        row: Of its centre, in pixels of the canonical slice.
-        column: The same.
-        side: In mm.
-    """
-
-    row: float
-    column: float
-    side: float
 
 
 class PreparedVolume:
@@ -190,13 +164,13 @@ class PreparedVolume:
         self._seen = canonical(volume, preprocessing.plane)
         self.shape = self._seen.array.shape
         self.spacing = self._seen.spacing[::-1]
-        self._normalise = _normalisation(preprocessing, volume.array)
+        self._normalise = normalisation(volume.array, preprocessing.mean, preprocessing.std)
 
         _, rows, columns = self.shape
         if view is None:
             box = (0, rows, 0, columns)
             if preprocessing.crop:
-                box = _body_box(self._seen.array, self.spacing, preprocessing.modality)
+                box = body_box(self._seen.array, self.spacing, preprocessing.modality)
             height, width = (box[1] - box[0]) * self.spacing[1], (box[3] - box[2]) * self.spacing[2]
             view = FieldOfView(
                 (box[0] + box[1] - 1) / 2, (box[2] + box[3] - 1) / 2, max(height, width)
@@ -210,8 +184,8 @@ class PreparedVolume:
         self.preprocessing = preprocessing
         self.view = view
         self.pixel_size = view.side / size
-        self._rows = _Axis(rows, self.spacing[1], view.row, self.pixel_size, size)
-        self._columns = _Axis(columns, self.spacing[2], view.column, self.pixel_size, size)
+        self._rows = ImageAxis(rows, self.spacing[1], view.row, self.pixel_size, size)
+        self._columns = ImageAxis(columns, self.spacing[2], view.column, self.pixel_size, size)
 
     def at(self, view: FieldOfView) -> PreparedVolume:
         """The same volume, seen elsewhere; nothing is computed again."""
@@ -273,13 +247,14 @@ class PreparedVolume:
             GeometryError: The map is on another grid.
             LabelError: The map does not hold integers of 0 and above.
         """
-        if label.array.dtype.kind not in "biu" or label.array.min() < 0:
-            raise LabelError(
-                label.name,
-                found=f"{label.array.dtype} voxels from {label.array.min():g}",
-                allowed="integers of 0 and above",
-                fix="Read it with fastproto.data.read_label.",
-            )
+        require(
+            label.array.dtype.kind in "biu" and label.array.min() >= 0,
+            label.name,
+            error=LabelError,
+            found=lambda: f"{label.array.dtype} voxels from {label.array.min():g}",
+            allowed="integers of 0 and above",
+            fix="Read it with fastproto.data.read_label.",
+        )
         seen = canonical(label, self.preprocessing.plane)
         check_same_grid(self._seen, seen)
         rows, inside_rows = self._rows.nearest
@@ -305,12 +280,13 @@ class PreparedVolume:
         """
         self._check_range(start, stop)
         size = self.image_size
-        if slices.ndim != 4 or slices.shape[0] != stop - start or slices.shape[2:] != (size, size):
-            raise ArgumentError(
-                "slices",
-                found=f"shape {tuple(slices.shape)}",
-                allowed=f"({stop - start}, C, {size}, {size})",
-            )
+        shape = tuple(slices.shape)
+        require(
+            len(shape) == 4 and (shape[0], *shape[2:]) == (stop - start, size, size),
+            "slices",
+            found=f"shape {shape}",
+            allowed=f"({stop - start}, C, {size}, {size})",
+        )
         rows = self._rows.to_slice.to(slices.device)
         columns = self._columns.to_slice.to(slices.device)
         restored = rows @ slices.float() @ columns.T
@@ -320,11 +296,13 @@ class PreparedVolume:
 
     def to_volume_array(self, array: np.ndarray) -> np.ndarray:
         """[..., n, h, w] in canonical orientation -> [..., Z, Y, X] in the axes of the file."""
-        order, flips = _view_of_axes(self.volume.direction, self.preprocessing.plane)
-        if array.shape[-3:] != self.shape:
-            raise ArgumentError(
-                "array", found=f"shape {array.shape}", allowed=f"(..., {self.shape})"
-            )
+        order, flips = view_of_axes(self.volume.direction, self.preprocessing.plane)
+        require(
+            array.shape[-3:] == self.shape,
+            "array",
+            found=f"shape {array.shape}",
+            allowed=f"(..., {self.shape})",
+        )
         leading = array.ndim - 3
         stored = [*range(leading), *(leading + axis for axis in np.argsort(order))]
         index: Any = (..., *flips)
@@ -332,205 +310,13 @@ class PreparedVolume:
 
     def to_canonical(self, array: np.ndarray) -> np.ndarray:
         """[Z, Y, X] in the axes of the file -> a view [n, h, w], writable where ``array`` is."""
-        order, flips = _view_of_axes(self.volume.direction, self.preprocessing.plane)
+        order, flips = view_of_axes(self.volume.direction, self.preprocessing.plane)
         return array.transpose(order)[flips]
 
     def _check_range(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= len(self):
-            raise ArgumentError(
-                "start, stop", found=f"{start}, {stop}", allowed=f"a range within 0 to {len(self)}"
-            )
-
-
-class _Axis:
-    """Rows or columns: where a slice's pixels lie in the square image, and the other way round.
-
-    Args:
-        length: Pixels of the slice.
-        spacing: Their distance in mm.
-        centre: The pixel that the field of view is centred on.
-        pixel_size: Of the image, in mm.
-        image_size: Pixels of the image.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        spacing: float,
-        centre: float,
-        pixel_size: float,
-        image_size: int,
-    ):
-        middle = (image_size - 1) / 2
-        ratio = pixel_size / spacing
-        # Of the image's pixels, in pixels of the slice.
-        self.positions = positions = centre + (np.arange(image_size) - middle) * ratio
-        self.to_image = linear_weights(positions, length, ratio)
-        self.to_slice = linear_weights(
-            middle + (np.arange(length) - centre) / ratio, image_size, 1 / ratio
+        require(
+            0 <= start <= stop <= len(self),
+            "start, stop",
+            found=f"{start}, {stop}",
+            allowed=f"a range within 0 to {len(self)}",
         )
-        index = np.floor(positions + 0.5).astype(np.int64)
-        # Index for every image pixel, and whether it lies within the slice.
-        self.nearest = index.clip(0, length - 1), (index >= 0) & (index < length)
-
-
-def linear_weights(positions: np.ndarray, length: int, step: float) -> torch.Tensor:
-    """Linear interpolation at ``positions`` as a matrix [len(positions), length].
-
-    Where neighbouring positions are more than one pixel apart, the triangle widens with them, so
-    nothing between them is skipped. Positions outside the pixels give a row of zeros.
-    """
-    distance = np.abs(positions[:, None] - np.arange(length))
-    weights = np.clip(1 - distance / max(step, 1.0), 0, None)
-    outside = (positions < -0.5) | (positions > length - 0.5)
-    weights[outside] = 0
-    weights[~outside] /= weights[~outside].sum(axis=1, keepdims=True)
-    return torch.from_numpy(weights.astype(np.float32))
-
-
-def canonical(volume: Volume, plane: str = "axial") -> Volume:
-    """The same voxels in canonical order, as a view of the array.
-
-    Oblique volumes take the nearest axes; nothing is resampled.
-
-    Args:
-        volume: Any orientation.
-        plane: "axial": slices towards superior, rows towards posterior, columns towards left (LPS).
-            "coronal": posterior, inferior, left. "sagittal": left, inferior, posterior.
-    """
-    order, flips = _view_of_axes(volume.direction, plane)
-    axes = np.array(volume.direction).reshape(3, 3)
-    spacing, size = np.array(volume.spacing), np.array(volume.array.shape[::-1])
-    origin = np.array(volume.origin)
-    columns = []
-    for axis, flip in zip(reversed(order), reversed(flips), strict=True):
-        column = axes[:, 2 - axis]
-        if flip.step == -1:
-            origin = origin + column * spacing[2 - axis] * (size[2 - axis] - 1)
-            column = -column
-        columns.append(column)
-    return Volume(
-        array=volume.array.transpose(order)[flips],
-        spacing=tuple(volume.spacing[2 - axis] for axis in reversed(order)),
-        origin=tuple(origin.tolist()),
-        direction=tuple(np.stack(columns, axis=1).ravel().tolist()),
-        path=volume.path,
-    )
-
-
-def _view_of_axes(
-    direction: tuple[float, ...], plane: str
-) -> tuple[tuple[int, ...], tuple[slice, ...]]:
-    """How [Z, Y, X] becomes [slice, row, column]: the transposition, then the flips."""
-    axes = np.array(direction).reshape(3, 3)
-    nearest = max(
-        itertools.permutations(range(3)),
-        key=lambda stored: sum(abs(axes[world, stored[world]]) for world in range(3)),
-    )
-    order, flips = [], []
-    for world, sign in _PLANES[plane]:
-        order.append(2 - nearest[world])
-        along = axes[world, nearest[world]] * sign > 0
-        flips.append(slice(None, None, 1 if along else -1))
-    return tuple(order), tuple(flips)
-
-
-def _are_statistics(mean: float | None, std: float | None) -> bool:
-    if mean is None or std is None:
-        return False
-    return math.isfinite(mean) and math.isfinite(std) and std > 0
-
-
-def _normalisation(
-    preprocessing: Preprocessing, array: np.ndarray
-) -> tuple[float, float, float, float]:
-    """(low, high, mean, scale): clip to [low, high], subtract the mean, multiply by the scale."""
-    if preprocessing.mean is not None and preprocessing.std is not None:
-        return (*CT_WINDOW, preprocessing.mean, 1 / preprocessing.std)
-    low = float(array.min())
-    high = upper_value(array, 1 - MR_CLIPPED_FRACTION)
-    # Sums relative to the lowest value: a constant volume gives a deviation of exactly 0.
-    total = squares = 0.0
-    for block in blocks(array):
-        values = np.clip(block, low, high, dtype=np.float64)
-        values -= low
-        total += values.sum()
-        squares += np.square(values).sum()
-    mean = total / array.size
-    deviation = math.sqrt(max(squares / array.size - mean**2, 0.0))
-    return low, high, low + mean, 1 / deviation if deviation > 0 else 0.0
-
-
-def upper_value(array: np.ndarray, fraction: float) -> float:
-    """The smallest value that ``fraction`` of the voxels do not exceed, exact in float32.
-
-    ``numpy.quantile(array, fraction, method="inverted_cdf")`` without the sorted copy: float32
-    numbers, read as integers, keep their order, so two counts over 16 bits each find the value.
-
-    Args:
-        array: Finite numbers of any shape.
-        fraction: Within (0, 1].
-    """
-    rank = max(math.ceil(fraction * array.size), 1)
-    found = 0
-    for shift in (16, 0):
-        counts = np.zeros(1 << 16, np.int64)
-        for block in blocks(array):
-            keys = _ordered(block)
-            if shift == 0:
-                keys = keys[keys >> 16 == found]
-            counts += np.bincount((keys >> shift) & 0xFFFF, minlength=1 << 16)
-        cumulative = np.cumsum(counts)
-        digit = int(np.searchsorted(cumulative, rank))
-        rank -= int(cumulative[digit - 1]) if digit else 0
-        found = found << 16 | digit
-    bits = found ^ 0x80000000 if found >> 31 else found ^ 0xFFFFFFFF
-    return float(np.uint32(bits).view(np.float32))
-
-
-def _ordered(block: np.ndarray) -> np.ndarray:
-    """Flat uint32 keys in the order of the values as float32."""
-    bits = np.ascontiguousarray(block, dtype=np.float32).ravel().view(np.uint32)
-    return bits ^ np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))
-
-
-def _body_box(
-    array: np.ndarray, spacing: tuple[float, ...], modality: str
-) -> tuple[int, int, int, int]:
-    """Rows and columns [top, bottom, left, right) of the body in any slice, with a margin of 5 mm.
-
-    It is found on a grid of at most 128 voxels a side, see ``body_mask``. A volume without
-    foreground keeps its whole slices.
-    """
-    steps = tuple(-(-length // _BODY_GRID) for length in array.shape)
-    body = body_mask(array[tuple(slice(None, None, step) for step in steps)], modality)
-    box = []
-    for axis in (1, 2):
-        if not body.any():
-            box += [0, array.shape[axis]]
-            continue
-        hit = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
-        margin = round(_BODY_MARGIN_MM / spacing[axis])
-        # Between two coarse voxels the body may begin or end anywhere.
-        first = (hit[0] - 1) * steps[axis] + 1 - margin
-        last = (hit[-1] + 1) * steps[axis] + margin
-        box += [max(int(first), 0), min(int(last), array.shape[axis])]
-    return box[0], box[1], box[2], box[3]
-
-
-def body_mask(array: np.ndarray, modality: str) -> np.ndarray:
-    """Which voxels are body, as bool of the same shape; for a coarse view of a volume.
-
-    CT: above -500 HU. MR: above a tenth of the way from the 0.5 % to the 99.5 % value. Pieces
-    smaller than a quarter of the largest (the table, noise) do not count.
-    """
-    coarse = array.astype(np.float32)
-    if modality == "ct":
-        threshold = _CT_BODY_HU
-    else:
-        low, high = np.percentile(coarse, [0.5, 99.5])
-        threshold = low + _MR_BODY_FRACTION * (high - low)
-    pieces, count = scipy.ndimage.label(coarse > threshold)
-    sizes = np.bincount(pieces.ravel(), minlength=count + 1)
-    sizes[0] = 0
-    return (sizes >= max(0.25 * sizes.max(), 1))[pieces]

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
 from fastproto._files import atomic_write
-from fastproto.data._native import quiet, reason
+from fastproto.data.formats.common import check_orthonormal, reason
 from fastproto.data.formats.dicom import read_series
-from fastproto.data.formats.metaimage import check_metaimage
-from fastproto.data.formats.nifti import check_nifti, check_orthonormal
-from fastproto.errors import ArgumentError, GeometryError, LabelError, OutputError, VolumeError
-
-READABLE = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha")
-_NIFTI = (".nii.gz", ".nii")
-_META = (".mha", ".mhd")
+from fastproto.data.formats.table import FORMATS, READABLE, WRITABLE
+from fastproto.errors import (
+    ArgumentError,
+    GeometryError,
+    LabelError,
+    OutputError,
+    VolumeError,
+    require,
+)
 
 # Two grids are one when no corner is further apart than this part of the smallest voxel side:
 # headers round to float32 or a few decimals, and that must not matter.
@@ -88,9 +89,10 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         raise VolumeError(path, found="no such file or folder", allowed="an existing volume")
     try:
         if path.is_dir():
-            volume = Volume(*read_series(path, series), path=path)
+            voxels = read_series(path, series)
         else:
-            volume = _read_file(path)
+            voxels = FORMATS[_known_suffix(path)].read(path)
+        volume = Volume(*voxels, path=path)
     except OSError as error:
         raise VolumeError(
             path, found=f"that it cannot be read ({error.strerror})", allowed="a readable file"
@@ -113,9 +115,7 @@ def read_label(path: str | os.PathLike[str], *, series: str | None = None) -> Vo
         VolumeError, GeometryError: As in ``read_volume``.
     """
     volume = read_volume(path, series=series)
-    return Volume(
-        _integer_labels(volume), volume.spacing, volume.origin, volume.direction, volume.path
-    )
+    return replace(volume, array=_integer_labels(volume))
 
 
 def check_labels(
@@ -136,22 +136,24 @@ def check_labels(
     for block in blocks(label.array):
         seen[block.ravel()] = True
     present = [int(value) for value in np.flatnonzero(seen) if value]
-    if needed and not present:
-        raise LabelError(
-            label.name,
-            found="an empty label map (no voxel above 0)",
-            allowed="at least one annotated voxel",
-            fix="Annotate the structure, or name the right label file.",
-        )
+    require(
+        present or not needed,
+        label.name,
+        error=LabelError,
+        found="an empty label map (no voxel above 0)",
+        allowed="at least one annotated voxel",
+        fix="Annotate the structure, or name the right label file.",
+    )
     unknown = [value for value in present if names is not None and value not in names]
-    if unknown:
-        known = ", ".join(f"{value} {name}" for value, name in sorted((names or {}).items()))
-        raise LabelError(
-            label.name,
-            found=f"unknown labels {', '.join(map(str, unknown))}",
-            allowed=f"0 background, {known}",
-            fix="Name the labels, or remove them from the map.",
-        )
+    known = ", ".join(f"{value} {name}" for value, name in sorted((names or {}).items()))
+    require(
+        not unknown,
+        label.name,
+        error=LabelError,
+        found=f"unknown labels {', '.join(map(str, unknown))}",
+        allowed=f"0 background, {known}",
+        fix="Name the labels, or remove them from the map.",
+    )
     return present
 
 
@@ -161,24 +163,24 @@ def check_same_grid(a: Volume, b: Volume) -> None:
     Raises:
         GeometryError: Different sizes, or a corner that differs by over 5 % of a voxel.
     """
-    if a.array.shape != b.array.shape:
-        sizes = [" x ".join(map(str, volume.array.shape[::-1])) for volume in (a, b)]
-        raise GeometryError(
-            b.name,
-            found=f"{sizes[1]} voxels",
-            allowed=f"the grid of {a.name} ({sizes[0]} voxels)",
-            fix="Resample one onto the grid of the other.",
-        )
+    sizes = [" x ".join(map(str, volume.array.shape[::-1])) for volume in (a, b)]
+    require(
+        sizes[0] == sizes[1],
+        b.name,
+        error=GeometryError,
+        found=f"{sizes[1]} voxels",
+        allowed=f"the grid of {a.name} ({sizes[0]} voxels)",
+        fix="Resample one onto the grid of the other.",
+    )
     distance = np.abs(_corners(a) - _corners(b)).max()
-    if not distance <= _GRID_TOLERANCE * min(*a.spacing, *b.spacing):
-        raise GeometryError(
-            b.name,
-            found=f"voxels up to {distance:.3g} mm away from those of {a.name} (spacing "
-            f"{_list(b.spacing)}, origin {_list(b.origin)}, direction {_list(b.direction)})",
-            allowed=f"spacing {_list(a.spacing)}, origin {_list(a.origin)}, direction "
-            f"{_list(a.direction)}",
-            fix="Resample one onto the grid of the other.",
-        )
+    require(
+        distance <= _GRID_TOLERANCE * min(*a.spacing, *b.spacing),
+        b.name,
+        error=GeometryError,
+        found=lambda: f"voxels up to {distance:.3g} mm away from those of {a.name} ({_grid(b)})",
+        allowed=_grid(a),
+        fix="Resample one onto the grid of the other.",
+    )
 
 
 def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) -> None:
@@ -196,16 +198,17 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) 
         OutputError: The folder cannot be written or the disk is full; an old file survives.
     """
     path = Path(path)
-    suffix = next((suffix for suffix in WRITABLE if path.name.endswith(suffix)), None)
-    if suffix is None:
+    suffix = next((suffix for suffix in WRITABLE if path.name.endswith(suffix)), "")
+    write = FORMATS[suffix].write if suffix else None
+    if write is None:
         raise ArgumentError(path, found=f"suffix {path.suffix!r}", allowed=", ".join(WRITABLE))
     vector = array.ndim == 4
-    if array.shape[-3:] != like.array.shape or array.ndim not in (3, 4):
-        raise ArgumentError(
-            "array",
-            found=f"shape {tuple(array.shape)}",
-            allowed=f"{like.array.shape}, or that with leading channels",
-        )
+    require(
+        array.shape[-3:] == like.array.shape and array.ndim in (3, 4),
+        "array",
+        found=f"shape {tuple(array.shape)}",
+        allowed=f"{like.array.shape}, or that with leading channels",
+    )
     array = np.moveaxis(array, 0, -1) if vector else array
     image = sitk.GetImageFromArray(_storable(array), isVector=vector)
     image.SetSpacing(like.spacing)
@@ -213,11 +216,7 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) 
     image.SetDirection(like.direction)
     with atomic_write(path) as temporary:
         try:
-            with quiet():
-                sitk.WriteImage(image, str(temporary), useCompression=True)
-            if suffix in _NIFTI:
-                # SimpleITK reports no error when the disk is full, it leaves a short file.
-                check_nifti(temporary, scalar=not vector)
+            write(temporary, image)
         except (RuntimeError, VolumeError) as error:
             raise OutputError(
                 path,
@@ -236,7 +235,7 @@ def blocks(array: np.ndarray) -> list[np.ndarray]:
     return [array[start : start + rows] for start in range(0, len(array), rows)]
 
 
-def _read_file(path: Path) -> Volume:
+def _known_suffix(path: Path) -> str:
     suffix = volume_suffix(path)
     if suffix is None:
         raise VolumeError(
@@ -245,53 +244,25 @@ def _read_file(path: Path) -> Volume:
             allowed=f"{', '.join(READABLE)}, or a folder with a DICOM series",
             fix="For DICOM, name the folder instead of one of its files.",
         )
-    if suffix in _NIFTI:
-        check_nifti(path)
-    elif suffix in _META:
-        check_metaimage(path)
-    try:
-        with quiet():
-            image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        kind = GeometryError if "spacing" in str(error) or "cosines" in str(error) else VolumeError
-        raise kind(
-            path,
-            found=f"a file that SimpleITK cannot read ({reason(error)})",
-            allowed="a complete, valid volume",
-            fix="Copy or export the file again.",
-        ) from error
-    channels, size = image.GetNumberOfComponentsPerPixel(), image.GetSize()
-    if channels > 1 or "complex" in image.GetPixelIDTypeAsString():
-        raise VolumeError(
-            path, found=f"{max(channels, 2)} values per voxel", allowed="one number per voxel"
-        )
-    if len(size) < 3 or any(extent != 1 for extent in size[3:]):
-        raise VolumeError(
-            path,
-            found=f"a {len(size)}-D image of {' x '.join(map(str, size))} voxels",
-            allowed="one 3-D volume (further dimensions of size 1 are fine)",
-            fix="Save one volume of it as a file of its own.",
-        )
-    axes = np.array(image.GetDirection()).reshape(len(size), len(size))[:3, :3]
-    return Volume(
-        array=sitk.GetArrayFromImage(image).reshape(size[2::-1]),
-        spacing=image.GetSpacing()[:3],
-        origin=image.GetOrigin()[:3],
-        direction=tuple(axes.ravel().tolist()),
-        path=path,
-    )
+    return suffix
 
 
 def _check_geometry(volume: Volume) -> None:
     spacing = np.array(volume.spacing)
-    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise GeometryError(
-            volume.name, found=f"spacing {_list(spacing)}", allowed="finite sizes above 0 mm"
-        )
-    if not np.isfinite([*volume.origin, *volume.direction]).all():
-        raise GeometryError(
-            volume.name, found="NaN or Inf in origin or direction", allowed="finite geometry"
-        )
+    require(
+        np.isfinite(spacing).all() and (spacing > 0).all(),
+        volume.name,
+        error=GeometryError,
+        found=f"spacing {_list(spacing)}",
+        allowed="finite sizes above 0 mm",
+    )
+    require(
+        np.isfinite([*volume.origin, *volume.direction]).all(),
+        volume.name,
+        error=GeometryError,
+        found="NaN or Inf in origin or direction",
+        allowed="finite geometry",
+    )
     check_orthonormal(volume.name, np.array(volume.direction).reshape(3, 3))
 
 
@@ -359,6 +330,11 @@ def _corners(volume: Volume) -> np.ndarray:
     index = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1]), axis=-1).reshape(8, 3) * last
     axes = np.array(volume.direction).reshape(3, 3) * np.array(volume.spacing)
     return index @ axes.T + np.array(volume.origin)
+
+
+def _grid(volume: Volume) -> str:
+    spacing, origin, direction = map(_list, (volume.spacing, volume.origin, volume.direction))
+    return f"spacing {spacing}, origin {origin}, direction {direction}"
 
 
 def _list(numbers: object) -> str:

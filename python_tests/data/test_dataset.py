@@ -107,22 +107,11 @@ class TestPlainLayout:
     def test_unknown_modality(self, plain: Path, modality: Any):
         refused(changed(plain, modality=modality), "dataset.json", "modality", "CT")
 
-    @pytest.mark.parametrize(
-        "labels",
-        [
-            ["liver"],
-            {"1": ""},
-            {"1": None},
-            {"one": "liver"},
-            {"-1": "liver"},
-            {"1.5": "liver"},
-            {"70000": "liver"},
-            {"1": "liver", "2": "liver"},
-            {"liver": [1, 2]},
-            {"liver": True},
-            {"liver": 1, "spleen": 1},
-        ],
-    )
+    @pytest.mark.parametrize("labels", [
+        ["liver"], {"1": ""}, {"1": None}, {"one": "liver"}, {"-1": "liver"}, {"1.5": "liver"},
+        {"70000": "liver"}, {"1": "liver", "2": "liver"}, {"liver": [1, 2]}, {"liver": True},
+        {"liver": 1, "spleen": 1},
+    ])  # fmt: skip
     def test_unusable_labels(self, plain: Path, labels: Any):
         refused(changed(plain, labels=labels), "dataset.json", "labels")
 

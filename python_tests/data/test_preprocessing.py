@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastproto.data import Preprocessing, Volume, open_dataset, read_label, read_volume
-from fastproto.data.preprocessing import canonical, upper_value
+from fastproto.data.geometry import canonical
+from fastproto.data.intensity import upper_value
 from fastproto.errors import ArgumentError, GeometryError, LabelError
 
 CT = {"modality": "ct", "mean": 10.0, "std": 100.0}
@@ -374,22 +375,13 @@ class TestSettings:
         fields = json.loads(json.dumps(preprocessing.to_dict()))
         assert Preprocessing.from_dict(fields) == preprocessing
 
-    @pytest.mark.parametrize(
-        "fields",
-        [
-            {},
-            {"modality": "pet"},
-            {"modality": "mr", "size": 3},
-            {"modality": "mr", "image_size": 0},
-            {"modality": "mr", "image_size": 2.5},
-            {"modality": "mr", "plane": "oblique"},
-            {"modality": "mr", "mean": 1.0, "std": 1.0},
-            {"modality": "ct"},
-            {"modality": "ct", "mean": 1.0},
-            {"modality": "ct", "mean": 1.0, "std": 0.0},
-            {"modality": "ct", "mean": float("nan"), "std": 1.0},
-        ],
-    )
+    @pytest.mark.parametrize("fields", [
+        {}, {"modality": "pet"}, {"modality": "mr", "size": 3}, {"modality": "mr", "image_size": 0},
+        {"modality": "mr", "image_size": 2.5}, {"modality": "mr", "plane": "oblique"},
+        {"modality": "mr", "mean": 1.0, "std": 1.0}, {"modality": "ct"},
+        {"modality": "ct", "mean": 1.0}, {"modality": "ct", "mean": 1.0, "std": 0.0},
+        {"modality": "ct", "mean": float("nan"), "std": 1.0},
+    ])  # fmt: skip
     def test_unusable_settings(self, fields: dict):
         with pytest.raises(ArgumentError):
             Preprocessing.from_dict(fields)

@@ -21,7 +21,6 @@ from fastproto.data import (
     check_same_grid,
     read_label,
     read_volume,
-    volume,
     write_volume,
 )
 from fastproto.errors import (
@@ -116,6 +115,43 @@ class TestGoodFiles:
         path = path.rename(path.with_suffix(".nii.gz"))
         np.testing.assert_array_equal(read_volume(path).array, random_array)
 
+    @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
+    @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+    def test_nifti_is_read_and_decompressed_once(self, tmp_path: Path, suffix: str):
+        """After that, SimpleITK looks at the header alone, through buffers of a megabyte in all."""
+        array = np.random.default_rng(0).integers(0, 60000, (40, 200, 200)).astype(np.uint16)
+        path = tmp_path / f"v{suffix}"
+        sitk.WriteImage(image_of(array), str(path), useCompression=True)
+
+        def bytes_read() -> int:
+            return int(Path("/proc/self/io").read_text().split()[1])
+
+        before = bytes_read()
+        read = read_volume(path)
+        assert bytes_read() - before < 1.5 * path.stat().st_size
+        np.testing.assert_array_equal(read.array, array)
+
+    def test_nifti_voxels_are_not_those_of_a_namesake(self, nifti_with: Callable):
+        nifti_with((352, "f", (1.0,)), name="v.nii")
+        path = nifti_with((352, "f", (2.0,)), name="v.nii.gz")
+        assert read_volume(path).array.flat[0] == 2
+
+    @pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"])
+    @pytest.mark.parametrize(
+        "scaling", [(1, 0), (0, 5), (0.1, -1024.3), (float("nan"), 3), (-3, 0)]
+    )
+    def test_nifti_values_are_those_of_simpleitk(self, tmp_path: Path, dtype: str, scaling: tuple):
+        array = np.random.default_rng(0).integers(0, 127, (2, 3, 4)).astype(dtype)
+        path = tmp_path / "v.nii"
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+        data = bytearray(path.read_bytes())
+        struct.pack_into("<2f", data, SLOPE, *scaling)
+        path.write_bytes(data)
+        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        read = read_volume(path).array
+        assert read.dtype == expected.dtype
+        np.testing.assert_array_equal(read, expected)
+
     def test_upper_case_suffix(self, tmp_path: Path, nifti_with: Callable):
         path = nifti_with().rename(tmp_path / "SCAN.NII")
         assert read_volume(path).array.shape == (5, 6, 7)
@@ -188,13 +224,10 @@ class TestBadFiles:
         path = nifti_with((DIM, "4h", (3, 32000, 32000, 32000)), name=name)
         self.refused(path, VolumeError, "promises 131072000000352")
 
-    @pytest.mark.parametrize(
-        ("suffix", "old", "new"),
-        [
-            (".mha", b"DimSize = 7 6 5", b"DimSize = 3000 3000 3000"),
-            (".nrrd", b"sizes: 7 6 5", b"sizes: 3000 3000 3000"),
-        ],
-    )
+    @pytest.mark.parametrize(("suffix", "old", "new"), [
+        (".mha", b"DimSize = 7 6 5", b"DimSize = 3000 3000 3000"),
+        (".nrrd", b"sizes: 7 6 5", b"sizes: 3000 3000 3000"),
+    ])  # fmt: skip
     def test_absurd_dimensions(
         self, tmp_path: Path, random_array: np.ndarray, suffix: str, old: bytes, new: bytes
     ):
@@ -259,17 +292,14 @@ class TestBadFiles:
         path.write_bytes(head + f"ElementSpacing = {size} ".encode() + tail.split(b" ", 1)[1])
         self.refused(path, GeometryError, "ElementSpacing")
 
-    @pytest.mark.parametrize(
-        ("old", "new", "words"),
-        [
-            (b"NDims = 3", b"NDims = 73", "NDims = 73"),
-            (b"DimSize = 7 6 5", b"DimSize = 7 6", "DimSize = 7 6"),
-            (b"DimSize = 7 6 5", b"DimSize = 7 0 5", "DimSize = 7 0 5"),
-            (b"DimSize = 7 6 5", b"DimSize = 7 6 50", "promises"),
-            (b"MET_FLOAT", b"MET_STRANGE", "ElementType"),
-            (b"Offset = -11.5", b"Offset = left", "Offset"),
-        ],
-    )
+    @pytest.mark.parametrize(("old", "new", "words"), [
+        (b"NDims = 3", b"NDims = 73", "NDims = 73"),
+        (b"DimSize = 7 6 5", b"DimSize = 7 6", "DimSize = 7 6"),
+        (b"DimSize = 7 6 5", b"DimSize = 7 0 5", "DimSize = 7 0 5"),
+        (b"DimSize = 7 6 5", b"DimSize = 7 6 50", "promises"),
+        (b"MET_FLOAT", b"MET_STRANGE", "ElementType"),
+        (b"Offset = -11.5", b"Offset = left", "Offset"),
+    ])  # fmt: skip
     def test_damaged_metaimage_header(
         self, tmp_path: Path, random_array: np.ndarray, old: bytes, new: bytes, words: str
     ):
@@ -331,13 +361,10 @@ class TestBadFiles:
         path = nifti_with((SROW, "12f", (7, 0, 0, 0, 0, 0.8, 0, 0, 0, 0, 2.5, 0)))
         self.refused(path, GeometryError, "7, 0.8, 2.5", "0.7, 0.8, 2.5")
 
-    @pytest.mark.parametrize(
-        ("suffix", "old", "new"),
-        [
-            (".mha", b"TransformMatrix = 1 0 0 0 1 0", b"TransformMatrix = 1 0 0 0.3 1 0"),
-            (".nrrd", b"(1,0,0) (0,1,0)", b"(1,0,0) (0.3,1,0)"),
-        ],
-    )
+    @pytest.mark.parametrize(("suffix", "old", "new"), [
+        (".mha", b"TransformMatrix = 1 0 0 0 1 0", b"TransformMatrix = 1 0 0 0.3 1 0"),
+        (".nrrd", b"(1,0,0) (0,1,0)", b"(1,0,0) (0.3,1,0)"),
+    ])  # fmt: skip
     def test_sheared_direction(
         self, tmp_path: Path, random_array: np.ndarray, suffix: str, old: bytes, new: bytes
     ):
@@ -400,11 +427,7 @@ class TestLabels:
 
     @pytest.mark.parametrize(
         ("value", "words"),
-        [
-            (0.5, "fractional label 0.5"),
-            (-1.0, "label -1"),
-            (70000.0, "label 70000"),
-        ],
+        [(0.5, "fractional label 0.5"), (-1.0, "label -1"), (70000.0, "label 70000")],
     )
     def test_unusable_values(self, tmp_path: Path, value: float, words: str):
         array = np.zeros((3, 4, 5), np.float32)
@@ -436,16 +459,12 @@ class TestSameGrid:
         b = Volume(np.ones((50, 60, 70)), (0.7000001, 0.7, 2), (-200.1235, 10, 0))
         check_same_grid(a, b)
 
-    @pytest.mark.parametrize(
-        "other",
-        [
-            Volume(np.zeros((4, 5, 7))),
-            Volume(np.zeros((4, 5, 6)), spacing=(1, 1, 1.1)),
-            Volume(np.zeros((4, 5, 6)), origin=(0, 0.5, 0)),
-            Volume(np.zeros((4, 5, 6)), direction=(1, 0, 0, 0, -1, 0, 0, 0, 1)),
-            Volume(np.zeros((4, 5, 6)), origin=(float("nan"), 0, 0)),
-        ],
-    )
+    @pytest.mark.parametrize("other", [
+        Volume(np.zeros((4, 5, 7))), Volume(np.zeros((4, 5, 6)), spacing=(1, 1, 1.1)),
+        Volume(np.zeros((4, 5, 6)), origin=(0, 0.5, 0)),
+        Volume(np.zeros((4, 5, 6)), direction=(1, 0, 0, 0, -1, 0, 0, 0, 1)),
+        Volume(np.zeros((4, 5, 6)), origin=(float("nan"), 0, 0)),
+    ])  # fmt: skip
     def test_other_grids(self, other: Volume):
         with pytest.raises(GeometryError):
             check_same_grid(Volume(np.zeros((4, 5, 6))), other)
@@ -478,17 +497,10 @@ class TestWriting:
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
     @pytest.mark.parametrize("suffix", FORMATS)
-    @pytest.mark.parametrize(
-        ("values", "stored"),
-        [
-            ([0, 255], np.uint8),
-            ([0, 256], np.uint16),
-            ([-1024, 3071], np.int16),
-            ([0, 70000], np.int32),
-            ([False, True], np.uint8),
-            ([0.25, 0.75], np.float32),
-        ],
-    )
+    @pytest.mark.parametrize(("values", "stored"), [
+        ([0, 255], np.uint8), ([0, 256], np.uint16), ([-1024, 3071], np.int16),
+        ([0, 70000], np.int32), ([False, True], np.uint8), ([0.25, 0.75], np.float32),
+    ])  # fmt: skip
     def test_types(self, tmp_path: Path, like: Volume, suffix: str, values: list, stored: type):
         array = np.resize(np.array(values), like.array.shape)
         write_volume(tmp_path / f"v{suffix}", array, like)
@@ -532,16 +544,10 @@ class TestWriting:
         with pytest.raises(ArgumentError, match="suffix"):
             write_volume(tmp_path / name, like.array, like)
 
-    @pytest.mark.parametrize(
-        "array",
-        [
-            np.zeros((4, 5, 7)),
-            np.zeros((5, 6)),
-            np.zeros((1, 2, 4, 5, 6)),
-            np.full((4, 5, 6), np.nan),
-            np.full((4, 5, 6), 2**40),
-        ],
-    )
+    @pytest.mark.parametrize("array", [
+        np.zeros((4, 5, 7)), np.zeros((5, 6)), np.zeros((1, 2, 4, 5, 6)),
+        np.full((4, 5, 6), np.nan), np.full((4, 5, 6), 2**40),
+    ])  # fmt: skip
     def test_unusable_arrays(self, tmp_path: Path, like: Volume, array: np.ndarray):
         with pytest.raises(ArgumentError, match="array"):
             write_volume(tmp_path / "a.nii.gz", array, like)
@@ -565,7 +571,7 @@ class TestWriting:
             Path(name).write_bytes(old[: len(old) // 2])
             raise RuntimeError("sitk::ERROR: no space left")
 
-        monkeypatch.setattr(volume.sitk, "WriteImage", fail)
+        monkeypatch.setattr(sitk, "WriteImage", fail)
         with pytest.raises(OutputError, match="no space left"):
             write_volume(path, like.array + 1, like)
         assert path.read_bytes() == old

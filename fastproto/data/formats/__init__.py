@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image file formats: what of each is checked before SimpleITK reads it, and DICOM series."""
+"""Image file formats: one file each, and the table of them."""

@@ -8,7 +8,6 @@ missing slice with no more than a warning.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from fastproto.data._native import quiet, reason
-from fastproto.errors import GeometryError, VolumeError
+from fastproto.data.formats.common import Voxels, quiet, reason
+from fastproto.errors import GeometryError, VolumeError, require
 
 _MODALITY = "0008|0060"
 _SERIES_UID = "0020|000e"
@@ -50,9 +49,7 @@ class _Slice:
     thickness: float
 
 
-def read_series(
-    folder: str | os.PathLike[str], series: str | None = None
-) -> tuple[np.ndarray, tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+def read_series(folder: Path, series: str | None = None) -> Voxels:
     """Read the one DICOM series of a folder; the files may have any name.
 
     Args:
@@ -68,7 +65,6 @@ def read_series(
             different sizes, colour or multi-frame files.
         GeometryError: Slices without position, of different orientation, or sheared (gantry tilt).
     """
-    folder = Path(folder)
     slices = _choose_series(folder, _scan(folder), series)
     axes, spacing = _common_plane(folder, slices)
     normal = np.cross(axes[0], axes[1])
@@ -93,13 +89,14 @@ def _scan(folder: Path) -> list[_Slice]:
             head = file.read(1024)
         if _is_slice(head):
             slices.append(_read_header(path))
-    if not slices:
-        raise VolumeError(
-            folder,
-            found="a folder without DICOM slices",
-            allowed="a folder with one DICOM series",
-            fix="Name the folder that holds the slices themselves.",
-        )
+    require(
+        slices,
+        folder,
+        error=VolumeError,
+        found="a folder without DICOM slices",
+        allowed="a folder with one DICOM series",
+        fix="Name the folder that holds the slices themselves.",
+    )
     return slices
 
 
@@ -131,13 +128,14 @@ def _read_header(path: Path) -> _Slice:
             fix="Export the series again, or remove the file if it is no slice of it.",
         ) from error
     width, height, *frames = reader.GetSize()
-    if frames and frames[0] > 1:
-        raise VolumeError(
-            path,
-            found=f"a multi-frame DICOM file ({frames[0]} frames)",
-            allowed="one slice per file",
-            fix="Convert it to NIfTI first, e.g. with dcm2niix.",
-        )
+    require(
+        not frames or frames[0] <= 1,
+        path,
+        error=VolumeError,
+        found=lambda: f"a multi-frame DICOM file ({frames[0]} frames)",
+        allowed="one slice per file",
+        fix="Convert it to NIfTI first, e.g. with dcm2niix.",
+    )
     if reader.GetNumberOfComponents() != 1:
         raise VolumeError(path, found="colour pixels", allowed="one number per pixel")
     return _Slice(
@@ -196,42 +194,47 @@ def _choose_series(folder: Path, slices: list[_Slice], series: str | None) -> li
 def _common_plane(folder: Path, slices: Sequence[_Slice]) -> tuple[np.ndarray, tuple[float, float]]:
     """The row and column axes [2, 3] and the pixel spacing (x, y) that all slices share."""
     sizes = sorted({item.size for item in slices})
-    if len(sizes) > 1:
-        raise VolumeError(
-            folder,
-            found="slices of " + ", ".join(f"{width} x {height}" for height, width in sizes),
-            allowed="slices of one size",
-            fix="Move localisers and reformats into folders of their own.",
-        )
+    require(
+        len(sizes) == 1,
+        folder,
+        error=VolumeError,
+        found="slices of " + ", ".join(f"{width} x {height}" for height, width in sizes),
+        allowed="slices of one size",
+        fix="Move localisers and reformats into folders of their own.",
+    )
     for item in slices:
         numbers = np.concatenate([item.position, item.axes.ravel(), item.pixel_spacing])
-        if not (np.isfinite(numbers).all() and (item.pixel_spacing > 0).all()):
-            raise GeometryError(
-                item.path,
-                found="no usable ImagePositionPatient, ImageOrientationPatient or PixelSpacing",
-                allowed="slices that say where they lie and how large their pixels are",
-            )
+        require(
+            np.isfinite(numbers).all() and (item.pixel_spacing > 0).all(),
+            item.path,
+            error=GeometryError,
+            found="no usable ImagePositionPatient, ImageOrientationPatient or PixelSpacing",
+            allowed="slices that say where they lie and how large their pixels are",
+        )
     axes, spacing = slices[0].axes, slices[0].pixel_spacing
     for item in slices:
-        if not np.allclose(item.axes, axes, rtol=0, atol=_ORIENTATION_TOLERANCE):
-            raise GeometryError(
-                folder,
-                found=f"slices of different orientation ({slices[0].path.name}, {item.path.name})",
-                allowed="parallel slices",
-                fix="Move localisers and reformats into folders of their own.",
-            )
-        if not np.allclose(item.pixel_spacing, spacing, rtol=1e-3):
-            raise GeometryError(
-                folder,
-                found=f"pixels of {spacing.tolist()} and {item.pixel_spacing.tolist()} mm",
-                allowed="one pixel size",
-            )
-    if not np.allclose(axes @ axes.T, np.eye(2), rtol=0, atol=_ORIENTATION_TOLERANCE):
-        raise GeometryError(
+        require(
+            np.allclose(item.axes, axes, rtol=0, atol=_ORIENTATION_TOLERANCE),
             folder,
-            found=f"ImageOrientationPatient {axes.ravel().tolist()}",
-            allowed="two unit vectors at right angles",
+            error=GeometryError,
+            found=f"slices of different orientation ({slices[0].path.name}, {item.path.name})",
+            allowed="parallel slices",
+            fix="Move localisers and reformats into folders of their own.",
         )
+        require(
+            np.allclose(item.pixel_spacing, spacing, rtol=1e-3),
+            folder,
+            error=GeometryError,
+            found=f"pixels of {spacing.tolist()} and {item.pixel_spacing.tolist()} mm",
+            allowed="one pixel size",
+        )
+    require(
+        np.allclose(axes @ axes.T, np.eye(2), rtol=0, atol=_ORIENTATION_TOLERANCE),
+        folder,
+        error=GeometryError,
+        found=f"ImageOrientationPatient {axes.ravel().tolist()}",
+        allowed="two unit vectors at right angles",
+    )
     # Rounded to a few digits in the file: made exactly orthonormal (Gram-Schmidt).
     row = axes[0] / np.linalg.norm(axes[0])
     column = axes[1] - (axes[1] @ row) * row
@@ -242,44 +245,50 @@ def _step(folder: Path, slices: Sequence[_Slice], normal: np.ndarray) -> float:
     """The distance of neighbouring slices in mm; they are sorted along ``normal``."""
     if len(slices) == 1:
         thickness = slices[0].thickness
-        if not (np.isfinite(thickness) and thickness > 0):
-            raise GeometryError(
-                slices[0].path, found="one slice without SliceThickness", allowed="a thickness"
-            )
+        require(
+            np.isfinite(thickness) and thickness > 0,
+            slices[0].path,
+            error=GeometryError,
+            found="one slice without SliceThickness",
+            allowed="a thickness",
+        )
         return thickness
     positions = np.stack([item.position for item in slices])
     heights = positions @ normal
     steps = np.diff(heights)
     step = float(np.median(steps))
     doubled = int(np.argmin(steps))
-    if steps[doubled] <= 1e-3:
-        raise VolumeError(
-            folder,
-            found=f"two slices at {heights[doubled]:.2f} mm along the slice axis "
-            f"({slices[doubled].path.name}, {slices[doubled + 1].path.name})",
-            allowed="one slice per position",
-            fix="Export a single phase or echo into a folder of its own.",
-        )
+    require(
+        not steps[doubled] <= 1e-3,
+        folder,
+        error=VolumeError,
+        found=f"two slices at {heights[doubled]:.2f} mm along the slice axis "
+        f"({slices[doubled].path.name}, {slices[doubled + 1].path.name})",
+        allowed="one slice per position",
+        fix="Export a single phase or echo into a folder of its own.",
+    )
     uneven = np.abs(steps - step) > _STEP_TOLERANCE * step
-    if uneven.any():
-        gap = int(np.argmax(uneven))
-        raise VolumeError(
-            folder,
-            found=f"a gap of {steps[gap]:.2f} mm between {heights[gap]:.2f} and "
-            f"{heights[gap + 1]:.2f} mm along the slice axis ({slices[gap].path.name}, "
-            f"{slices[gap + 1].path.name}), where the step is {step:.2f} mm",
-            allowed="evenly spaced slices",
-            fix="A slice is missing or the spacing varies: export the series again or resample it.",
-        )
+    gap = int(np.argmax(uneven))
+    require(
+        not uneven.any(),
+        folder,
+        error=VolumeError,
+        found=f"a gap of {steps[gap]:.2f} mm between {heights[gap]:.2f} and "
+        f"{heights[gap + 1]:.2f} mm along the slice axis ({slices[gap].path.name}, "
+        f"{slices[gap + 1].path.name}), where the step is {step:.2f} mm",
+        allowed="evenly spaced slices",
+        fix="A slice is missing or the spacing varies: export the series again or resample it.",
+    )
     drift = positions[-1] - positions[0]
     drift = drift - (drift @ normal) * normal
-    if np.linalg.norm(drift) > 0.5 * min(slices[0].pixel_spacing):
-        raise GeometryError(
-            folder,
-            found=f"a stack sheared by {np.linalg.norm(drift):.2f} mm (gantry tilt)",
-            allowed="slices stacked at right angles",
-            fix="Resample the series to an orthogonal grid.",
-        )
+    require(
+        not np.linalg.norm(drift) > 0.5 * min(slices[0].pixel_spacing),
+        folder,
+        error=GeometryError,
+        found=f"a stack sheared by {np.linalg.norm(drift):.2f} mm (gantry tilt)",
+        allowed="slices stacked at right angles",
+        fix="Resample the series to an orthogonal grid.",
+    )
     return float((heights[-1] - heights[0]) / (len(slices) - 1))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SimpleITK does not notice about a MetaImage (.mha, .mhd), checked on its bytes.
+"""MetaImage files (.mha, .mhd): what SimpleITK does not notice is checked on the bytes first.
 
 A damaged or too short compressed stream is printed to stderr and otherwise ignored, so the volume
 that comes back is partly made up; negative voxel sizes and NaN offsets are repaired in silence;
@@ -9,36 +9,36 @@ more than ten dimensions overrun a buffer of MetaIO's.
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from pathlib import Path
 from typing import IO
 
-from fastproto.errors import GeometryError, VolumeError
+from fastproto.data.formats.common import Voxels, read_image
+from fastproto.errors import GeometryError, VolumeError, require
 
 _ITEM_BYTES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
 _HEADER_LIMIT = 1 << 16
 _CHUNK_BYTES = 1 << 20
 
 
-def check_metaimage(path: str | os.PathLike[str]) -> None:
-    """Check geometry fields and, where it is compressed, the data of a MetaImage file.
+def read(path: Path) -> Voxels:
+    """Check geometry fields and, where it is compressed, the data; then let SimpleITK read.
 
     Raises:
         VolumeError: The header or the compressed data are damaged or too short.
         GeometryError: Voxel sizes or offsets that cannot be used.
     """
-    path = Path(path)
     with open(path, "rb") as file:
         header = _header(path, file)
         shape = _shape(path, header)
         spacing = _numbers(path, header, "ElementSpacing", "ElementSize")
-        if not all(math.isfinite(size) and size > 0 for size in spacing):
-            raise GeometryError(
-                path,
-                found=f"ElementSpacing {', '.join(f'{size:g}' for size in spacing)}",
-                allowed="finite sizes above 0 mm",
-            )
+        require(
+            all(math.isfinite(size) and size > 0 for size in spacing),
+            path,
+            error=GeometryError,
+            found=f"ElementSpacing {', '.join(f'{size:g}' for size in spacing)}",
+            allowed="finite sizes above 0 mm",
+        )
         if not all(map(math.isfinite, _numbers(path, header, "Offset", "Position", "Origin"))):
             raise GeometryError(path, found="NaN or Inf in Offset", allowed="finite offsets")
         if header.get("CompressedData", "").lower() == "true":
@@ -46,14 +46,16 @@ def check_metaimage(path: str | os.PathLike[str]) -> None:
                 _check_compressed(path, file, header, shape)
             else:
                 data = path.parent / header["ElementDataFile"]
-                if not data.is_file():
-                    raise VolumeError(
-                        path,
-                        found=f"no data file {data.name} beside it",
-                        allowed="the file named by ElementDataFile",
-                    )
+                require(
+                    data.is_file(),
+                    path,
+                    error=VolumeError,
+                    found=f"no data file {data.name} beside it",
+                    allowed="the file named by ElementDataFile",
+                )
                 with open(data, "rb") as stream:
                     _check_compressed(path, stream, header, shape)
+    return read_image(path)
 
 
 def _header(path: Path, file: IO[bytes]) -> dict[str, str]:
@@ -73,12 +75,13 @@ def _shape(path: Path, header: dict[str, str]) -> list[int]:
     """The sizes of all axes, x first."""
     dimensions = header.get("NDims", "")
     sizes = [int(word) if word.isdecimal() else 0 for word in header.get("DimSize", "").split()]
-    if str(len(sizes)) != dimensions or not 1 <= len(sizes) <= 10 or min(sizes) < 1:
-        raise VolumeError(
-            path,
-            found=f"NDims = {dimensions} and DimSize = {header.get('DimSize', '')}",
-            allowed="as many sizes above 0 as dimensions",
-        )
+    require(
+        str(len(sizes)) == dimensions and 1 <= len(sizes) <= 10 and min(sizes) >= 1,
+        path,
+        error=VolumeError,
+        found=f"NDims = {dimensions} and DimSize = {header.get('DimSize', '')}",
+        allowed="as many sizes above 0 as dimensions",
+    )
     return sizes
 
 
@@ -121,10 +124,11 @@ def _check_compressed(
             allowed="a complete file",
             fix="Copy or export the file again.",
         ) from error
-    if actual < promised or not decoder.eof:
-        raise VolumeError(
-            path,
-            found=f"{actual} bytes of data where the header promises {promised}",
-            allowed="a complete file",
-            fix="The file is truncated or its header damaged: copy or export it again.",
-        )
+    require(
+        actual >= promised and decoder.eof,
+        path,
+        error=VolumeError,
+        found=f"{actual} bytes of data where the header promises {promised}",
+        allowed="a complete file",
+        fix="The file is truncated or its header damaged: copy or export it again.",
+    )
