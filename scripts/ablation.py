@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import datetime
+import dataclasses
 import json
 import math
 import os
@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import records
 import torch
 
 from fastproto.evaluation import measure
 from fastproto.evaluation.crossval import CrossValidation, crossval
-from fastproto.evaluation.metrics import SurfaceMetrics
+from fastproto.evaluation.metrics import METRICS, dice
+from fastproto.evaluation.report import versions
 from fastproto.nn.baseline import upsample_scores
 from fastproto.nn.decoder import UNetDecoder
 from fastproto.nn.few_shot_unet import FewShotUNet
@@ -49,19 +51,21 @@ BASE = {
     "validation_episodes": 0,
     "checkpoint_every": 10**6,
 }
-CHAOS: dict[str, Any] = {
-    "data": "chaos_t2_mr",
-    "test_cases": ("chaos_19", "chaos_20", "chaos_21", "chaos_22"),
-    "annotated": ("chaos_19", "chaos_21"),
-    "classes": (),
-    "holdout_cases": ("chaos_08", "chaos_10", "chaos_13", "chaos_15"),
-}
-IXI: dict[str, Any] = {
-    "data": "ixi_brain_mr",
-    "test_cases": ("IXI012-HH-1211", "IXI013-HH-1212"),
-    "annotated": (),
-    "classes": (4, 6, 7, 8),
-    "holdout_cases": ("IXI034-HH-1260", "IXI039-HH-1261"),
+SETS: dict[str, dict[str, Any]] = {
+    "chaos": {
+        "data": "chaos_t2_mr",
+        "test_cases": ("chaos_19", "chaos_20", "chaos_21", "chaos_22"),
+        "annotated": ("chaos_19", "chaos_21"),
+        "classes": (),
+        "holdout_cases": ("chaos_08", "chaos_10", "chaos_13", "chaos_15"),
+    },
+    "ixi": {
+        "data": "ixi_brain_mr",
+        "test_cases": ("IXI012-HH-1211", "IXI013-HH-1212"),
+        "annotated": (),
+        "classes": (4, 6, 7, 8),
+        "holdout_cases": ("IXI034-HH-1260", "IXI039-HH-1261"),
+    },
 }
 # name -> changes of the training; "code" names a change of the code below
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -105,10 +109,7 @@ SMALL = ("the recipe", "output stride 16", "whole slices", "192 pixels")  # on I
 
 def main() -> None:
     """Run what is not measured yet, or one variant in this process."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--results", type=Path, required=True)
+    parser = records.arguments(__doc__, data=None, output=None, results=None)
     parser.add_argument("--workers", type=int, default=1, help="variants at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="of a variant")
@@ -124,9 +125,7 @@ def main() -> None:
     plan += [{"name": name, "data": "chaos", "timed": True} for name in TIMED]
     plan += [{"name": name, "data": "ixi", "timed": False} for name in SMALL]
     # The most telling first, should the time run out.
-    plan.sort(
-        key=lambda v: list(VARIANTS).index(v["name"]) + 8 * v["timed"] + 4 * (v["data"] == "ixi")
-    )
+    plan.sort(key=lambda v: place(v) + 8 * v["timed"] + 4 * (v["data"] == "ixi"))
     done = []
     if args.results.exists():
         old, now = json.loads(args.results.read_text()), record(args, [])
@@ -156,41 +155,45 @@ def main() -> None:
             if row := future.result():
                 done.append(row)
                 print(row, flush=True)
-                args.results.write_text(json.dumps(record(args, done), indent=1) + "\n")
+                records.write(args.results, **record(args, done))
+
+
+def place(row: dict[str, Any]) -> int:
+    """Of a variant among all."""
+    return list(VARIANTS).index(row["name"])
 
 
 def record(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the file holds, whole after every variant."""
     gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
     return {
-        "date": datetime.date.today().isoformat(),
         "machine": f"{gpu or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions("torch", "python"),
         "command": f"python scripts/ablation.py --data SCANS --workers {args.workers}",
         "workers": args.workers,
         "steps": args.steps,
         "minutes": args.minutes,
         "training": BASE,
-        "tests": {"chaos": CHAOS, "ixi": IXI},
-        "rows": sorted(
-            rows, key=lambda r: (r["data"], r["timed"], list(VARIANTS).index(r["name"]))
-        ),
+        "tests": SETS,
+        "rows": sorted(rows, key=lambda row: (row["data"], row["timed"], place(row))),
     }
 
 
 def run(args: argparse.Namespace, name: str, data: str, timed: bool) -> dict[str, Any]:
     """Train and measure one variant."""
     torch.set_num_threads(args.threads)
-    unmeasured = SurfaceMetrics(math.nan, math.nan, math.nan)  # Dice alone, which is quick
-    measure.surface_metrics = lambda *_, **__: unmeasured  # type: ignore[attr-defined]
+    measure.METRICS = tuple(  # the first alone, which is quick
+        metric if metric is dice else dataclasses.replace(metric, function=lambda _: math.nan)
+        for metric in METRICS
+    )
     training = {**BASE, "steps": args.steps, **VARIANTS[name]}
     CODE[training.pop("code", "")]()
     if timed:
         training |= {"minutes": args.minutes, "steps": 10**6}
-    tests = dict(CHAOS if data == "chaos" else IXI)
-    training["holdout_cases"] = [
-        id_ for id_ in tests.pop("holdout_cases") if id_ in _cases(args.data / tests["data"])
-    ]
+    tests = dict(SETS[data])
+    tests["data"] = str(args.data / tests["data"])
+    known = json.loads(Path(tests["data"], "dataset.json").read_text())["cases"]
+    training["holdout_cases"] = [id_ for id_ in tests.pop("holdout_cases") if id_ in known]
     folder = args.output / f"{data}-{name}{'-timed' if timed else ''}".replace(" ", "-")
     kept = folder / "training" / "supervoxels"
     if not kept.exists():  # the same for all variants
@@ -199,7 +202,7 @@ def run(args: argparse.Namespace, name: str, data: str, timed: bool) -> dict[str
         kept.symlink_to((args.output / "supervoxels").resolve())
     began = time.monotonic()
     config = CrossValidation(
-        **{**tests, "data": str(args.data / tests["data"])},
+        **tests,
         output=str(folder),
         training=training,
         methods=("fastproto",),
@@ -217,16 +220,11 @@ def run(args: argparse.Namespace, name: str, data: str, timed: bool) -> dict[str
     row["seconds"] = round(time.monotonic() - began, 1)
     for result in summary["results"]:
         if result["variant"] == "network":
-            row[result["protocol"]] = round(result["mean"]["dice"]["mean"], 4)
+            row[result["protocol"]] = round(result["mean"][dice.name]["mean"], 4)
             row[result["protocol"] + "_organs"] = {
-                organ["organ"]: round(organ["dice"]["mean"], 4) for organ in result["organs"]
+                organ["organ"]: round(organ[dice.name]["mean"], 4) for organ in result["organs"]
             }
     return row
-
-
-def _cases(folder: Path) -> list[str]:
-    cases: list[str] = json.loads((folder / "dataset.json").read_text())["cases"]
-    return cases
 
 
 def without_skips() -> None:

@@ -11,24 +11,22 @@ without the bias, and with the network's scores averaged over shifted fields of 
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import records
 import torch
 
-from fastproto._version import __version__
 from fastproto.data import open_dataset, read_label, read_volume
 from fastproto.data.preprocessing import FieldOfView, PreparedVolume
 from fastproto.data.volume import Volume
 from fastproto.evaluation.metrics import dice
+from fastproto.evaluation.report import machine, versions
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation import learn, load_model, predict, register
 from fastproto.segmentation.prior import Prior, locate
@@ -40,14 +38,12 @@ SHIFTS = [(0.06, 0.0), (-0.06, 0.0), (0.0, 0.06), (0.0, -0.06)]
 
 def main() -> None:
     """Measure one set and add its rows to the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = records.arguments(__doc__, data=None, results=None)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--annotated", required=True)
     parser.add_argument("--queries", nargs="+", required=True)
     parser.add_argument("--classes", nargs="+", default=[])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, dataset = load_model(args.model), open_dataset(args.data)
@@ -69,32 +65,35 @@ def main() -> None:
             scores = [dice(labels == value, truth.array == value) for value in values]
             found.setdefault(name, []).append(float(np.mean(scores)))
             print(query.id, name, f"{found[name][-1]:.4f}", flush=True)
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {args.threads} threads",
-        "versions": {"fastproto": __version__, "torch": torch.__version__},
-        "command": shlex.join(["python", "scripts/measure_inference.py", *shown(sys.argv[1:])]),
-        "data": dataset.name,
-        "model": model.extra.get("name", Path(args.model).name),
-        "annotated": args.annotated,
-        "queries": args.queries,
-        "dice": {name: round(float(np.mean(scores)), 4) for name, scores in found.items()},
-    }
-    args.results.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(
+        args.results,
+        machine=machine(),
+        versions=versions("fastproto", "torch"),
+        command=shlex.join(["python", "scripts/measure_inference.py", *shown(sys.argv[1:])]),
+        data=dataset.name,
+        model=model.extra.get("name", Path(args.model).name),
+        annotated=args.annotated,
+        queries=args.queries,
+        **{dice.name: {name: round(float(np.mean(scores)), 4) for name, scores in found.items()}},
+    )
 
 
 def variants(model: FewShotModel, task: Task, scan: Volume, prior: Prior) -> dict[str, np.ndarray]:
     """Label maps by what was changed."""
     prepared = task.preprocessing.prepare(scan)
     fusion = predict.FUSIONS[prior.kind]
+    alone = replace(fusion, network=1.0, prior=0.0)
+    corrected = predict.gather(model, task, prepared, prior)
+    with mock.patch.object(predict, "correction", return_value=np.zeros(3)):
+        evidence = predict.gather(model, task, prepared, prior)
+    mean = shifted(model, task, prepared, prior, corrected)
+    unbiased = replace(task, organs=tuple(replace(organ, bias=0.0) for organ in task.organs))
 
-    def settled(found: Sequence[predict.Evidence], fusion: predict.Fusion) -> np.ndarray:
+    def settled(
+        found: Sequence[predict.Evidence], fusion: predict.Fusion, task: Task = task
+    ) -> np.ndarray:
         return predict.decide(task, scan, prepared, prior, found, fusion).labels
 
-    corrected = predict.gather(model, task, prepared, prior)
-    correction, predict.correction = predict.correction, lambda *_: np.zeros(3)
-    evidence = predict.gather(model, task, prepared, prior)
-    alone = replace(fusion, network=1.0, prior=0.0)
     result = {
         "as it is": settled(corrected, fusion),
         "network alone": settled(corrected, alone),
@@ -102,15 +101,10 @@ def variants(model: FewShotModel, task: Task, scan: Volume, prior: Prior) -> dic
         "network alone, places not corrected": settled(evidence, alone),
         "prior alone": settled(evidence, replace(fusion, network=0.0)),
     }
-    predict.correction = correction
-    clean, predict.clean = predict.clean, lambda mask: mask
-    result["pieces and holes left"] = settled(corrected, fusion)
-    result["network alone, pieces and holes left"] = settled(corrected, alone)
-    predict.clean = clean
-    unbiased = replace(task, organs=tuple(replace(organ, bias=0.0) for organ in task.organs))
-    labels = predict.decide(unbiased, scan, prepared, prior, corrected, alone).labels
-    result["network alone, no bias"] = labels
-    mean = shifted(model, task, prepared, prior, corrected)
+    with mock.patch.object(predict, "clean", lambda mask: mask):
+        result["pieces and holes left"] = settled(corrected, fusion)
+        result["network alone, pieces and holes left"] = settled(corrected, alone)
+    result["network alone, no bias"] = settled(corrected, alone, unbiased)
     result["shifts averaged"] = settled(mean, fusion)
     result["network alone, shifts averaged"] = settled(mean, alone)
     return result
@@ -125,6 +119,7 @@ def shifted(
 ) -> list[predict.Evidence]:
     """``evidence`` with scores averaged over shifted fields of view."""
     expected_view = predict.expected_view
+    row_mm, column_mm = prepared.spacing[1:]
     total = [part.scores.clone() for part in evidence]
     count = [torch.ones_like(part.scores) for part in evidence]
     for rows, columns in SHIFTS:
@@ -133,16 +128,15 @@ def shifted(
             organ: Organ, own: Prior, rows: float = rows, columns: float = columns
         ) -> FieldOfView:
             view = expected_view(organ, own)
-            pixel_rows, pixel_columns = prepared.spacing[1:]
             return view._replace(
-                row=view.row + rows * view.side / pixel_rows,
-                column=view.column + columns * view.side / pixel_columns,
+                row=view.row + rows * view.side / row_mm,
+                column=view.column + columns * view.side / column_mm,
             )
 
-        predict.expected_view = moved
-        for index, other in enumerate(predict.gather(model, task, prepared, prior)):
-            add(total[index], count[index], evidence[index], other)
-    predict.expected_view = expected_view
+        with mock.patch.object(predict, "expected_view", moved):
+            found = predict.gather(model, task, prepared, prior)
+        for own, other, sums, number in zip(evidence, found, total, count, strict=True):
+            add(sums, number, own, other)
     return [
         part._replace(scores=sums / number)
         for part, sums, number in zip(evidence, total, count, strict=True)

@@ -9,16 +9,16 @@ Segmenting: `fastproto segment` of CT volumes of 512 x 512 with 50, 100 and 200 
 
 from __future__ import annotations
 
-import argparse
 import datetime
-import json
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import records
 
 if TYPE_CHECKING:
     from fastproto.nn.base import FewShotModel
@@ -108,17 +108,14 @@ def network_size(model: FewShotModel) -> dict[str, float]:
 
 
 CASES = {
-    "train float32": lambda: train_steps("float32"),
-    "train bfloat16": lambda: train_steps("bfloat16"),
-    "segment 50 slices": lambda: segment(50),
-    "segment 100 slices": lambda: segment(100),
-    "segment 200 slices": lambda: segment(200),
+    **{f"train {name}": partial(train_steps, name) for name in ("float32", "bfloat16")},
+    **{f"segment {count} slices": partial(segment, count) for count in (50, 100, 200)},
 }
 
 
 def main() -> None:
     """Measure every case in a process of its own."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = records.arguments(__doc__)
     parser.add_argument("--case", choices=CASES, help="run one case here and print its peak")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results")
     args = parser.parse_args()
@@ -126,8 +123,7 @@ def main() -> None:
         CASES[args.case]()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    import torch
-
+    from fastproto.evaluation.report import machine, versions
     from fastproto.nn import FewShotUNet, PrototypeNet
 
     peaks = {}
@@ -141,17 +137,15 @@ def main() -> None:
         "baseline, ResNet-101": network_size(PrototypeNet()),
     }
     if args.write:
-        today = datetime.date.today().isoformat()
-        record = {
-            "date": today,
-            "command": "python scripts/measure_memory.py --write",
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "peak_resident_mib": peaks,
-            "networks": networks,
-        }
-        path = RESULTS / f"{today}-memory.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path = RESULTS / f"{datetime.date.today().isoformat()}-memory.json"
+        records.write(
+            path,
+            command="python scripts/measure_memory.py --write",
+            machine=machine(),
+            versions=versions("torch", "python"),
+            peak_resident_mib=peaks,
+            networks=networks,
+        )
         print(f"Result: {path}")
 
 

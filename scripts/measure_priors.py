@@ -11,82 +11,58 @@ thread.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import records
 import SimpleITK as sitk
 import torch
 
-import fastproto
 from fastproto.data import open_dataset, read_label, read_volume
 from fastproto.data.preprocessing import canonical
 from fastproto.evaluation.metrics import dice
-from fastproto.op import library
+from fastproto.evaluation.report import versions
 from fastproto.segmentation.prior import KINDS, Atlas, locate
 
 REACHES_MM = (5, 10, 20, 30, 40)
 BLURS_MM = (1, 1.5, 2, 3, 4, 6, 8, 12)
 FLOOR = 1e-3
 EDGES_MM = np.arange(-100, 501, 0.5)
+MEAN = f"mean_{dice.name}"
+FIGURES = (dice.name, "share_within", "share_of_rest")  # of an organ
 # Folder, label values, annotated patient -> others.
+IXI = [f"IXI0{n}" for n in ("13-HH-1212", "14-HH-1236", "15-HH-1258", "33-HH-1259")]
+HIPPOCAMPI = [f"hippocampus_{n}" for n in ("004", "006", "008", "011")]
 SETS: list[tuple[str, list[int], dict[str, list[str]]]] = [
-    (
-        "ixi_brain_mr",
-        [4, 6, 7, 8],
-        {
-            "IXI012-HH-1211": [
-                "IXI013-HH-1212",
-                "IXI014-HH-1236",
-                "IXI015-HH-1258",
-                "IXI033-HH-1259",
-            ]
-        },
-    ),
+    ("ixi_brain_mr", [4, 6, 7, 8], {"IXI012-HH-1211": IXI}),
     ("openkbp_hn_ct", [1, 2, 3, 4, 5, 6, 7], {"pt_100": ["pt_112", "pt_59", "pt_60"]}),
     (
         "chaos_t2_mr",
         [1, 2, 3, 4],
         {"chaos_21": ["chaos_33", "chaos_38"], "chaos_34": ["chaos_22", "chaos_39"]},
     ),
-    (
-        "msd_hippocampus_mr",
-        [1, 2],
-        {"hippocampus_001": [f"hippocampus_{n}" for n in ("004", "006", "008", "011")]},
-    ),
+    ("msd_hippocampus_mr", [1, 2], {"hippocampus_001": HIPPOCAMPI}),
 ]
 
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = records.arguments(__doc__, data="folder of the data sets", out=None).parse_args()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     torch.set_num_threads(1)
     results = [measure(args.data, *each) for each in SETS]
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python scripts/measure_priors.py --data ROOT --out FILE",
-        "machine": f"{platform.machine()}, 1 thread, CPU seconds of a shared machine",
-        "versions": {
-            "fastproto": fastproto.__version__,
-            "torch": torch.__version__,
-            "SimpleITK": sitk.Version.VersionString(),
-            "python": platform.python_version(),
-            "cpu_level": library.cpu_level(),
-        },
-        "reaches_mm": REACHES_MM,
-        "blurs_mm": BLURS_MM,
-        "sets": results,
-    }
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    records.write(
+        args.out,
+        command="python scripts/measure_priors.py --data ROOT --out FILE",
+        machine=f"{platform.machine()}, 1 thread, CPU seconds of a shared machine",
+        versions=versions("fastproto", "torch", "SimpleITK", "python", "cpu_level"),
+        reaches_mm=REACHES_MM,
+        blurs_mm=BLURS_MM,
+        sets=results,
+    )
 
 
 def measure(root: Path, folder: str, values: list[int], pairs: dict[str, list[str]]) -> Any:
@@ -107,26 +83,21 @@ def measure(root: Path, folder: str, values: list[int], pairs: dict[str, list[st
     for kind, cases in rows.items():
         organs = {
             dataset.labels[value]: {
-                "dice": mean([case["dice"][index] for case in cases]),
-                "share_within": mean([case["share_within"][index] for case in cases]),
-                "share_of_rest": mean([case["share_of_rest"][index] for case in cases]),
+                **{name: mean([case[name][index] for case in cases]) for name in FIGURES},
                 "best_blur_mm": best_blur([case["loss"][index] for case in cases]),
             }
             for index, value in enumerate(values)
         }
         result["kinds"][kind] = summary = {
-            "mean_dice": mean([case["dice"] for case in cases], overall=True),
+            MEAN: mean([case[dice.name] for case in cases], overall=True),
             "seconds": mean([case["seconds"] for case in cases]),
             "organs": organs,
             "cases": cases,
         }
-        print(f"{folder} {kind}: {summary['mean_dice']}, {summary['seconds']} s", flush=True)
+        print(f"{folder} {kind}: {summary[MEAN]}, {summary['seconds']} s", flush=True)
         for organ, row in organs.items():
-            print(
-                f"  {organ}: {row['dice']}, within {row['share_within']}, rest "
-                f"{row['share_of_rest']}, blur {row['best_blur_mm']}",
-                flush=True,
-            )
+            score, within, rest, blur = row.values()
+            print(f"  {organ}: {score}, within {within}, rest {rest}, blur {blur}", flush=True)
     return result
 
 
@@ -152,7 +123,7 @@ def one(atlas: Atlas, volume: Any, truth: Any, kind: str) -> dict[str, Any]:
         logit = (-middles / blur).clip(np.log(FLOOR), None)
         losses.append(np.logaddexp(0, -logit) @ counts[1].T + np.logaddexp(0, logit) @ counts[0].T)
     return {
-        "dice": [mean(dice(found == v, truth.array == v), 4) for v in atlas.values],
+        dice.name: [mean(dice(found == v, truth.array == v), 4) for v in atlas.values],
         "share_within": mean([within / sizes[:, None]], 4),
         "share_of_rest": mean([reached / others[:, None]], 4),
         "loss": mean([np.array(losses).T / sizes[:, None]], 4),

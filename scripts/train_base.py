@@ -14,8 +14,9 @@ The model is written to RUN/base.safetensors; the package's is fastproto/models/
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+import records
 
 from fastproto.data import open_dataset
 from fastproto.segmentation import load_model
@@ -29,9 +30,7 @@ HIPPOCAMPI = 11
 
 def main() -> None:
     """Train, or go on with a run, and export."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with the sets named above")
-    parser.add_argument("--run", type=Path, required=True)
+    parser = records.arguments(__doc__, data="folder with the sets named above", run=None)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch", type=int, default=TrainConfig.batch, help="episodes in a step")
     parser.add_argument("--start", help='model to go on from, e.g. "base"')

@@ -7,9 +7,17 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-from fastproto.cli.options import Subparsers, add_runtime_options, new_parser, positive, runtime
-from fastproto.cli.register import steps
+from fastproto.cli.options import (
+    Subparsers,
+    add_runtime_options,
+    new_parser,
+    positive,
+    runtime,
+    steps,
+)
+from fastproto.evaluation.settings import METHODS, PROTOCOLS, USUAL, VIEWS, CrossValidation
 
 EXAMPLE = """\
   fastproto phantom --out phantom-ct --patients 6
@@ -19,9 +27,9 @@ EXAMPLE = """\
       --groups liver "left kidney,right kidney" --protocols ep1 ep2 --set minutes=5
   fastproto crossval --data phantom-ct --out registration --model none --methods registration"""
 
-# Methods and protocols are spelt out here, because importing them would import torch.
-METHODS = ("fastproto", "adapted", "prototypes", "one-scan", "registration")
-PROTOCOLS = ("ep1", "ep2", "whole")
+# Arguments that are fields of the same name, and those that are options of the methods.
+LISTS = ("test_cases", "classes", "more_data", "methods", "protocols")
+OPTIONS = ("prior", "slices", "adapt_steps", "one_scan_steps", "view")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -45,7 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
     cases.add_argument(
         "--folds",
         type=positive,
-        default=5,
+        default=CrossValidation.folds,
         metavar="N",
         help="folds, consecutive in the data set's order; the scan after a fold is tested with it "
         "(default: %(default)s)",
@@ -67,7 +75,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--setting",
         type=int,
         choices=(1, 2),
-        default=1,
+        default=CrossValidation.setting,
         help="1: training slices may show the organs, unnamed; 2: training slices with any organ "
         "of the group are dropped (default: %(default)s)",
     )
@@ -82,11 +90,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=[name for name in METHODS if name != "one-scan"],
+        default=USUAL,
         metavar="METHOD",
-        help="fastproto: without adaptation; adapted: with it; prototypes: the same encoder "
-        "without a decoder; one-scan: the same network trained on the annotated scan alone; "
-        "registration: the annotated organs carried over (default: all but one-scan)",
+        help="; ".join(f"{name}: {meaning}" for name, meaning in METHODS.items())
+        + f" (default: all but {', '.join(METHODS.keys() - USUAL)})",
     )
     parser.add_argument(
         "--protocols",
@@ -105,7 +112,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--view",
-        choices=("organ", "body"),
+        choices=VIEWS,
         default="organ",
         help="EP1 and EP2: field of view, around the organ's expected place or the whole body "
         "(default: %(default)s)",
@@ -162,34 +169,25 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print the tables."""
     from fastproto.cli.train import read_settings
     from fastproto.errors import ArgumentError
-    from fastproto.evaluation.crossval import CrossValidation, crossval
-    from fastproto.evaluation.summary import summary_text
+    from fastproto.evaluation.crossval import crossval
+    from fastproto.evaluation.report import summary_text
 
     if args.z_margin != "all" and not args.z_margin.isdigit():
         raise ArgumentError("--z-margin", found=args.z_margin, allowed="a whole number, or all")
     with runtime(args) as device:
+        lists: dict[str, Any] = {name: tuple(getattr(args, name)) for name in LISTS}
         config = CrossValidation(
+            **lists,
             data=args.data,
             output=args.out,
-            test_cases=tuple(args.test_cases),
             folds=args.folds,
             setting=args.setting,
-            classes=tuple(args.classes),
+            model=args.model,
             groups=tuple(tuple(map(str.strip, group.split(","))) for group in args.groups),
             annotated=() if args.annotated == ["all"] else tuple(args.annotated),
-            model=args.model,
-            more_data=tuple(args.more_data),
             training=read_settings(args.settings),
-            methods=tuple(args.methods),
-            protocols=tuple(args.protocols),
             z_margin=None if args.z_margin == "all" else int(args.z_margin),
-            options={
-                "prior": args.prior,
-                "slices": args.slices,
-                "adapt_steps": args.adapt_steps,
-                "one_scan_steps": args.one_scan_steps,
-                "view": args.view,
-            },
+            options={name: getattr(args, name) for name in OPTIONS},
             device=str(device),
         )
         print(summary_text(crossval(config, _command(args))))

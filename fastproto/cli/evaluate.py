@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from fastproto.cli.options import Subparsers, add_label_options, new_parser, read_labels
+from fastproto.evaluation.metrics import METRICS, NSD_TOLERANCE_MM
 
 EXAMPLE = """\
   fastproto evaluate --prediction results --truth phantom-ct \\
@@ -19,7 +20,7 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "evaluate",
         run,
-        help="compare label maps with the truth: Dice, HD95, ASSD, NSD",
+        help=f"compare label maps with the truth: {', '.join(m.title for m in METRICS)}",
         description="Compare label maps with the truth, per organ and per patient. Distances are "
         "in mm between surfaces; the report says how each metric is defined, and how organs count "
         "that only one of the two shows.",
@@ -43,9 +44,10 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=2.0,
+        default=NSD_TOLERANCE_MM,
         metavar="MM",
-        help="distance at which NSD still counts a surface as right (default: %(default)s)",
+        help=f"distance at which {', '.join(m.title for m in METRICS if m.at_tolerance)} still "
+        "counts a surface as right (default: %(default)s)",
     )
     parser.add_argument(
         "--z-margin",

@@ -10,108 +10,42 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from fastproto._files import write_text
-from fastproto._version import __version__
 from fastproto.data.dataset import Case, Dataset, open_dataset
 from fastproto.data.preprocessing import canonical
 from fastproto.data.volume import Volume, check_labels, read_label, read_volume
 from fastproto.errors import ArgumentError, CheckpointError, DatasetError, LabelError, OutputError
-from fastproto.evaluation.measure import evaluate_case, without_nan
-from fastproto.evaluation.methods import (
-    EPISODIC,
-    WITHOUT_MODEL,
-    Example,
-    Learned,
-    LearnedNetwork,
-    make_method,
-)
+from fastproto.evaluation.measure import evaluate_case
+from fastproto.evaluation.methods import Example, Learned, LearnedNetwork, make_method
+from fastproto.evaluation.metrics import dice
 from fastproto.evaluation.protocol import CHUNKS, episodic_dice, folds
-from fastproto.evaluation.quoted import quoted
-from fastproto.evaluation.summary import summarise
+from fastproto.evaluation.report import (
+    json_text,
+    machine,
+    quoted,
+    summarise,
+    versions,
+    without_nan,
+)
+from fastproto.evaluation.settings import EPISODIC, NO_MODEL, WITHOUT_MODEL, CrossValidation
 from fastproto.nn.base import FewShotModel
-from fastproto.op import library
 from fastproto.segmentation.learn import model_preprocessing
 from fastproto.segmentation.task import load_model
 from fastproto.training.config import TrainConfig
 from fastproto.training.trainer import train
 
-NO_MODEL = "none"
 # Of the settings, what a run that goes on may change: it only adds work, or is found elsewhere.
 _FREE = ("data", "more_data", "output", "methods", "protocols", "annotated", "device", "progress")
 
-
-@dataclasses.dataclass(frozen=True)
-class CrossValidation:
-    """What to measure, on what, after which training.
-
-    Args:
-        data: Data set with labels.
-        output: Folder for results and trainings.
-        test_cases: The only cases to test, in one fold; empty for ``folds``.
-        folds: Number of folds, see `fastproto.evaluation.protocol.folds`.
-        setting: 1: the organs may occur in training slices, as tissue without a name. 2: a training
-            slice that shows any of a group's organs is dropped.
-        classes: Organs to segment, names or label values; empty for all.
-        groups: Setting 2: organs that are held out together; one training for each group.
-        annotated: Cases to learn from, each in turn; empty for every test case. Those that are no
-            test cases may have been seen in training.
-        model: A model file or run folder, or "base", to use instead of training; "none" for methods
-            that need none; None to train.
-        more_data: Further data sets to train on.
-        training: Fields of `TrainConfig`. Unless they say so, training sees no label. Cases to hold
-            out are held out beside the tests.
-        methods: Of `fastproto.evaluation.methods.METHODS`.
-        protocols: Of `fastproto.evaluation.protocol.PROTOCOLS`.
-        z_margin: Which slices count in EP1 and EP2, see `counted_slices`.
-        options: Of `make_method`.
-        device: "cpu" or "cuda".
-        progress: Show progress bars on stderr.
-
-    Raises:
-        ArgumentError: Settings that do not fit together.
-    """
-
-    data: str
-    output: str
-    test_cases: tuple[str, ...] = ()
-    folds: int = 5
-    setting: int = 1
-    classes: tuple[str | int, ...] = ()
-    groups: tuple[tuple[str | int, ...], ...] = ()
-    annotated: tuple[str, ...] = ()
-    model: str | None = None
-    more_data: tuple[str, ...] = ()
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
-    methods: tuple[str, ...] = ("fastproto", "adapted", "prototypes", "registration")
-    protocols: tuple[str, ...] = ("ep1", "ep2", "whole")
-    z_margin: int | None = 0
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    device: str = "cpu"
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if (self.setting == 2) != bool(self.groups):
-            raise ArgumentError(
-                "groups",
-                found="groups of organs in setting 1" if self.groups else "none in setting 2",
-                allowed="one or more groups in setting 2, none in setting 1",
-            )
-        needing = [name for name in self.methods if name not in WITHOUT_MODEL]
-        if self.model == NO_MODEL and needing:
-            raise ArgumentError(
-                "methods",
-                found=f"{', '.join(needing)} without a model",
-                allowed=", ".join(WITHOUT_MODEL),
-            )
+KEY = ("round", "fold", "annotated", "query", "method", "protocol")  # of a measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +86,7 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
     }
     results = ResultFile(Path(config.output) / "results.jsonl", settings)
     work = [
-        (round_, case, _queries(dataset, round_, case))
+        (round_, case, [query for query in dataset.select(round_.tests) if query.id != case.id])
         for round_ in rounds
         for case in dataset.select(config.annotated or round_.tests)
     ]
@@ -167,22 +101,17 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
     }
     with tqdm(total=total, unit="scan", disable=not config.progress) as bar:
         for round_, case, queries in work:
-            teacher = _Teacher(config, dataset, case, round_.organs, models[round_.name])
+            teacher = _Teacher(config, dataset, case, round_, models[round_.name])
             for query in queries:
                 bar.set_postfix_str(f"{round_.name}, {case.id} -> {query.id}", refresh=False)
-                _measure(config, results, round_, teacher, query)
+                teacher.measure(query, results)
                 bar.update()
     training, minutes = _trainings(config, rounds)
     summary = {
         "date": datetime.date.today().isoformat(),
         "command": command,
-        "machine": _machine(config.device),
-        "versions": {
-            "fastproto": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cpu_level": library.cpu_level(),
-        },
+        "machine": machine(config.device),
+        "versions": versions("fastproto", "torch", "python", "cpu_level"),
         "data": dataset.name,
         "model": given.extra.get("name", Path(str(config.model)).name) if given else config.model,
         "tests": {round_.name: round_.tests for round_ in rounds},
@@ -193,8 +122,7 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
         "results": summarise(results.units),
         "quoted": quoted(dataset.name),
     }
-    text = json.dumps(without_nan(summary), indent=1, allow_nan=False) + "\n"
-    write_text(Path(config.output) / "summary.json", text)
+    write_text(Path(config.output) / "summary.json", json_text(summary, indent=1))
     return summary
 
 
@@ -233,16 +161,16 @@ class ResultFile:
             )
         write_text(path, "".join(line + "\n" for line in lines or [json.dumps(settings)]))
 
-    def has(self, **key: Any) -> bool:
+    def has(self, key: dict[str, Any]) -> bool:
         """Whether a measurement is finished."""
         return self._key(key) in self._done
 
-    def add(self, rows: list[dict[str, Any]], **key: Any) -> None:
+    def add(self, key: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Keep a finished measurement."""
         unit = {**key, "rows": without_nan(rows)}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(unit, allow_nan=False) + "\n")
+                file.write(json_text(unit))
         except OSError as error:
             raise OutputError(
                 self.path,
@@ -255,42 +183,35 @@ class ResultFile:
 
     @staticmethod
     def _key(unit: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(unit[k] for k in ("round", "fold", "annotated", "query", "method", "protocol"))
+        return tuple(unit[k] for k in KEY)
 
 
+@dataclasses.dataclass(eq=False)
 class _Teacher:
     """One annotated case, and what methods learnt from it; nothing is read before it is needed."""
 
-    def __init__(
-        self,
-        config: CrossValidation,
-        dataset: Dataset,
-        case: Case,
-        organs: dict[int, str],
-        model: Callable[[], FewShotModel],
-    ):
-        self.config = config
-        self.dataset = dataset
-        self.case = case
-        self.organs = organs
-        self.model = model
-        self._learned: dict[str, Learned] = {}
+    config: CrossValidation
+    dataset: Dataset
+    case: Case
+    round: _Round
+    model: Callable[[], FewShotModel]
+    _learned: dict[str, Learned] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def example(self) -> Example:
         """The organs that the case shows."""
         image, label = _read(self.dataset, self.case)
         found = check_labels(label, needed=False)
-        organs = {value: name for value, name in self.organs.items() if value in found}
+        organs = {value: name for value, name in self.round.organs.items() if value in found}
         if not organs:
             raise LabelError(
                 label.name,
                 found="none of the organs",
-                allowed=f"an annotated scan of {', '.join(self.organs.values())}",
+                allowed=f"an annotated scan of {', '.join(self.round.organs.values())}",
                 fix="Name the cases to learn from with --annotated.",
             )
         modality, plane = self.dataset.modality, "axial"
-        if self.config.model != NO_MODEL and {*self.config.methods} - {*WITHOUT_MODEL}:
+        if self.config.model != NO_MODEL and self.config.needing_model:
             plane = model_preprocessing(self.model(), modality).plane
         return Example(image, label, organs, modality, plane)
 
@@ -301,6 +222,17 @@ class _Teacher:
             learn = make_method(method, model, **self.config.options)
             self._learned[method] = learn(self.example)
         return self._learned[method]
+
+    def measure(self, query: Case, results: ResultFile) -> None:
+        """What is not measured yet with one query."""
+        scan = None
+        for method, protocol in itertools.product(self.config.methods, self.config.protocols):
+            place = (self.round.name, self.round.fold, self.case.id, query.id)
+            key = dict(zip(KEY, (*place, method, protocol), strict=True))
+            defined = protocol == "whole" or method in EPISODIC
+            if defined and not results.has(key):
+                scan = scan or _read(self.dataset, query)
+                results.add(key, self.rows(method, protocol, *scan))
 
     def rows(self, method: str, protocol: str, scan: Volume, truth: Volume) -> list[dict[str, Any]]:
         """One row for each variant and organ."""
@@ -321,29 +253,8 @@ class _Teacher:
                 chunks=CHUNKS[protocol],
                 z_margin=self.config.z_margin,
             )
-            rows.append({"variant": "network", "label": organ, "organ": name, "dice": score})
+            rows.append({"variant": "network", "label": organ, "organ": name, dice.name: score})
         return rows
-
-
-def _measure(
-    config: CrossValidation, results: ResultFile, round_: _Round, teacher: _Teacher, query: Case
-) -> None:
-    """What is not measured yet of one annotated case and one query."""
-    scan = None
-    for method in config.methods:
-        for protocol in config.protocols:
-            key = {
-                "round": round_.name,
-                "fold": round_.fold,
-                "annotated": teacher.case.id,
-                "query": query.id,
-                "method": method,
-                "protocol": protocol,
-            }
-            defined = protocol == "whole" or method in EPISODIC
-            if defined and not results.has(**key):
-                scan = scan or _read(teacher.dataset, query)
-                results.add(teacher.rows(method, protocol, *scan), **key)
 
 
 def _rounds(config: CrossValidation, dataset: Dataset) -> list[_Round]:
@@ -359,19 +270,13 @@ def _rounds(config: CrossValidation, dataset: Dataset) -> list[_Round]:
             dataset.root, found="no named label", allowed="a dataset.json that names the organs"
         )
     rounds = []
-    for fold, cases in enumerate(tests):
-        for group in groups:
-            name = "test" if config.test_cases else f"fold-{fold}"
-            if config.groups:
-                name += "-without-" + "-".join(map(str, group))
-            rounds.append(
-                _Round(fold, cases, {value: dataset.labels[value] for value in group}, name)
-            )
+    for (fold, cases), group in itertools.product(enumerate(tests), groups):
+        name = "test" if config.test_cases else f"fold-{fold}"
+        if config.groups:
+            name += "-without-" + "-".join(map(str, group))
+        organs = {value: dataset.labels[value] for value in group}
+        rounds.append(_Round(fold, cases, organs, name))
     return rounds
-
-
-def _queries(dataset: Dataset, round_: _Round, annotated: Case) -> list[Case]:
-    return [case for case in dataset.select(round_.tests) if case.id != annotated.id]
 
 
 def _read(dataset: Dataset, case: Case) -> tuple[Volume, Volume]:
@@ -451,8 +356,3 @@ def _trainings(
     for name in ("holdout", "holdout_cases", "output", "device", "progress"):
         settings.pop(name, None)  # of one round, or of this machine
     return settings, minutes
-
-
-def _machine(device: str) -> str:
-    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{torch.cuda.get_device_name()}, {name}" if device.startswith("cuda") else name

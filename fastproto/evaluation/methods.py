@@ -26,11 +26,6 @@ from fastproto.segmentation.learn import annotate, model_preprocessing, register
 from fastproto.segmentation.predict import BATCH, FUSIONS, decide, expected_view, gather
 from fastproto.segmentation.prior import KINDS, Atlas, Prior, locate
 
-METHODS = ("fastproto", "adapted", "prototypes", "one-scan", "registration")
-WITHOUT_MODEL = ("registration",)
-EPISODIC = ("fastproto", "prototypes")  # those that EP1 and EP2 are defined for
-VIEWS = ("organ", "body")
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
@@ -238,17 +233,16 @@ def make_method(
     name: str,
     model: FewShotModel | None,
     *,
-    prior: str = "deformable",
     slices: int = 12,
     adapt_steps: int | Literal["auto"] = "auto",
     one_scan_steps: int = 300,
-    view: str = "organ",
+    **options: Any,
 ) -> Method:
     """A method of ``METHODS``; see `LearnedNetwork` and `trained_on` for the options."""
     if name == "registration":
         return Registration
     assert model is not None
-    options: Any = {"prior": prior, "slices": slices, "view": view}
+    options["slices"] = slices
     if name == "one-scan":
         return lambda example: LearnedNetwork(
             trained_on(model, example, one_scan_steps, slices), example, **options

@@ -24,7 +24,6 @@ import numpy as np
 from fastproto.errors import ArgumentError
 
 CHUNKS = {"ep1": 3, "ep2": 1}
-PROTOCOLS = (*CHUNKS, "whole")
 
 SliceSegmenter = Callable[[int, Sequence[int]], np.ndarray]
 """From a slice of the annotated scan and n slices of the query to their masks, ``[n, h, w]``."""

@@ -9,14 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastproto.cli import crossval as command
 from fastproto.cli import main
 from fastproto.errors import ArgumentError, CheckpointError, DatasetError, LabelError
 from fastproto.evaluation import crossval as runner
 from fastproto.evaluation.crossval import CrossValidation, crossval
-from fastproto.evaluation.methods import METHODS
-from fastproto.evaluation.protocol import PROTOCOLS
-from fastproto.evaluation.summary import summarise, summary_text
+from fastproto.evaluation.report import summarise, summary_text
 from fastproto.training.sources import read_training_data
 
 from .conftest import save_model
@@ -305,7 +302,5 @@ def test_the_command_trains_a_fold(patients, tmp_path, capsys) -> None:
 
 
 def test_the_command_says_what_there_is(capsys) -> None:
-    assert command.METHODS == METHODS
-    assert command.PROTOCOLS == PROTOCOLS
     assert main(["crossval", "--data", "d", "--out", "o", "--z-margin", "x"]) == 2
     assert "--z-margin" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from fastproto.data import Preprocessing, Volume
 from fastproto.evaluation import methods
 from fastproto.evaluation.methods import Example, LearnedNetwork, make_method, trained_on
 from fastproto.evaluation.metrics import dice
+from fastproto.evaluation.settings import VIEWS
 from fastproto.nn import PrototypeNet
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation import load_model
@@ -91,7 +92,7 @@ def test_the_slices_given_are_all_that_ep1_knows(example) -> None:
 def test_ep1_sees_the_organ_or_the_body_and_no_label(example, model) -> None:
     scan, _ = make_patient(1)
     sides = {}
-    for view in methods.VIEWS:
+    for view in VIEWS:
         learned = LearnedNetwork(model, example, view=view, slices=2)
         sides[view] = learned._view(scan, 2).view.side
         found = learned.slice_segmenter(scan, 2)(5, [4, 5])

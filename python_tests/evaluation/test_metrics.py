@@ -22,11 +22,19 @@ from scipy.ndimage import gaussian_filter
 
 from fastproto.data.volume import read_label
 from fastproto.errors import ArgumentError
-from fastproto.evaluation.metrics import _surface_areas, assd, dice, hd95, nsd, surface_metrics
+from fastproto.evaluation.metrics import METRICS
+from fastproto.evaluation.surfaces import MaskPair, _surface_areas
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
 
 SPACINGS = [(1.0, 1.0, 1.0), (5.0, 1.5, 1.5), (0.7, 2.3, 0.9)]
+dice, hd95, assd, nsd = METRICS
+
+
+def measured(*arguments, **options) -> tuple[float, ...]:
+    """Every metric of one pair of masks."""
+    pair = MaskPair(*arguments, **options)
+    return tuple(metric.function(pair) for metric in METRICS)
 
 
 def random_pair(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,10 +69,8 @@ def test_equals_monai_on_random_masks(spacing: tuple[float, ...], tolerance: flo
         a, b = random_pair(seed)
         assert a.any()
         assert b.any()
-        ours = (dice(a, b), *surface_metrics(a, b, spacing=spacing, nsd_tolerance=tolerance))
-        assert ours == pytest.approx(monai_values(a, b, spacing, tolerance), rel=2e-6, abs=2e-6), (
-            f"seed {seed}"
-        )
+        expected = pytest.approx(monai_values(a, b, spacing, tolerance), rel=2e-6, abs=2e-6)
+        assert measured(a, b, spacing, tolerance) == expected, f"seed {seed}"
 
 
 @pytest.mark.data
@@ -75,8 +81,8 @@ def test_equals_monai_on_real_organs(test_data: Path) -> None:
     spacing = (2.0, 1.0, 2.5)
     for value in (1, 4, 6, 8):
         a, b = first.array == value, second.array == value
-        ours = (dice(a, b), *surface_metrics(a, b, spacing=spacing, nsd_tolerance=2.0))
-        assert ours == pytest.approx(monai_values(a, b, spacing, 2.0), rel=2e-6)
+        expected = pytest.approx(monai_values(a, b, spacing, 2.0), rel=2e-6)
+        assert measured(a, b, spacing) == expected
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.7, 2.9), (3.0, 0.5, 0.5)])
@@ -92,8 +98,8 @@ def test_boxes_shifted_along_one_axis() -> None:
     spacing = (5.0, 1.0, 2.0)
     assert dice(a, b) == pytest.approx(0.7)
     assert hd95(a, b, spacing=spacing) == pytest.approx(6.0)
-    assert nsd(a, b, spacing=spacing, tolerance=6.0) == 1.0
-    assert nsd(a, b, spacing=spacing, tolerance=5.9) < 1.0
+    assert nsd(a, b, spacing=spacing, nsd_tolerance=6.0) == 1.0
+    assert nsd(a, b, spacing=spacing, nsd_tolerance=5.9) < 1.0
 
 
 def test_a_distance_equal_to_the_tolerance_is_within_it() -> None:
@@ -101,16 +107,13 @@ def test_a_distance_equal_to_the_tolerance_is_within_it() -> None:
     a, b = np.zeros((2, 12, 12, 12), dtype=bool)
     a[2, 3, 3] = True
     b[5, 3, 3] = True
-    assert nsd(a, b, spacing=(0.7, 1.0, 1.0), tolerance=2.1) == 1.0
+    assert nsd(a, b, spacing=(0.7, 1.0, 1.0), nsd_tolerance=2.1) == 1.0
 
 
-def test_single_functions_equal_surface_metrics() -> None:
+def test_a_metric_alone_equals_that_of_all_together() -> None:
     a, b = random_pair(3)
-    spacing = (5.0, 1.5, 1.4)
-    together = surface_metrics(a, b, spacing=spacing, nsd_tolerance=1.5)
-    assert together.hd95 == hd95(a, b, spacing=spacing)
-    assert together.assd == assd(a, b, spacing=spacing)
-    assert together.nsd == nsd(a, b, spacing=spacing, tolerance=1.5)
+    options = {"spacing": (5.0, 1.5, 1.4), "nsd_tolerance": 1.5}
+    assert measured(a, b, **options) == tuple(metric(a, b, **options) for metric in METRICS)
 
 
 def test_empty_masks() -> None:
@@ -118,19 +121,17 @@ def test_empty_masks() -> None:
     some = empty.copy()
     some[1:3, 2, 2:4] = True
     spacing = (1.0, 1.0, 1.0)
-    assert math.isnan(dice(empty, empty))
-    assert all(math.isnan(value) for value in surface_metrics(empty, empty, spacing=spacing))
+    assert all(math.isnan(value) for value in measured(empty, empty, spacing))
     for pair in ((empty, some), (some, empty)):
-        assert dice(*pair) == 0
-        measured = surface_metrics(*pair, spacing=spacing)
-        assert measured.nsd == 0
-        assert math.isnan(measured.hd95)
-        assert math.isnan(measured.assd)
+        found = dict(zip(METRICS, measured(*pair, spacing), strict=True))
+        assert found[dice] == found[nsd] == 0
+        assert math.isnan(found[hd95])
+        assert math.isnan(found[assd])
 
 
 def test_full_volume_has_a_surface_at_its_edge() -> None:
     full = np.ones((3, 4, 5), dtype=bool)
-    assert surface_metrics(full, full, spacing=(1, 1, 1)) == (0.0, 0.0, 1.0)
+    assert measured(full, full, (1, 1, 1)) == (1.0, 0.0, 0.0, 1.0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -145,15 +146,12 @@ def test_symmetric_and_indifferent_to_place_and_unit(
     a, b = random_pair(seed)
     assume(a.any() and b.any())  # the rules for empty masks have a test of their own
     spacing = np.array([3.0, 1.0, 1.5])
-    measured = surface_metrics(a, b, spacing=spacing, nsd_tolerance=2.0)
-    assert surface_metrics(b, a, spacing=spacing, nsd_tolerance=2.0) == pytest.approx(measured)
-    moved = surface_metrics(np.pad(a, pad), np.pad(b, pad), spacing=spacing, nsd_tolerance=2.0)
-    assert moved == pytest.approx(measured)
-    scaled = surface_metrics(a, b, spacing=spacing * factor, nsd_tolerance=2.0 * factor)
-    assert scaled == pytest.approx(
-        (measured.hd95 * factor, measured.assd * factor, measured.nsd), rel=1e-6
-    )
-    assert surface_metrics(a, a, spacing=spacing) == (0.0, 0.0, 1.0)
+    here = measured(a, b, spacing)
+    assert measured(b, a, spacing) == pytest.approx(here)
+    assert measured(np.pad(a, pad), np.pad(b, pad), spacing) == pytest.approx(here)
+    expected = [value * factor if m.unit else value for m, value in zip(METRICS, here, strict=True)]
+    assert measured(a, b, spacing * factor, 2.0 * factor) == pytest.approx(expected, rel=1e-6)
+    assert measured(a, a, spacing) == (1.0, 0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
@@ -180,5 +178,5 @@ def test_zeros_and_ones_of_any_type_are_a_mask(dtype: type) -> None:
 )
 def test_bad_arguments_are_named(arguments: tuple, options: dict, subject: str) -> None:
     with pytest.raises(ArgumentError) as error:
-        surface_metrics(*arguments, **{"spacing": (1.0, 1.0, 1.0)} | options)
+        measured(*arguments, **{"spacing": (1.0, 1.0, 1.0)} | options)
     assert error.value.subject == subject

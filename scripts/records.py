@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What experiments share: arguments, and the record that is written."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+
+def arguments(doc: str | None, **paths: str | None) -> argparse.ArgumentParser:
+    """A parser that says what the script does and needs these paths, each with its help."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    for name, text in paths.items():
+        parser.add_argument(f"--{name}", type=Path, required=True, help=text)
+    return parser
+
+
+def write(path: Path, **content: Any) -> None:
+    """A record with today's date."""
+    record = {"date": datetime.date.today().isoformat(), **content}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
