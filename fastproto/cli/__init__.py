@@ -13,8 +13,11 @@ import traceback
 from collections.abc import Sequence
 
 from fastproto._version import __version__
-from fastproto.cli import crossval, evaluate, info, phantom, register, segment, train
+from fastproto.cli import crossval, evaluate, info, learn, phantom, segment, train
 from fastproto.errors import FastprotoError
+
+COMMANDS = (phantom, train, learn, segment, evaluate, crossval, info)
+FORMER_NAMES = {"register": "learn"}
 
 DESCRIPTION = "Segment an organ nobody trained for, in CT and MR, from one annotated scan."
 
@@ -39,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 2 for input that cannot be used (its message is on stderr), 130 after Ctrl-C.
     """
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    words[:1] = [FORMER_NAMES.get(word, word) for word in words[:1]]
+    args = _parser().parse_args(words)
     try:
         return args.run(args)
     except FastprotoError as error:
@@ -61,6 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastproto {__version__}")
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
-    for command in (phantom, train, register, segment, evaluate, crossval, info):
+    for command in COMMANDS:
         command.add_parser(subparsers)
     return parser

@@ -41,11 +41,7 @@ def new_parser(
         argument_default=argument_default,
     )
     parser.add_argument(
-        "-v",
-        "--verbose",
-        action="store_true",
-        default=False,
-        help="show the traceback of an error",
+        "-v", "--verbose", action="store_true", default=False, help="show the traceback of an error"
     )
     parser.set_defaults(run=run)
     return parser
@@ -198,6 +194,15 @@ def positive(text: str) -> int:
     """Parse a whole number above 0, for argparse."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number above 0")
+    return int(text)
+
+
+def steps(text: str) -> int | str:
+    """Parse a number of steps or "auto", for argparse."""
+    if text == "auto":
+        return text
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: auto, or a number from 0")
     return int(text)
 
 

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastproto.cli.learn import add_example_options, add_model_option, learn_example
 from fastproto.cli.options import (
     Subparsers,
     add_runtime_options,
@@ -20,12 +24,10 @@ from fastproto.cli.options import (
     progress_bar,
     runtime,
 )
-from fastproto.cli.register import add_example_options, add_model_option, learn_example
 from fastproto.errors import ArgumentError, FastprotoError, VolumeError
 
 if TYPE_CHECKING:
     from fastproto.data import Volume
-    from fastproto.nn.base import FewShotModel
     from fastproto.segmentation import Segmentation, Task
 
 EXAMPLE = """\
@@ -68,7 +70,7 @@ def add_parser(subparsers: Subparsers) -> None:
         action="append",
         type=Path,
         metavar="TASK",
-        help="task file of `fastproto register`; can be given more than once as well",
+        help="task file of `fastproto learn`; can be given more than once as well",
     )
     add_example_options(parser.add_argument_group("how to learn an example"))
     parser.add_argument(
@@ -107,32 +109,42 @@ def add_parser(subparsers: Subparsers) -> None:
         help="write OUT.png as well: slices with coloured organs",
     )
     parser.add_argument(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="slices at once (default: 8)",
+        "--batch-size", type=positive, metavar="N", help="slices at once (default: 8)"
     )
     add_runtime_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Segment all scans; report those that fail and go on with the next."""
-    from fastproto.segmentation import Task, load_model
+    from fastproto.segmentation import Task, load_model, segment_volume
 
     _check_source(args)
     jobs = plan_outputs(args.input, find_scans(args.input), args.output)
     with runtime(args) as device:
         model = load_model(args.model, backend=args.backend).to(device)
+        fingerprint = model.fingerprint()  # nothing below changes the weights
         if args.task:
             tasks = [Task.load(path) for path in args.task]
             for task, path in zip(tasks, args.task, strict=True):
-                task.check_model(model, name=path)
+                task.check_model(model, name=path, fingerprint=fingerprint)
         else:
-            tasks = [learn_example(model, image, label, args) for image, label in args.example]
+            tasks = [
+                learn_example(model, image, label, args, fingerprint=fingerprint)
+                for image, label in args.example
+            ]
+        segment = partial(
+            segment_volume,
+            model,
+            tasks,
+            batch_size=args.batch_size,
+            probabilities=args.probabilities or args.uncertainty,
+            prior=args.prior,
+            fingerprint=fingerprint,
+        )
         failed = 0
         for scan, output in jobs:
             try:
-                _segment_scan(model, tasks, scan, output, args)
+                _segment_scan(segment, tasks, scan, output, args)
             except FastprotoError as error:
                 if len(jobs) == 1:
                     raise
@@ -228,27 +240,22 @@ def stem(path: Path) -> str:
 
 
 def _segment_scan(
-    model: FewShotModel, tasks: Sequence[Task], scan: Path, output: Path, args: argparse.Namespace
+    segment: Callable[..., Segmentation],
+    tasks: Sequence[Task],
+    scan: Path,
+    output: Path,
+    args: argparse.Namespace,
 ) -> None:
-    from dataclasses import replace
-
+    """Segment one scan, write what was asked for and report on it."""
     from fastproto.data.volume import read_volume, write_volume
-    from fastproto.segmentation import segment_volume, write_overlay
+    from fastproto.segmentation import write_overlay
     from fastproto.segmentation.postprocess import uncertainty
 
     started = time.perf_counter()
     names = {value: name for task in tasks for value, name in task.labels.items()}
     volume = read_volume(scan, series=args.series)
     with progress_bar(stem(scan), "slice") as advance:
-        result = segment_volume(
-            model,
-            tasks,
-            volume,
-            batch_size=args.batch_size,
-            probabilities=args.probabilities or args.uncertainty,
-            prior=args.prior,
-            progress=advance,
-        )
+        result = segment(volume, progress=advance)
     write_volume(output, result.labels, like=volume)
     base = output.parent / stem(output)
     if args.probabilities:
@@ -260,13 +267,9 @@ def _segment_scan(
         entropy = uncertainty((result.probabilities or {}).values())
         write_volume(base.with_name(f"{base.name}-uncertainty.nii.gz"), entropy, like=volume)
     if args.overlay:
-        write_overlay(
-            base.with_name(f"{base.name}.png"),
-            volume,
-            replace(volume, array=result.labels, path=output),
-            tasks[0].preprocessing,
-            names,
-        )
+        label = dataclasses.replace(volume, array=result.labels, path=output)
+        picture = base.with_name(f"{base.name}.png")
+        write_overlay(picture, volume, label, tasks[0].preprocessing, names)
     seconds = time.perf_counter() - started
     print(f"{scan} -> {output} ({_describe(names, result, volume)}; {seconds:.1f} s)")
     warnings = [f"{names[value]} is probably not in this scan" for value in result.absent()]
@@ -278,8 +281,6 @@ def _segment_scan(
 
 def _describe(names: dict[int, str], result: Segmentation, volume: Volume) -> str:
     """The volume of every organ in the result, for the line that reports a scan."""
-    import math
-
     millilitres = math.prod(volume.spacing) / 1000
     return ", ".join(
         f"{name} {(result.labels == value).sum() * millilitres:.1f} ml"

@@ -124,7 +124,7 @@ def adapt_model(
         organs: What to learn.
         steps: Optimiser steps of ``BATCH`` episodes.
         seed: Of the episodes.
-        parts: Which weights change: "decoder", "norms" or "all".
+        parts: Which weights change: "decoder" or "all".
         progress: Called after each step with the steps done, the steps in all and the loss.
 
     Returns:
@@ -137,9 +137,7 @@ def adapt_model(
     trained = {
         name: parameter
         for name, parameter in adapted.named_parameters()
-        if parts == "all"
-        or (parts == "decoder" and name.startswith("decoder."))
-        or (parts == "norms" and parameter.ndim == 1)
+        if parts == "all" or name.startswith("decoder.")
     }
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(name in trained)

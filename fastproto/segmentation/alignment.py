@@ -18,8 +18,10 @@ from scipy.ndimage import map_coordinates
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastproto.data.preprocessing import body_mask, linear_weights
+from fastproto.data.geometry import linear_weights
+from fastproto.data.intensity import body_mask
 from fastproto.data.volume import Volume
+from fastproto.segmentation.distance import extent
 
 LONGEST_SIDE = 128  # of a picture, in voxels
 CT_WINDOW = (-200.0, 300.0)  # HU; wider than the network's: fat and bone guide the alignment
@@ -125,11 +127,10 @@ def body_box(seen: Volume, modality: str) -> np.ndarray:
     coarse, strides = _coarse(seen.array)
     body = body_mask(coarse, modality)
     box = volume_box(seen)
-    for axis in range(3) if body.any() else ():
-        hit = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
-        ends = np.array([hit[0] - 0.5, hit[-1] + 0.5]) * strides[axis] * spacing[axis]
-        box[:, axis] = ends.clip(*box[:, axis])
-    return box
+    if not body.any():
+        return box
+    first, last = extent(body)
+    return (np.stack([first - 0.5, last + 0.5]) * strides * spacing).clip(*box)
 
 
 def volume_box(seen: Volume) -> np.ndarray:
@@ -335,13 +336,10 @@ def _descend(fixed: Tensor, moving: Tensor, weight: Tensor, field: Tensor, steps
         smooth = _smooth(rough)
         places = ((grid + smooth[0].movedim(0, -1)) * to_unit - 1).flip(-1)[None]
         moved = F.grid_sample(moving, places, padding_mode="border", align_corners=True)
-        bending = (
-            sum(smooth.diff(dim=axis).square().sum() for axis in (2, 3, 4)) / grid[..., 0].numel()
-        )
-        loss = (
-            weight * (moved - fixed).square().sum(1, keepdim=True)
-        ).mean() + _STIFFNESS * bending / 3
-        loss.backward()
+        bent = sum(smooth.diff(dim=axis).square().sum() for axis in (2, 3, 4))
+        bending = bent / grid[..., 0].numel()
+        apart = (weight * (moved - fixed).square().sum(1, keepdim=True)).mean()
+        (apart + _STIFFNESS * bending / 3).backward()
         optimizer.step()
     return _smooth(rough).detach()
 

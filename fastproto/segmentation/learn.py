@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an annotated scan to a task: fields of view, slices, prototypes, adaptation, self-check."""
+"""From an annotated scan to a task: fields of view, prototypes, adaptation, self-check."""
 
 from __future__ import annotations
 
@@ -12,26 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastproto.data.preprocessing import (
-    FieldOfView,
-    PreparedVolume,
-    Preprocessing,
-    canonical,
-    guess_modality,
-)
+from fastproto.data.geometry import FieldOfView, canonical
+from fastproto.data.intensity import guess_modality
+from fastproto.data.preprocessing import PreparedVolume, Preprocessing
 from fastproto.data.volume import Volume, check_labels
 from fastproto.errors import ArgumentError, CheckpointError, LabelError
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.adapt import AnnotatedOrgan, adapt_model
+from fastproto.segmentation.distance import extent
 from fastproto.segmentation.predict import score_slices
 from fastproto.segmentation.prior import Atlas
+from fastproto.segmentation.slices import choose, split
 from fastproto.segmentation.task import Organ, Task, known_preprocessing
 
 MARGIN_MM = 30.0  # of the field of view around an organ
 DIAMETERS = 4.0  # least side of the field of view, in diameters of the organ's largest slice
-AROUND = 2  # slices beyond either end of an organ that show what it ends in
 AUTO_STEPS = {"cpu": 60, "cuda": 150}  # of adaptation, by the kind of device
-_LEFT_OUT = 3  # every third of the chosen slices checks what the others taught
 _BIASES = np.arange(-4.0, 4.01, 0.25)
 
 
@@ -48,6 +44,7 @@ def register(
     adapt: int | Literal["auto"] = 0,
     seed: int = 0,
     progress: Callable[[int, int, float], object] | None = None,
+    fingerprint: str | None = None,
 ) -> Task:
     """Learn the organs drawn in one annotated scan.
 
@@ -70,6 +67,7 @@ def register(
             they taught is kept where it finds more in the slices left out.
         seed: Of the adaptation.
         progress: Called after each step of it with the steps done, the steps in all and the loss.
+        fingerprint: ``model.fingerprint()``, if known: it takes a while.
 
     Raises:
         GeometryError: Image and mask are on different grids.
@@ -90,10 +88,10 @@ def register(
         image, label, list(names), preprocessing.modality, prior, plane=preprocessing.plane
     )
     organs = _learn(model, annotated)
-    task = Task(organs, preprocessing, atlas, model.fingerprint())
-    if steps == 0 or not any(_split(organ)[1] for organ in annotated):
+    task = Task(organs, preprocessing, atlas, fingerprint or model.fingerprint())
+    if steps == 0 or not any(split(organ)[1] for organ in annotated):
         return task  # nothing could show that it helped
-    training = [replace(organ, slices=_split(organ)[0]) for organ in annotated]
+    training = [replace(organ, slices=split(organ)[0]) for organ in annotated]
     learner, weights = adapt_model(model, training, steps, seed=seed, progress=progress)
     after = _learn(learner, annotated)
     if _expected(after) <= _expected(organs):
@@ -121,46 +119,25 @@ def model_preprocessing(model: FewShotModel, modality: str) -> Preprocessing:
 def annotate(
     prepared: PreparedVolume, label: Volume, value: int, name: str, slices: int | Sequence[int]
 ) -> AnnotatedOrgan:
-    """Choose the field of view and the slices of one organ."""
+    """One organ in a field of view of its own, with the slices to learn from."""
     hits = canonical(label, prepared.preprocessing.plane).array == value
-    pixel_area = prepared.spacing[1] * prepared.spacing[2]
-    areas = hits.sum(axis=(1, 2)) * pixel_area
-    diameter = 2 * math.sqrt(areas.max() / math.pi)
-    centre, sides = [], []
-    for axis, spacing in ((1, prepared.spacing[1]), (2, prepared.spacing[2])):
-        hit = np.flatnonzero(hits.any(axis=tuple({0, 1, 2} - {axis})))
-        centre.append((hit[0] + hit[-1]) / 2)
-        sides.append((hit[-1] - hit[0] + 1) * spacing)
-    side = max(DIAMETERS * diameter, max(sides) + 2 * MARGIN_MM)
-    side = min(side, max(prepared.view.side, max(sides)))
-    view = prepared.at(FieldOfView(centre[0], centre[1], side))
+    pixel = np.array(prepared.spacing[1:])
+    area = hits.sum(axis=(1, 2)).max() * pixel.prod()
+    first, last = extent(hits)[:, 1:]
+    longest = ((last - first + 1) * pixel).max()
+    side = max(DIAMETERS * 2 * math.sqrt(area / math.pi), longest + 2 * MARGIN_MM)
+    side = min(side, max(prepared.view.side, longest))
+    row, column = (first + last) / 2
+    view = prepared.at(FieldOfView(row, column, side))
     masks = view.labels(label) == value
-    present = masks.flatten(1).any(dim=1).numpy()
-    if not present.any():
+    if not masks.any():
         raise LabelError(
             label.name,
             found=f"that {name!r} ({value}) vanishes at {prepared.image_size} pixels",
             allowed="organs larger than a pixel of the network's image",
             fix="Use a model trained at a larger image size, or leave this label out.",
         )
-    occupied = np.flatnonzero(present)
-    if isinstance(slices, int):
-        chosen = spread(occupied, slices)
-        step = max(1, round(len(occupied) / len(chosen)))
-        for number in range(1, AROUND + 1):
-            chosen += [int(occupied[0]) - number * step, int(occupied[-1]) + number * step]
-        chosen = [number for number in chosen if 0 <= number < len(prepared)]
-    else:
-        chosen = [int(number) for number in slices]
-        within = chosen and 0 <= min(chosen) <= max(chosen) < len(prepared)
-        if not within or not present[chosen].any():
-            raise ArgumentError(
-                "slices",
-                found=_listed(chosen),
-                allowed=f"0 to {len(prepared) - 1}, and some of those with {name!r} among them: "
-                f"{_listed(occupied.tolist())}",
-            )
-    return AnnotatedOrgan(value, name, view, masks, tuple(sorted(set(chosen))))
+    return AnnotatedOrgan(value, name, view, masks, choose(masks, name, slices))
 
 
 def _expected(organs: Sequence[Organ]) -> float:
@@ -169,18 +146,12 @@ def _expected(organs: Sequence[Organ]) -> float:
     return sum(known) / len(known)
 
 
-def _split(organ: AnnotatedOrgan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The slices that teach, and those of the organ's inside that are left out to check it."""
-    left_out = organ.inside[1:-1:_LEFT_OUT] if len(organ.inside) >= 4 else []
-    return tuple(n for n in organ.slices if n not in left_out), tuple(left_out)
-
-
 def _learn(model: FewShotModel, annotated: Sequence[AnnotatedOrgan]) -> tuple[Organ, ...]:
     """Prototypes of all chosen slices; bias and expected Dice by the slices left out."""
     network = model.for_inference()  # as it will segment
     organs = []
     for organ in annotated:
-        kept, left_out = _split(organ)
+        kept, left_out = split(organ)
         known = _encode(model, organ, kept)
         bias, expected = 0.0, None
         if left_out:
@@ -214,12 +185,6 @@ def _fit_bias(scores: Tensor, masks: Tensor) -> tuple[float, float]:
         if dice > best[0] + 1e-3:
             best = (dice, float(bias))
     return best[1], best[0]
-
-
-def spread(slices: np.ndarray, number: int) -> list[int]:
-    """The middles of ``number`` equal parts of ``slices``, or all of them if there are fewer."""
-    middles = (int((part + 0.5) * len(slices) / number) for part in range(number))
-    return sorted({int(slices[middle]) for middle in middles})
 
 
 def _choose_labels(

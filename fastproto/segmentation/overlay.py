@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -34,6 +35,9 @@ OPACITY = 0.45
 TILE = 256  # pixels per slice
 LINE = 22  # height of a line of text in pixels
 
+Colours: TypeAlias = "dict[int, tuple[int, int, int]]"  # by label value
+Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
+
 
 def write_overlay(
     path: str | Path,
@@ -41,16 +45,13 @@ def write_overlay(
     label: Volume,
     preprocessing: Preprocessing,
     names: dict[int, str],
-    *,
-    slices: int = 12,
-    columns: int = 4,
 ) -> None:
     """Write `draw_overlay` to a PNG file, atomically.
 
     Raises:
         OutputError: ``path`` cannot be written.
     """
-    picture = draw_overlay(image, label, preprocessing, names, slices=slices, columns=columns)
+    picture = draw_overlay(image, label, preprocessing, names)
     with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG")
 
@@ -107,9 +108,7 @@ def _spread(label_map: np.ndarray, number: int) -> list[int]:
     return np.unique(np.linspace(first, last, number).round().astype(int)).tolist()
 
 
-def _tile(
-    grey: np.ndarray, labels: np.ndarray, colours: dict[int, tuple[int, int, int]]
-) -> np.ndarray:
+def _tile(grey: np.ndarray, labels: np.ndarray, colours: Colours) -> np.ndarray:
     """One slice ``[S, S]`` as RGB ``[S, S, 3]`` uint8, organs tinted over the grey values."""
     low, high = np.percentile(grey, (1, 99))
     grey = (grey - low) / max(high - low, 1e-6)
@@ -120,12 +119,7 @@ def _tile(
     return picture.astype(np.uint8)
 
 
-def _legend(
-    names: dict[int, str],
-    colours: dict[int, tuple[int, int, int]],
-    width: int,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> Image.Image:
+def _legend(names: dict[int, str], colours: Colours, width: int, font: Font) -> Image.Image:
     """Coloured squares with the organs' names, in as many lines as ``width`` needs."""
     placed = list(_flow(names.items(), width, font))
     height = (placed[-1][1] + LINE if placed else 0) + 8
@@ -138,9 +132,7 @@ def _legend(
 
 
 def _flow(
-    names: Iterable[tuple[int, str]],
-    width: int,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    names: Iterable[tuple[int, str]], width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> Iterable[tuple[int, int, int, str]]:
     """Place each name, yielding left, top, label value and name."""
     left, top = 8, 6

@@ -10,18 +10,19 @@ mean of those by each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastproto.data.preprocessing import FieldOfView, PreparedVolume
+from fastproto.data.geometry import FieldOfView
+from fastproto.data.preprocessing import PreparedVolume
 from fastproto.data.volume import Volume
-from fastproto.errors import ArgumentError, LabelError
+from fastproto.errors import LabelError, require
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.correction import correction
+from fastproto.segmentation.fusion import FUSIONS, Claim, Evidence, Fusion, average, weigh
 from fastproto.segmentation.postprocess import clean
 from fastproto.segmentation.prior import Prior, locate
 from fastproto.segmentation.task import Organ, Task
@@ -31,49 +32,6 @@ BATCH = 8  # slices at once
 # How far beyond its expected place an organ is looked for, by the kind of the prior.
 MARGINS_MM = {"box": 40.0, "affine": 30.0, "deformable": 25.0}
 ABSENT = 0.15  # mean probability by the network alone below which an organ is probably not there
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """How the network's evidence and the prior's make one decision; chosen on training patients.
-
-    Args:
-        network: Factor of the network's log odds; 0 leaves it out.
-        prior: Factor of the prior's log odds; 0 leaves it out.
-        blur: Distance over which the prior's odds fall by e, as a share of the organ's depth: of
-            the largest distance of a place inside to its surface.
-        limit: Largest log odds of the prior, either way: no place is ever ruled out.
-    """
-
-    network: float = 1.0
-    prior: float = 1.0
-    blur: float = 0.12
-    limit: float = 4.0
-
-    def __call__(self, scores: Tensor, distance: Tensor, organ: Organ) -> Tensor:
-        """Log odds of an organ from the network's scores and the distance to its expected place."""
-        depth = -float(distance.min().clamp(max=-1.0))  # an organ beyond the scan has none
-        place = (distance / (-self.blur * depth)).clamp(-self.limit, self.limit)
-        trust = self.network * (_trust(organ.expected_dice) if self.prior else 1.0)
-        return trust * (scores + organ.bias) + self.prior * place
-
-
-def _trust(expected_dice: float | None) -> float:
-    """How much the network counts beside the prior: by the odds of its Dice in slices left out.
-
-    1/2 at a Dice of 0.8, 1/8 at 0.5; 1/4 where no slice could be left out.
-    """
-    if expected_dice is None:
-        return 0.25
-    return min(expected_dice / max(1 - expected_dice, 1e-6) / 8, 1.5)
-
-
-FUSIONS = {
-    "box": Fusion(blur=0.5),
-    "affine": Fusion(blur=0.25),
-    "deformable": Fusion(blur=0.12),
-}
-"""By the kind of the prior; the sharper its place, the steeper its odds."""
 
 
 class Segmentation(NamedTuple):
@@ -98,36 +56,6 @@ class Segmentation(NamedTuple):
         return [value for value, mean in self.confidence.items() if mean < ABSENT]
 
 
-class Claim(NamedTuple):
-    """Where one organ may be.
-
-    Args:
-        value: Its label value.
-        box: Canonical slices, rows and columns.
-        odds: Its log odds against the background, float32, of the box's shape.
-        network: The network's part of them.
-    """
-
-    value: int
-    box: tuple[slice, ...]
-    odds: Tensor
-    network: Tensor
-
-
-class Evidence(NamedTuple):
-    """What speaks for one organ in the box where it is looked for.
-
-    Args:
-        box: The box in canonical slices, rows and columns.
-        scores: The network's log odds against the background, float32, of the box's shape.
-        distance: Signed distance to the expected place in mm, negative inside.
-    """
-
-    box: tuple[slice, slice, slice]
-    scores: Tensor
-    distance: Tensor
-
-
 def segment_volume(
     model: FewShotModel,
     task: Task | Sequence[Task],
@@ -138,6 +66,7 @@ def segment_volume(
     prior: str | None = None,
     fusion: Fusion | None = None,
     progress: Callable[[int, int], object] | None = None,
+    fingerprint: str | None = None,
 ) -> Segmentation:
     """Segment a scan.
 
@@ -152,13 +81,15 @@ def segment_volume(
         fusion: How network and prior are weighed; None takes what was chosen for the prior's kind.
         progress: Called after each batch with the slices done so far and the slices in all, as far
             as is known: those of another task are counted when their turn comes.
+        fingerprint: ``model.fingerprint()``, if known: with many scans it need not be computed for
+            each of them, as long as nothing changes the weights.
 
     Raises:
         CheckpointError: A task was registered with another model.
         LabelError: Tasks that name a label differently.
     """
     tasks = [task] if isinstance(task, Task) else list(task)
-    check_tasks(tasks, model)
+    check_tasks(tasks, model, fingerprint)
     prepared = tasks[0].preprocessing.prepare(volume)
     priors = [locate(task.atlas, volume, prior) for task in tasks]
     claims = []
@@ -170,46 +101,42 @@ def segment_volume(
         if progress is not None:
             progress(done, before + total)
 
+    size = BATCH if batch_size is None else batch_size
     for task, located in zip(tasks, priors, strict=True):
-        found = gather(
-            task.ready(model),
-            task,
-            prepared,
-            located,
-            batch_size=BATCH if batch_size is None else batch_size,
-            progress=advance,
-        )
+        ready = task.ready(model)
+        found = gather(ready, task, prepared, located, batch_size=size, progress=advance)
         before = done
         claims.append(weigh(task, found, fusion or FUSIONS[located.kind]))
     return settle(volume, prepared, priors[0], average(claims), probabilities=probabilities)
 
 
-def check_tasks(tasks: Sequence[Task], model: FewShotModel) -> None:
-    """Raise unless ``model`` can use all of ``tasks`` together.
+def check_tasks(tasks: Sequence[Task], model: FewShotModel, fingerprint: str | None = None) -> None:
+    """Raise unless ``model`` can use all of ``tasks`` together; its fingerprint may be known.
 
     Raises:
         ArgumentError: None at all, or slices prepared in different ways.
         CheckpointError: A task was registered with another model.
         LabelError: Tasks that name a label differently.
     """
-    if not tasks:
-        raise ArgumentError("task", found="no task", allowed="one task or several")
+    require(tasks, "task", found="no task", allowed="one task or several")
+    fingerprint = fingerprint or model.fingerprint()
     names: dict[int, str] = {}
     for task in tasks:
-        task.check_model(model)
-        if task.preprocessing != tasks[0].preprocessing:
-            raise ArgumentError(
-                "task",
-                found=f"tasks of {task.preprocessing} and of {tasks[0].preprocessing}",
-                allowed="annotated scans of one modality, prepared alike",
-            )
+        task.check_model(model, fingerprint=fingerprint)
+        require(
+            task.preprocessing == tasks[0].preprocessing,
+            "task",
+            found=f"tasks of {task.preprocessing} and of {tasks[0].preprocessing}",
+            allowed="annotated scans of one modality, prepared alike",
+        )
         for value, name in task.labels.items():
-            if names.setdefault(value, name) != name:
-                raise LabelError(
-                    "task",
-                    found=f"label {value} as {names[value]!r} and as {name!r}",
-                    allowed="one name for each value in all annotated scans",
-                )
+            require(
+                names.setdefault(value, name) == name,
+                "task",
+                found=f"label {value} as {names[value]!r} and as {name!r}",
+                allowed="one name for each value in all annotated scans",
+                error=LabelError,
+            )
 
 
 def gather(
@@ -226,8 +153,8 @@ def gather(
     An organ that the network sees beside its expected place is looked at again, from there; see
     `correction`.
     """
-    if batch_size < 1:
-        raise ArgumentError("batch_size", found=str(batch_size), allowed="a whole number above 0")
+    allowed = "a whole number above 0"
+    require(batch_size > 0, "batch_size", found=str(batch_size), allowed=allowed)
     places = [prior.only(index) for index in range(len(task.organs))]
 
     def slices(place: Prior) -> int:
@@ -285,51 +212,6 @@ def decide(
     """One label map from the evidence for all organs of one task."""
     claims = list(weigh(task, found, fusion).values())
     return settle(volume, prepared, prior, claims, probabilities=probabilities)
-
-
-def weigh(task: Task, found: Sequence[Evidence], fusion: Fusion) -> dict[int, Claim]:
-    """What the evidence for every organ of a task adds up to, by label value."""
-    return {
-        organ.value: Claim(
-            organ.value,
-            evidence.box,
-            fusion(evidence.scores, evidence.distance, organ),
-            evidence.scores + organ.bias,
-        )
-        for organ, evidence in zip(task.organs, found, strict=True)
-    }
-
-
-def average(claims: Sequence[dict[int, Claim]]) -> list[Claim]:
-    """Mean log odds of every organ over the tasks that know it.
-
-    Where a task did not look, its log odds are the lowest that its prior gives.
-    """
-    result = []
-    for value in dict.fromkeys(value for part in claims for value in part):
-        known = [part[value] for part in claims if value in part]
-        if len(known) == 1:
-            result += known
-            continue
-        box = tuple(
-            slice(min(side.start for side in sides), max(side.stop for side in sides))
-            for sides in zip(*(claim.box for claim in known), strict=True)
-        )
-        shape = [side.stop - side.start for side in box]
-        means = []
-        for part in ("odds", "network"):
-            mean = torch.zeros(shape)
-            for claim in known:
-                whole = torch.full(shape, -Fusion.limit)
-                inner = tuple(
-                    slice(own.start - side.start, own.stop - side.start)
-                    for own, side in zip(claim.box, box, strict=True)
-                )
-                whole[inner] = getattr(claim, part)
-                mean += whole
-            means.append(mean / len(known))
-        result.append(Claim(value, box, *means))
-    return result
 
 
 def settle(

@@ -2,8 +2,7 @@
 """Where the organs lie: a spatial prior for a scan, carried over from the annotated one.
 
 An `Atlas` is what a task keeps of the annotated scan for it; `locate` aligns it with another scan.
-Organs travel as signed distances to their surface, which stay exact between the voxels of a coarse
-grid. As in `alignment`, points are (slice, row, column) in mm along the canonical axes of a scan.
+Organs travel as a `DistanceMap` each.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt, map_coordinates
 from torch import Tensor
 
-from fastproto.data.preprocessing import PreparedVolume, canonical
+from fastproto.data.geometry import canonical
 from fastproto.data.volume import Volume, check_same_grid
-from fastproto.errors import ArgumentError, LabelError
+from fastproto.errors import ArgumentError, LabelError, require
 from fastproto.segmentation.alignment import (
     Alignment,
     Picture,
@@ -33,74 +31,15 @@ from fastproto.segmentation.alignment import (
     unlikeness,
     volume_box,
 )
+from fastproto.segmentation.distance import MAP_SIDE, DistanceMap
 
 KINDS = ("box", "affine", "deformable")
 
-_MAP_SIDE = 48  # points of a distance map along each axis, at most
 _SEARCH_SIDE = 40  # points along each axis of a scan at which organs are looked for
 _BODY_VOXELS, _DETAIL_VOXELS = 100_000, 300_000
 _SURROUNDINGS_MM = 25.0
 _STRETCH = 1.25  # of one body along the slices, to be another's
 _REFINED = 2  # of the alignments found, the best
-
-
-@dataclass(frozen=True, eq=False)
-class DistanceMap:
-    """Signed distance to an organ's surface in mm, negative inside, on a grid around the organ.
-
-    Attributes:
-        values: [a, b, c] float32.
-        first: Position of the first grid point in mm.
-        step: Distance of grid points in mm, per axis.
-    """
-
-    values: np.ndarray
-    first: np.ndarray
-    step: np.ndarray
-
-    @classmethod
-    def of_mask(cls, mask: np.ndarray, spacing: np.ndarray) -> DistanceMap:
-        """The map of a mask [n, h, w] in canonical orientation that is not empty."""
-        hits = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-        low = np.array([hit[0] for hit in hits])
-        size = np.array([hit[-1] + 1 for hit in hits]) - low
-        # Cells of whole voxels, so that thin parts weigh in; two empty ones on every side.
-        pool = -(-size // (_MAP_SIDE - 4))
-        cells = -(-size // pool)
-        part = np.zeros(cells * pool, np.float32)
-        organ = tuple(slice(start, start + extent) for start, extent in zip(low, size, strict=True))
-        part[tuple(map(slice, size))] = mask[organ]
-        share = part.reshape(np.stack([cells, pool], axis=1).ravel()).mean(axis=(1, 3, 5))
-        inside = np.pad(share >= min(0.5, share.max()), 2)
-        step = pool * spacing
-        values = np.where(inside, -_to_surface(inside, step), _to_surface(~inside, step))
-        # As precise as a task file keeps them: a loaded task must give the same prior.
-        values = values.astype(np.float16).astype(np.float32)
-        return cls(values, (low + (pool - 1) / 2) * spacing - 2 * step, step)
-
-    @property
-    def last(self) -> np.ndarray:
-        """Position of the last grid point in mm."""
-        return self.first + self.step * (np.array(self.values.shape) - 1)
-
-    def at(self, points: np.ndarray) -> np.ndarray:
-        """Distances at [..., 3]. Beyond the grid: that at its border and of the way to there."""
-        near = points.clip(self.first, self.last)
-        index = np.moveaxis((near - self.first) / self.step, -1, 0)
-        values = map_coordinates(self.values, index, order=1, mode="nearest")
-        return values + np.linalg.norm(points - near, axis=-1).astype(np.float32)
-
-    def on(self, axes: Sequence[np.ndarray]) -> Tensor:
-        """Distances on the grid that three rows of positions in mm span, ``[n, h, w]`` float32."""
-        result, beyond = torch.from_numpy(self.values), []
-        for axis, positions in enumerate(axes):
-            near = positions.clip(self.first[axis], self.last[axis])
-            beyond.append(torch.from_numpy(np.float32((positions - near) ** 2)))
-            index = (near - self.first[axis]) / self.step[axis]
-            weights = 1 - np.abs(index[:, None] - np.arange(self.values.shape[axis]))
-            weights = torch.from_numpy(weights.clip(0).astype(np.float32))
-            result = torch.tensordot(result, weights, dims=([0], [1]))  # the next axis comes first
-        return result + (beyond[0][:, None, None] + beyond[1][:, None] + beyond[2]).sqrt_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +75,8 @@ class Atlas:
         counts = len(self.values), len(self.maps), len(self.pictures)
         organs = max(counts[0], 1)
         allowed = (organs, organs, 0 if self.kind == "box" else 2)
-        if counts != allowed:
-            raise ArgumentError(
-                "values, maps, pictures", found=f"{counts} of them", allowed=f"{allowed}"
-            )
+        subject = "values, maps, pictures"
+        require(counts == allowed, subject, found=f"{counts} of them", allowed=f"{allowed}")
 
     @classmethod
     def make(
@@ -166,9 +103,8 @@ class Atlas:
         for value in values:
             mask = organs.array == value
             if not mask.any():
-                raise LabelError(
-                    label.name, found=f"no voxel of label {value}", allowed="labels that occur"
-                )
+                found = f"no voxel of label {value}"
+                raise LabelError(label.name, found=found, allowed="labels that occur")
             maps.append(DistanceMap.of_mask(mask, spacing))
         body = body_box(seen, modality)
         pictures: tuple[Picture, ...] = ()
@@ -285,57 +221,23 @@ class Prior:
         )
         return replace(self, maps=maps, alignment=alignment)
 
-    def signed_distance(
-        self, start: int, stop: int, *, prepared: PreparedVolume | None = None
-    ) -> Tensor:
+    def signed_distance(self, start: int, stop: int) -> Tensor:
         """Distance to the surface of every organ in mm, negative inside.
 
         Args:
             start: First slice.
             stop: One past the last.
-            prepared: Sample at the pixels of its images instead of the slices' own.
 
         Returns:
-            ``[n, K, h, w]`` or, with ``prepared``, ``[n, K, S, S]`` float32 for the K organs; the
-            background is not among them.
+            ``[n, K, h, w]`` float32 for the K organs; the background is not among them.
         """
         slices, height, width = self.shape
-        if not 0 <= start <= stop <= slices:
-            raise ArgumentError(
-                "start, stop", found=f"{start}, {stop}", allowed=f"a range within 0 to {slices}"
-            )
-        rows, columns = np.arange(height), np.arange(width)
-        if prepared is not None:
-            rows, columns = prepared.pixel_positions
-            found = (prepared.preprocessing.plane, prepared.shape)
-            if found != (self.plane, self.shape):
-                raise ArgumentError(
-                    "prepared", found=f"{found}", allowed=f"the prior's {(self.plane, self.shape)}"
-                )
-        indices = np.arange(start, stop), rows, columns
+        allowed = f"a range within 0 to {slices}"
+        fits = 0 <= start <= stop <= slices
+        require(fits, "start, stop", found=f"{start}, {stop}", allowed=allowed)
+        indices = np.arange(start, stop), np.arange(height), np.arange(width)
         axes = [index * side for index, side in zip(indices, self.spacing, strict=True)]
         return torch.stack([map_.on(axes) for map_ in self.maps], dim=1)
-
-    def probability(
-        self,
-        start: int,
-        stop: int,
-        blur: float,
-        *,
-        floor: float = 1e-3,
-        prepared: PreparedVolume | None = None,
-    ) -> Tensor:
-        """How likely each organ is by its place alone: as `signed_distance`, within floor..1.
-
-        Args:
-            start: First slice.
-            stop: One past the last.
-            blur: Distance in mm over which the odds fall by e.
-            floor: The least probability, so that nothing is ever ruled out.
-            prepared: As in `signed_distance`.
-        """
-        distance = self.signed_distance(start, stop, prepared=prepared)
-        return torch.sigmoid_(distance.div_(-blur)).clamp_(min=floor)
 
     def box(self, margin: float = 0.0) -> tuple[tuple[int, int], ...]:
         """Slices, rows and columns [first, one past the last) of all organs and ``margin`` mm."""
@@ -392,24 +294,11 @@ def locate(atlas: Atlas, volume: Volume, kind: str | None = None) -> Prior:
             alignment, quality = _align(atlas, seen, body, alignment, kind)
         except RuntimeError as error:
             kind, fallback = "box", str(error).splitlines()[-1]
-    grid = Volume(
-        np.broadcast_to(np.uint8(0), volume.array.shape),
-        volume.spacing,
-        volume.origin,
-        volume.direction,
-    )
+    empty = np.broadcast_to(np.uint8(0), volume.array.shape)
+    grid = Volume(empty, volume.spacing, volume.origin, volume.direction)
     maps = tuple(_carry(map_, alignment, seen) for map_ in atlas.maps)
-    return Prior(
-        kind,
-        fallback,
-        quality,
-        atlas.values,
-        maps,
-        alignment,
-        grid,
-        atlas.plane,
-        atlas.slice_spacing,
-    )
+    found = kind, fallback, quality, atlas.values, maps, alignment, grid
+    return Prior(*found, atlas.plane, atlas.slice_spacing)
 
 
 def _align(
@@ -468,22 +357,11 @@ def _carry(map_: DistanceMap, alignment: Alignment, seen: Volume) -> DistanceMap
     near = coarse[distance <= max(float(np.linalg.norm(reach)), float(distance.min()))]
     reach = np.maximum(reach, spacing)
     low, sides = near.min(axis=0) - reach, np.ptp(near, axis=0) + 2 * reach
-    step = np.maximum(sides / (_MAP_SIDE - 1), np.minimum(spacing, map_.step))
-    points = (
-        np.moveaxis(np.indices(tuple(np.ceil(sides / step).astype(int) + 1)), 0, -1) * step + low
-    )
-    values = map_.at(alignment(points)) / alignment.scale
+    step = np.maximum(sides / (MAP_SIDE - 1), np.minimum(spacing, map_.step))
+    counts = np.ceil(sides / step).astype(int) + 1
+    fine = np.moveaxis(np.indices(tuple(counts)), 0, -1) * step + low
+    values = map_.at(alignment(fine)) / alignment.scale
     return DistanceMap(values.astype(np.float32), low, step)
-
-
-def _to_surface(inside: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """From every cell inside to the surface, which lies midway to the first cell outside."""
-    nearest = distance_transform_edt(
-        inside, sampling=step, return_distances=False, return_indices=True
-    )
-    way = np.abs(nearest - np.indices(inside.shape))
-    length = np.linalg.norm(np.moveaxis(way, 0, -1) * step, axis=-1)
-    return length * (1 - 0.5 / way.max(axis=0).clip(1))
 
 
 def _solid(tensor: Tensor) -> np.ndarray:
@@ -497,5 +375,4 @@ def _triple(numbers: Sequence[float]) -> np.ndarray:
 
 
 def _check_kind(kind: object, allowed: Sequence[str]) -> None:
-    if kind not in allowed:
-        raise ArgumentError("kind", found=repr(kind), allowed=", ".join(allowed))
+    require(kind in allowed, "kind", found=repr(kind), allowed=", ".join(allowed))

@@ -86,17 +86,20 @@ class Task:
         """Label value -> name, in the order of the organs."""
         return {organ.value: organ.name for organ in self.organs}
 
-    def check_model(self, model: FewShotModel, *, name: str | Path = "task") -> None:
+    def check_model(
+        self, model: FewShotModel, *, name: str | Path = "task", fingerprint: str | None = None
+    ) -> None:
         """Raise unless ``model`` is the one this task was registered with.
 
         Args:
             model: The model to use it with.
             name: What to call the task in the error, e.g. its file.
+            fingerprint: ``model.fingerprint()``, if known: it takes a while.
 
         Raises:
             CheckpointError: The model's configuration or weights differ.
         """
-        found = model.fingerprint()
+        found = fingerprint or model.fingerprint()
         if found != self.fingerprint:
             raise CheckpointError(
                 name,
@@ -164,7 +167,7 @@ class Task:
             CheckpointError: The file is damaged or not a task.
         """
         path = Path(path)
-        fix = "Make one with `fastproto register`."
+        fix = "Make one with `fastproto learn`."
         if not path.is_file():
             raise CheckpointError(path, found="no such file", allowed="a task file", fix=fix)
         tensors, header = read_safetensors(path)
@@ -195,7 +198,7 @@ class Task:
                 path,
                 found=f"unusable contents ({error})",
                 allowed="an intact task file",
-                fix="Make it again with `fastproto register`.",
+                fix="Make it again with `fastproto learn`.",
             ) from error
         return task
 

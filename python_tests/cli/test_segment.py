@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``register``, ``segment`` and ``evaluate`` from files to files, with an untrained model."""
+"""``learn``, ``segment`` and ``evaluate`` from files to files, with an untrained model."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def example(phantom) -> list[str]:
 @pytest.fixture
 def task_file(model_file, example, tmp_path) -> Path:
     path = tmp_path / "organs.task"
-    assert register(model_file, example, path) == 0
+    assert learn(model_file, example, path) == 0
     return path
 
 
-def register(model_file: Path, example: list[str], path: Path, *more: str) -> int:
+def learn(model_file: Path, example: list[str], path: Path, *more: str) -> int:
     files = ["--model", str(model_file), "--image", example[0], "--label", example[1]]
-    return main(["register", *files, "--labels", *ORGANS, *QUICK, "-o", str(path), *more])
+    return main(["learn", *files, "--labels", *ORGANS, *QUICK, "-o", str(path), *more])
 
 
 def segment(model_file: Path, task_file: Path, source: object, output: object, *more: str) -> int:
@@ -55,7 +55,7 @@ def segment(model_file: Path, task_file: Path, source: object, output: object, *
 
 def test_defaults_are_those_of_the_library(capsys):
     parameters = inspect.signature(fastproto.segmentation.register).parameters
-    for command in ("register", "segment"):
+    for command in ("learn", "segment"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
@@ -68,9 +68,38 @@ def test_defaults_are_those_of_the_library(capsys):
     assert f"(default: {BATCH})" in text
 
 
-def test_register_lists_what_it_learned(model_file, example, tmp_path, capsys):
+def test_the_former_name_of_learn(model_file, example, tmp_path, capsys):
+    files = ["--model", str(model_file), "--image", example[0], "--label", example[1]]
+    for name in ("learn", "register"):
+        options = ["--labels", *ORGANS, *QUICK, "-o", str(tmp_path / name)]
+        assert main([name, *files, *options]) == 0
+    assert (tmp_path / "register").read_bytes() == (tmp_path / "learn").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "register" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["tasks", "examples"])
+def test_the_model_is_told_by_its_weights_once(
+    model_file, task_file, example, phantom, tmp_path, monkeypatch, source
+):
+    """Not once per scan: it reads all of them."""
+    counted = []
+    whole = FewShotUNet.fingerprint
+    monkeypatch.setattr(FewShotUNet, "fingerprint", lambda model: counted.append(1) or whole(model))
+    arguments = 2 * (["--task", str(task_file)] if source == "tasks" else ["--example", *example])
+    if source == "examples":
+        arguments += ["--labels", *ORGANS, *QUICK]
+    files = ["--model", str(model_file), "-i", str(phantom / "images"), "-o", str(tmp_path / "out")]
+    assert main(["segment", *files, *arguments, "--no-overlay"]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(counted) == 1
+
+
+def test_learn_lists_what_it_learned(model_file, example, tmp_path, capsys):
     path = tmp_path / "organs.task"
-    assert register(model_file, example, path, "--slices", "6") == 0
+    assert learn(model_file, example, path, "--slices", "6") == 0
     task = Task.load(path)
     assert task.labels == {1: "liver", 5: "spine"}
     out, err = capsys.readouterr()
@@ -91,7 +120,7 @@ def test_register_lists_what_it_learned(model_file, example, tmp_path, capsys):
     assert "expect poor results" in err  # of a network that nobody trained
 
 
-def test_register_adapts(model_file, example, tmp_path, monkeypatch, capsys):
+def test_learn_adapts(model_file, example, tmp_path, monkeypatch, capsys):
     seen = []
 
     def adapt(model, organs, steps, *, progress, **options):
@@ -103,27 +132,27 @@ def test_register_adapts(model_file, example, tmp_path, monkeypatch, capsys):
     dice = itertools.cycle([0.9, 0.1])  # afterwards and before
     monkeypatch.setattr("fastproto.segmentation.learn._expected", lambda organs: next(dice))
     path = tmp_path / "organs.task"
-    assert register(model_file, example, path, "--slices", "6", "--adapt", "2") == 0
+    assert learn(model_file, example, path, "--slices", "6", "--adapt", "2") == 0
     assert "adapted in 2 steps:" in capsys.readouterr().out
     assert Task.load(path).weights["decoder.head.bias"].item() == 7
-    assert register(model_file, example, path, "--slices", "6", "--adapt", "auto") == 0
+    assert learn(model_file, example, path, "--slices", "6", "--adapt", "auto") == 0
     files = ["--model", str(model_file), "--image", example[0], "--label", example[1]]
-    assert main(["register", *files, "--classes", "1", "--prior", "box", "-o", str(path)]) == 0
+    assert main(["learn", *files, "--classes", "1", "--prior", "box", "-o", str(path)]) == 0
     assert seen == [2, AUTO_STEPS["cpu"], AUTO_STEPS["cpu"]]
     for text in ("-1", "some", "1.5"):
         with pytest.raises(SystemExit):
-            register(model_file, example, path, "--adapt", text)
+            learn(model_file, example, path, "--adapt", text)
         assert "auto, or a" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prior", ["box", "affine"])
-def test_register_with_a_prior(model_file, example, tmp_path, prior):
+def test_learn_with_a_prior(model_file, example, tmp_path, prior):
     path = tmp_path / "organs.task"
-    assert register(model_file, example, path, "--prior", prior) == 0
+    assert learn(model_file, example, path, "--prior", prior) == 0
     assert Task.load(path).atlas.kind == prior
 
 
-def test_register_takes_a_table_and_a_choice(model_file, example, phantom, tmp_path, capsys):
+def test_learn_takes_a_table_and_a_choice(model_file, example, phantom, tmp_path, capsys):
     image, label = example
     bare = tmp_path / "mask.nii.gz"
     shutil.copy(label, bare)
@@ -131,7 +160,7 @@ def test_register_takes_a_table_and_a_choice(model_file, example, phantom, tmp_p
 
     def run(mask: object, name: str, *more: str) -> int:
         files = ["--model", str(model_file.parent), "--image", image, "--label", str(mask)]
-        return main(["register", *files, *QUICK, "-o", str(tmp_path / name), *more])
+        return main(["learn", *files, *QUICK, "-o", str(tmp_path / name), *more])
 
     def labels(name: str) -> dict[int, str]:
         return Task.load(tmp_path / name).labels
@@ -162,23 +191,23 @@ def test_a_label_that_the_data_set_does_not_name(model_file, example, phantom, t
     (folder / "dataset.json").write_text('{"labels": {"1": "liver"}}')
     files = ["--model", str(model_file), "--image", example[0], "--label", str(label)]
     path = tmp_path / "organs.task"
-    assert main(["register", *files, *QUICK, "--classes", "liver", "5", "-o", str(path)]) == 0
+    assert main(["learn", *files, *QUICK, "--classes", "liver", "5", "-o", str(path)]) == 0
     assert Task.load(path).labels == {1: "liver", 5: "label 5"}
 
 
-def test_register_refuses_unnamed_labels_of_a_table(model_file, example, tmp_path, capsys):
+def test_learn_refuses_unnamed_labels_of_a_table(model_file, example, tmp_path, capsys):
     (tmp_path / "organs.json").write_text('{"liver": 1}')
     image, label = example
     arguments = ["--model", str(model_file), "--image", image, "--label", label]
     arguments += ["--labels", str(tmp_path / "organs.json"), "-o", str(tmp_path / "organs.task")]
-    assert main(["register", *arguments]) == 2
+    assert main(["learn", *arguments]) == 2
     assert "unknown label" in capsys.readouterr().err
     assert not (tmp_path / "organs.task").exists()
 
 
 def test_the_base_model_is_the_default(example, model_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fastproto.segmentation.task.BASE_FILE", tmp_path / "base.safetensors")
-    arguments = ["register", "--image", example[0], "--label", example[1], "--classes", "liver"]
+    arguments = ["learn", "--image", example[0], "--label", example[1], "--classes", "liver"]
     arguments += [*QUICK, "-o", str(tmp_path / "organs.task")]
     assert main(arguments) == 2
     assert "no base model in this installation" in capsys.readouterr().err
@@ -224,7 +253,7 @@ def test_segment_writes_label_map_and_picture_by_default(model_file, task_file, 
     assert len(list((tmp_path / "c").iterdir())) == 2  # no probabilities
 
 
-def test_segment_learns_on_the_spot_like_register(
+def test_segment_learns_on_the_spot_like_learn(
     model_file, task_file, example, phantom, tmp_path, capsys
 ):
     scan = phantom / "images" / "mr_002.nii.gz"
@@ -244,7 +273,7 @@ def test_several_examples_are_several_tasks(model_file, example, phantom, tmp_pa
     scan = phantom / "images" / "mr_002.nii.gz"
     tasks = [tmp_path / "one.task", tmp_path / "other.task"]
     for files, path in zip((example, other), tasks, strict=True):
-        assert register(model_file, files, path) == 0
+        assert learn(model_file, files, path) == 0
     second = ["--task", str(tasks[1]), "--probabilities"]
     assert segment(model_file, tasks[0], scan, tmp_path / "a.nii.gz", *second) == 0
     arguments = ["--example", *example, "--example", *other, "--labels", *ORGANS, *QUICK]
@@ -278,7 +307,7 @@ def test_a_registration_that_failed_is_told(
         raise RuntimeError("itk says much\nno overlap")
 
     task_file = tmp_path / "organs.task"
-    assert register(model_file, example, task_file, "--prior", "affine") == 0
+    assert learn(model_file, example, task_file, "--prior", "affine") == 0
     monkeypatch.setattr("fastproto.segmentation.prior.align_affine", fail)
     capsys.readouterr()
     scan = phantom / "images" / "mr_001.nii.gz"

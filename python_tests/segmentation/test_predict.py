@@ -169,6 +169,8 @@ def test_progress_counts_slices_of_all_organs(grey_model, task, scan, monkeypatc
 
 
 def test_refuses_a_task_of_another_model(grey_model, task, scan):
+    with pytest.raises(CheckpointError, match="another model"):
+        segment_volume(grey_model, task, scan[0], fingerprint="known, and another")
     with torch.no_grad():
         grey_model.weight.add_(1)
     with pytest.raises(CheckpointError, match="another model"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from fastproto.data import Preprocessing, Volume
+from fastproto.data import Volume
 from fastproto.errors import ArgumentError, GeometryError, LabelError
 from fastproto.segmentation.alignment import (
     Alignment,
@@ -265,7 +265,7 @@ def test_ct_and_another_plane() -> None:
     assert dice(prior.label_map(), label.array, 9) > 0.9
 
 
-def test_distances_boxes_and_probabilities(atlas: Atlas) -> None:
+def test_distances_and_boxes(atlas: Atlas) -> None:
     image, label = scan()
     prior = locate(atlas, image, "box")
     distance = prior.signed_distance(0, 48)
@@ -284,27 +284,8 @@ def test_distances_boxes_and_probabilities(atlas: Atlas) -> None:
             assert first == pytest.approx(occupied[:, axis].min() - margin / step, abs=1.5)
             assert stop - 1 == pytest.approx(occupied[:, axis].max() + margin / step, abs=1.5)
 
-    likely = prior.probability(20, 30, 5.0, floor=0.01)
-    assert float(likely.min()) == pytest.approx(0.01)
-    torch.testing.assert_close(
-        likely, torch.sigmoid(-distance[20:30] / 5).clamp(min=0.01), atol=1e-6, rtol=1e-5
-    )
     with pytest.raises(ArgumentError, match="start, stop"):
         prior.signed_distance(40, 49)
-
-
-def test_samples_at_the_pixels_of_prepared_images(atlas: Atlas) -> None:
-    image, label = scan(**CHANGED)
-    prior = locate(atlas, image, "affine")
-    prepared = Preprocessing("mr", image_size=64).prepare(image)
-    there = prior.signed_distance(5, 30, prepared=prepared)
-    assert there.shape == (25, 2, 64, 64)
-    labels = prepared.labels(label)[5:30].numpy()
-    found = np.where((there[:, 0] < 0).numpy(), 3, 0)
-    assert dice(found, labels, 3) > 0.85
-    other = Preprocessing("mr", image_size=64, plane="sagittal").prepare(image)
-    with pytest.raises(ArgumentError, match="prepared"):
-        prior.signed_distance(5, 30, prepared=other)
 
 
 def test_a_thin_small_organ_survives_the_grid() -> None:
@@ -319,17 +300,8 @@ def test_memory_of_sampling_a_large_ct(atlas: Atlas) -> None:
     """13 organs in 512 x 512 x 600 voxels: what grows is what is asked for."""
     prior = locate(atlas, scan()[0], "box")
     large = Volume(np.broadcast_to(np.int16(0), (600, 512, 512)), (0.8, 0.8, 1.0))
-    prior = Prior(
-        "box",
-        None,
-        0.0,
-        tuple(range(1, 14)),
-        prior.maps[:1] * 13,
-        prior.alignment,
-        large,
-        "axial",
-        1.0,
-    )
+    maps = prior.maps[:1] * 13
+    prior = Prior("box", None, 0.0, tuple(range(1, 14)), maps, prior.alignment, large, "axial", 1.0)
     assert sum(map_.values.nbytes for map_ in prior.maps) < 8 << 20
     tracemalloc.start()
     distance = prior.signed_distance(300, 301)

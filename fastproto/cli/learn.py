@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastproto register``: one annotated scan becomes a reusable task file."""
+"""``fastproto learn``: one annotated scan becomes a reusable task file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastproto.cli.options import (
     progress_bar,
     read_labels,
     runtime,
+    steps,
 )
 from fastproto.errors import LabelError
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fastproto.segmentation import Task
 
 EXAMPLE = """\
-  fastproto register --image phantom-ct/images/ct_000.nii.gz \\
+  fastproto learn --image phantom-ct/images/ct_000.nii.gz \\
       --label phantom-ct/labels/ct_000.nii.gz --classes spleen "left kidney" -o organs.task
   fastproto segment --task organs.task -i phantom-ct/images/ct_007.nii.gz -o results"""
 
@@ -39,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand."""
     parser = new_parser(
         subparsers,
-        "register",
+        "learn",
         run,
         help="turn one annotated scan into a small, reusable task file",
         description="Learn the organs drawn in one scan: the model encodes a few annotated slices "
@@ -113,7 +114,7 @@ def add_example_options(parser: argparse._ActionsContainer) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Register the scan and write the task."""
+    """Learn the scan's organs and write the task."""
     from fastproto.segmentation import load_model
 
     with runtime(args) as device:
@@ -131,8 +132,9 @@ def learn_example(
     args: argparse.Namespace,
     *,
     series: str | None = None,
+    fingerprint: str | None = None,
 ) -> Task:
-    """Register one annotated scan as ``args`` of `add_example_options` say, and report on it."""
+    """Learn one annotated scan as ``args`` of `add_example_options` say, and report on it."""
     from fastproto.data.volume import check_labels, read_label, read_volume
     from fastproto.segmentation import register
 
@@ -159,6 +161,7 @@ def learn_example(
             labels=labels,
             classes=classes,
             progress=advance,
+            fingerprint=fingerprint,
             **options,
         )
     print(_report(task, image))
@@ -190,15 +193,6 @@ def _report(task: Task, image: Path) -> str:
             f"{f'{organ.side:.0f} mm':>13} {expected:>13}"
         )
     return "\n".join(lines)
-
-
-def steps(text: str) -> int | str:
-    """Parse a number of steps or "auto", for argparse."""
-    if text == "auto":
-        return text
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: auto, or a number from 0")
-    return int(text)
 
 
 def _chosen(items: list[str], labels: dict[int, str] | None) -> list[int]:

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which slices of an annotated scan teach an organ, and which of them check what the others taught.
+
+Whoever wants other slices changes this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from fastproto.errors import require
+from fastproto.segmentation.adapt import AnnotatedOrgan
+
+AROUND = 2  # slices beyond either end of an organ that show what it ends in
+LEFT_OUT = 3  # every third of the chosen slices checks what the others taught
+
+
+def choose(masks: Tensor, name: str, wanted: int | Sequence[int]) -> tuple[int, ...]:
+    """Numbers of the slices to learn an organ from, ascending.
+
+    Args:
+        masks: ``[n, S, S]`` bool, the organ in every slice; it is in some of them.
+        name: Of the organ, for the error.
+        wanted: How many, spread evenly over the organ, to which those beyond its ends come; or
+            their numbers.
+
+    Raises:
+        ArgumentError: Numbers that do not exist, or none of which shows the organ.
+    """
+    present = masks.flatten(1).any(dim=1).numpy()
+    occupied = np.flatnonzero(present)
+    if isinstance(wanted, int):
+        chosen = spread(occupied, wanted)
+        step = max(1, round(len(occupied) / len(chosen)))
+        for number in range(1, AROUND + 1):
+            chosen += [int(occupied[0]) - number * step, int(occupied[-1]) + number * step]
+        chosen = [number for number in chosen if 0 <= number < len(masks)]
+    else:
+        chosen = [int(number) for number in wanted]
+        within = chosen and 0 <= min(chosen) <= max(chosen) < len(masks)
+        require(
+            within and present[chosen].any(),
+            "slices",
+            found=", ".join(map(str, chosen)),
+            allowed=f"0 to {len(masks) - 1}, and some of those with {name!r} among them: "
+            f"{', '.join(map(str, occupied))}",
+        )
+    return tuple(sorted(set(chosen)))
+
+
+def spread(slices: np.ndarray, number: int) -> list[int]:
+    """The middles of ``number`` equal parts of ``slices``, or all of them if there are fewer."""
+    middles = (int((part + 0.5) * len(slices) / number) for part in range(number))
+    return sorted({int(slices[middle]) for middle in middles})
+
+
+def split(organ: AnnotatedOrgan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The slices that teach, and those of the organ's inside that are left out to check it."""
+    left_out = organ.inside[1:-1:LEFT_OUT] if len(organ.inside) >= 4 else []
+    return tuple(n for n in organ.slices if n not in left_out), tuple(left_out)
