@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from fastproto import proto_attention
-from fastproto.op import backends, library
+from support import conformance
+from support.conformance import gpu
 
 FOLDER = Path(__file__).parent
-BACKENDS = ("native", "triton")
 TEST_SECONDS = 120  # of a test, compilations included
-
-Op = Callable[..., Tensor]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,41 +46,18 @@ def device() -> str:
     return "cuda"
 
 
-def skip_without(backend: str, device: str) -> None:
-    """Skip where a backend cannot run. That its library is there and does not load is a failure."""
-    broken = library.cuda_is_broken()
-    assert backend != "native" or broken is None, broken
-    reason = backends.why_not(backend, device)
-    if reason is not None:
-        pytest.skip(f"backend {backend} cannot run on {device}: {reason}")
-
-
-@pytest.fixture
-def needs_native(device: str) -> None:
-    """For tests of the native backend alone."""
-    skip_without("native", device)
-
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=gpu.BACKENDS)
 def backend(request: pytest.FixtureRequest, device: str) -> str:
     """Every backend of this package that can run on the GPU."""
     name: str = request.param
-    skip_without(name, device)
+    gpu.skip_without(name, device)
     return name
 
 
 @pytest.fixture
-def op(backend: str) -> Op:
+def op(backend: str) -> conformance.Op:
     """``proto_attention`` on that backend."""
-
-    def call(feat: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        dim = backends.padded_dim(feat.shape[2])
-        reason = backends.why_not(backend, feat.device, feat.dtype, dim)
-        if reason is not None and "shared memory" in reason:  # of this chip
-            pytest.skip(reason)
-        return proto_attention(feat, *args, backend=backend, **kwargs)
-
-    return call
+    return gpu.op(backend)
 
 
 @pytest.fixture(autouse=True)

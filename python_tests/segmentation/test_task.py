@@ -109,7 +109,7 @@ class TestDamage:
         task.organs[0].prototypes.save(bare, extra={})
         self.refused(bare, "kind 'prototypes'", "task file")
         self.change(path, header={"kind": "fastproto-task-1"})
-        self.refused(path, "fastproto-task-1", "fastproto register")
+        self.refused(path, "fastproto-task-1", "fastproto learn")
         pickled = tmp_path / "evil.task"
         pickled.write_bytes(pickle.dumps({"protos": [1.0]}))
         self.refused(pickled)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only the CPU's op and the reference are asked; the rest is in test_conformance.py."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.conformance import TINY, offsets_of
+from support.problems import PROBLEMS, Problem
+
+import fastproto.op.native  # noqa: F401  (defines torch.ops.fastproto)
+from fastproto import InputError, proto_attention
+from fastproto.op import reference
+
+BACKENDS = ["native", "reference"]
+native = functools.partial(proto_attention, backend="native")
+
+
+def test_queries_share_one_support() -> None:
+    problem = Problem("q", ((40, 9),), queries=5, dim=64)
+    feat, protos, offsets = problem.make()
+    together = native(feat, protos, offsets)
+    for q in range(5):
+        assert torch.equal(native(feat[:, q : q + 1], protos, offsets), together[:, q : q + 1])
+
+
+def test_the_reference_backend_sums_half_types_in_float32() -> None:
+    feat, protos, offsets = PROBLEMS[1].make(torch.bfloat16)
+    wide = reference.proto_attention(feat.float(), protos.float(), offsets)
+    out = proto_attention(feat, protos, offsets, backend="reference")
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, wide.to(torch.bfloat16))
+
+
+def test_reference_is_differentiable_twice() -> None:
+    problem = Problem("twice", ((3, 2),), dim=4, height=2, width=2, mean=3.0)
+    feat, protos, offsets = problem.make(torch.float64)
+
+    def op(f: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return proto_attention(f, p, offsets, temperature=0.5, backend="reference")
+
+    assert torch.autograd.gradgradcheck(op, (feat.requires_grad_(), protos.requires_grad_()))
+
+
+@pytest.mark.parametrize(("dim", "count"), [(1, 8), (4, 600), (8, 200), (63, 64)])
+def test_more_prototypes_than_channels_stay_in_their_scratch(
+    dim: int, count: int, tmp_path: Path
+) -> None:
+    """In a process of its own: scratch memory is kept per thread and only ever grows."""
+    code = (
+        "import torch; torch.set_num_threads(1); from fastproto import proto_attention\n"
+        f"feat = torch.rand(1, 1, {dim}, 8, 8, requires_grad=True)\n"
+        f"protos = torch.rand({count}, {dim}, requires_grad=True)\n"
+        f"offsets = torch.tensor([0, {count}], dtype=torch.int32)\n"
+        "for _ in 'abc': proto_attention(feat, protos, offsets).sum().backward()\n"
+        "junk = [torch.rand(n) for n in range(1000)]; print('fine')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.strip() == "fine", result.stderr
+
+
+@pytest.mark.parametrize("temperature", [2 / 87, 0.0231, 2 / 60, 0.034])
+def test_weights_far_below_the_bound_keep_their_digits(temperature: float) -> None:
+    feat = torch.rand(1, 1, 64, 4, 4, generator=torch.Generator().manual_seed(0))
+    protos = (-1e-4 * feat).flatten(3)[0, 0].T[:5].contiguous()
+    ours = proto_attention(feat, protos, offsets_of(5), temperature=temperature, concat=False)
+    truth = proto_attention(
+        feat.double(), protos.double(), offsets_of(5), temperature=temperature, concat=False
+    )
+    assert torch.allclose(ours.double(), truth, rtol=2e-5, atol=0)
+
+
+def good() -> dict[str, object]:
+    return {
+        "feat": torch.rand(2, 1, 8, 3, 3),
+        "protos": torch.rand(6, 8),
+        "offsets": torch.tensor([0, 2, 6], dtype=torch.int32),
+        "temperature": 0.05,
+        "eps": 1e-6,
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("temperature", 0.0, "number above 0"),
+        ("temperature", -1.0, "-1.0"),
+        ("temperature", float("nan"), "nan"),
+        ("temperature", torch.tensor(-1.0), "-1.0"),
+        ("temperature", torch.ones(2), "one element"),
+        ("eps", 0.0, "number above 0"),
+        ("feat", torch.rand(2, 8, 3, 3), "[E, Q, D, H, W]"),
+        ("feat", torch.ones(2, 1, 8, 3, 3, dtype=torch.int64), "torch.int64"),
+        ("protos", torch.rand(6, 7), "D of feat, 8"),
+        ("protos", torch.rand(6, 8, dtype=torch.float64), "torch.float64"),
+        ("offsets", torch.tensor([0, 2, 6]), "torch.int32"),
+        ("temperature", torch.tensor(0.05, device="meta"), "device of feat"),
+        ("offsets", torch.tensor([0, 6], dtype=torch.int32), "E*K + 1"),
+        ("offsets", torch.tensor([0], dtype=torch.int32), "E and K at least 1"),
+        ("offsets", torch.tensor([0, 4, 2], dtype=torch.int32), "never fall"),
+        ("offsets", torch.tensor([1, 4, 6], dtype=torch.int32), "first 0"),
+        ("offsets", torch.tensor([0, 4, 7], dtype=torch.int32), "rows of protos, 6"),
+    ],
+)
+def test_errors_name_the_argument(backend: str, argument: str, value: object, words: str) -> None:
+    arguments = good() | {argument: value}
+    feat, protos, offsets = (arguments.pop(k) for k in ("feat", "protos", "offsets"))
+    with pytest.raises(InputError) as caught:
+        proto_attention(feat, protos, offsets, backend=backend, **arguments)
+
+    assert caught.value.subject == argument
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["feat", "protos", "offsets"])
+def test_the_library_checks_what_it_is_given(name: str) -> None:
+    arguments = good()
+    arguments[name] = arguments[name].unsqueeze(0).unsqueeze(0)
+    with pytest.raises(RuntimeError, match=f"proto_attention: {name}: found [0-9] dimensions"):
+        torch.ops.fastproto.proto_attention_fwd(
+            arguments["feat"],
+            arguments["protos"],
+            arguments["offsets"],
+            None,
+            0.05,
+            1e-6,
+            True,
+            False,
+        )
+
+
+def test_opcheck_of_the_template() -> None:
+    torch.library.opcheck(torch.ops.fastproto.null.default, (torch.rand(3, 4),))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    feat, protos, offsets = TINY[0].make(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert proto_attention(feat, protos, offsets).dtype == torch.float64
+
+
+def test_fake_tensors_have_the_strides_of_real_ones() -> None:
+    for problem in TINY:
+        feat, protos, offsets = problem.make(torch.float32)
+        real = proto_attention(feat, protos, offsets, backend="native")
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = [mode.from_tensor(x) for x in (feat, protos, offsets)]
+            out = proto_attention(*fake, backend="native")
+        assert (out.shape, out.stride()) == (real.shape, real.stride())
