@@ -84,10 +84,11 @@ BACKENDS = [
 globals().update(conformance.ask(BACKENDS, values, edges, registration))
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    ("row", "dtype"), [(HALF, torch.float16), (SINGLE, torch.float32)], ids=["half", "single"]
+    ("row", "dtype", "layout"),
+    [(HALF, torch.float16, "nchw"), (SINGLE, torch.float32, "channels_last")],
+    ids=["half", "single"],
 )
 def test_every_row_of_the_table(
     row: Plan, dtype: torch.dtype, kernel: str, layout: str, monkeypatch: pytest.MonkeyPatch
