@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small kernels, one for each primitive, for python_tests/op/cuda/test_emulator.py, which calls them
-// by ctypes and compares with a plain formula. Each returns the error text of its launch.
+// Small kernels, one for each primitive, for python_tests/op/cuda/test_emulator.py, which calls
+// them by ctypes and compares with a plain formula. Each returns the error text of its launch.
 #include <stdexcept>
 
 #include "../../common/launch.h"
