@@ -57,6 +57,7 @@ def test_nothing_loads_it_without_a_gpu() -> None:
     result = subprocess.run(
         [sys.executable, "-c", USE],
         cwd=tempfile.gettempdir(),
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},  # support
         capture_output=True,
         text=True,
         check=False,
