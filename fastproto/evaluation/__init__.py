@@ -6,8 +6,7 @@ Names are imported on first use, so that reading the metrics' titles costs no ``
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from fastproto import _lazy
 
 _HOMES = {
     "METRICS": "metrics",
@@ -18,8 +17,4 @@ _HOMES = {
 
 __all__ = list(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = _lazy.attributes(__name__, _HOMES)

@@ -45,13 +45,16 @@ def write_overlay(
     label: Volume,
     preprocessing: Preprocessing,
     names: dict[int, str],
+    *,
+    slices: int = 12,
+    columns: int = 4,
 ) -> None:
     """Write `draw_overlay` to a PNG file, atomically.
 
     Raises:
         OutputError: ``path`` cannot be written.
     """
-    picture = draw_overlay(image, label, preprocessing, names)
+    picture = draw_overlay(image, label, preprocessing, names, slices=slices, columns=columns)
     with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG")
 

@@ -6,8 +6,7 @@ Names are imported on first use, so that reading a configuration costs no ``impo
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from fastproto import _lazy
 
 _HOMES = {
     "Augmentation": "augment",
@@ -22,8 +21,4 @@ _HOMES = {
 
 __all__ = list(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = _lazy.attributes(__name__, _HOMES)
