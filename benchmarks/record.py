@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines import OURS
-from roofline import Ceilings, Work, bound, expected_seconds
+from roofline import Ceilings, Work
 
 # Plain PyTorch, uncompiled: what the wall times of single calls are compared with.
 EAGER = ("eager", "eager_nchw")
@@ -56,10 +56,10 @@ def complete(case: dict[str, Any], chosen: str, ceilings: Ceilings | None) -> di
         if ceilings is not None:
             derived["of_copy"] = round(work.bytes / seconds / ceilings.bytes_per_second, 4)
     if ceilings is not None and case["dtype"] in ceilings.flops_per_second:
-        expected = expected_seconds(work, case["dtype"], ceilings)
+        expected = ceilings.expected_seconds(work, case["dtype"])
         derived |= {
             "expected_us": round(expected * 1e6, 3),
-            "bound": bound(work, case["dtype"], ceilings),
+            "bound": ceilings.bound(work, case["dtype"]),
         }
         if chosen in times:
             rate = ceilings.rate(case["dtype"])

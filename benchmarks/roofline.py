@@ -14,18 +14,12 @@ D channels, s bytes per value, a bytes per value of a sum (4; 8 for float64).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a kernel must do.
-
-    Attributes:
-        bytes: Read and written.
-        flops: Of the matrix products.
-    """
+    """What a kernel must do: bytes read and written, and operations of the matrix products."""
 
     bytes: int
     flops: int
@@ -37,17 +31,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A call of the op.
-
-    Attributes:
-        images: I = E*Q.
-        maps: M = E*Q*K.
-        prototypes: N of all bags together.
-        rows: R: for every image the prototypes of all its bags.
-        pixels: HW.
-        dim: D.
-        value_bytes: s, 2 for the half types.
-    """
+    """A call of the op: I, M, N, R, HW, D and s."""
 
     images: int
     maps: int
@@ -73,6 +57,15 @@ class Size:
         return self.prototypes * self.dim * self.value_bytes
 
     @property
+    def statistics_bytes(self) -> int:
+        """Bytes of log-sum-exp, and of means and norms of queries and prototypes.
+
+        M HW a + 2 I HW a + 2 N a.
+        """
+        vectors = self.images * self.pixels + self.prototypes
+        return (self.maps * self.pixels + 2 * vectors) * self.sum_bytes
+
+    @property
     def product(self) -> int:
         """Operations of one matrix product over all images and bags: 2 R HW D."""
         return 2 * self.rows * self.pixels * self.dim
@@ -82,83 +75,39 @@ def size_of(
     bounds: Sequence[int], episodes: int, queries: int, pixels: int, dim: int, value_bytes: int
 ) -> Size:
     """The size of a call with these ``bounds`` of its E*K bags."""
-    counts = [b - a for a, b in itertools.pairwise(bounds)]
-    ways = len(counts) // episodes
-    images = episodes * queries
-    prototypes = sum(counts)
-    return Size(images, images * ways, prototypes, queries * prototypes, pixels, dim, value_bytes)
+    images, prototypes = episodes * queries, bounds[-1] - bounds[0]
+    maps = images * ((len(bounds) - 1) // episodes)
+    return Size(images, maps, prototypes, queries * prototypes, pixels, dim, value_bytes)
 
 
-def forward(size: Size, *, concat: bool = True, save: bool = False) -> Work:
+def forward(size: Size, *, save: bool = False) -> Work:
     """Y of all maps: two products, S = F P^T and G = A P.
 
     flops = 2 * 2 R HW D
-    bytes = I D HW s (F) + N D s (P) + M c D HW s (Y; c is 2, or 1 without ``concat``)
-    with ``save``, for the backward pass: + M D HW s (G) + M HW a (log-sum-exp) + 2 I HW a + 2 N a
-    (means and norms of queries and prototypes).
+    bytes = I D HW s (F) + N D s (P) + 2 M D HW s (Y)
+    with ``save``, for the backward pass: + M D HW s (G) + the statistics.
     """
-    moved = size.images * size.per_image + size.protos_bytes
-    moved += size.maps * (2 if concat else 1) * size.per_image
+    moved = (size.images + 2 * size.maps) * size.per_image + size.protos_bytes
     if save:
-        moved += size.maps * (size.per_image + size.pixels * size.sum_bytes)
-        moved += 2 * (size.images * size.pixels + size.prototypes) * size.sum_bytes
+        moved += size.maps * size.per_image + size.statistics_bytes
     return Work(moved, 2 * size.product)
 
 
-def proto_stats(size: Size) -> Work:
-    """Mean and norm of every prototype, where a kernel of its own computes them.
-
-    flops = 0 (no matrix product); bytes = N D s + 2 N a.
-    """
-    return Work(size.protos_bytes + 2 * size.prototypes * size.sum_bytes, 0)
-
-
-def backward_query(size: Size, *, concat: bool = True) -> Work:
-    """DF alone: three products, S again, dA = dO P^T, and dF = dS P.
-
-    flops = 3 * 2 R HW D
-    bytes = M c D HW s (dY) + I D HW s (F) + N D s (P) + M D HW s (G) + I D HW s (dF)
-    + 2 M HW a (log-sum-exp read, delta written) + 2 I HW a + 2 N a (means and norms).
-    """
-    moved = size.maps * (3 if concat else 2) * size.per_image + 2 * size.images * size.per_image
-    moved += size.protos_bytes + 2 * size.maps * size.pixels * size.sum_bytes
-    moved += 2 * (size.images * size.pixels + size.prototypes) * size.sum_bytes
-    return Work(moved, 3 * size.product)
-
-
-def backward_protos(size: Size) -> Work:
-    """DP alone: four products, S and dA again, and dP = A^T dO + dS^T F.
-
-    flops = 4 * 2 R HW D
-    bytes = M D HW s (second half of dY) + I D HW s (F) + 2 N D s (P, dP) + 2 M HW a (log-sum-exp,
-    delta) + 2 I HW a + 2 N a (means and norms).
-    """
-    moved = (size.maps + size.images) * size.per_image + 2 * size.protos_bytes
-    moved += 2 * size.maps * size.pixels * size.sum_bytes
-    moved += 2 * (size.images * size.pixels + size.prototypes) * size.sum_bytes
-    return Work(moved, 4 * size.product)
-
-
-def backward(size: Size, *, concat: bool = True) -> Work:
-    """Both gradients at once: five products, S and dA being those of both.
+def backward(size: Size) -> Work:
+    """Both gradients: five products, S again, dA = dO P^T, dF = dS P, dP = A^T dO + dS^T F.
 
     flops = 5 * 2 R HW D
-    bytes = those of :func:`backward_query` without delta, + N D s (dP).
+    bytes = 2 M D HW s (dY) + M D HW s (G) + 2 I D HW s (F, dF) + 2 N D s (P, dP) + the statistics.
     """
-    query = backward_query(size, concat=concat)
-    delta = size.maps * size.pixels * size.sum_bytes
-    return Work(query.bytes - delta + size.protos_bytes, 5 * size.product)
+    moved = (3 * size.maps + 2 * size.images) * size.per_image
+    return Work(moved + 2 * size.protos_bytes + size.statistics_bytes, 5 * size.product)
 
 
-def work(size: Size, what: str, *, concat: bool = True) -> Work:
+def work(size: Size, what: str) -> Work:
     """Of "forward", "backward" or "both": a forward pass that saves, and its backward pass."""
-    if what == "forward":
-        return forward(size, concat=concat)
-    if what == "backward":
-        return backward(size, concat=concat)
     if what == "both":
-        return forward(size, concat=concat, save=True) + backward(size, concat=concat)
-    raise ValueError(f"what: found {what!r}; allowed: forward, backward, both")
+        return forward(size, save=True) + backward(size)
+    return {"forward": forward, "backward": backward}[what](size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,17 +132,11 @@ class Ceilings:
             return max(rates["float32"], rates["tf32"] / 3)
         return rates[dtype]
 
+    def expected_seconds(self, work: Work, dtype: str) -> float:
+        """The longer of moving the bytes and doing the products; no version runs much faster."""
+        return max(work.bytes / self.bytes_per_second, work.flops / self.rate(dtype))
 
-H200 = Ceilings(4.3e12, {"bfloat16": 788e12})
-"""As measured on one: a copy, and a product of 8192 x 8192 matrices of random numbers."""
-
-
-def expected_seconds(work: Work, dtype: str, ceilings: Ceilings = H200) -> float:
-    """The longer of moving the bytes and doing the products; no version runs much faster."""
-    return max(work.bytes / ceilings.bytes_per_second, work.flops / ceilings.rate(dtype))
-
-
-def bound(work: Work, dtype: str, ceilings: Ceilings = H200) -> str:
-    """Which of the two is longer: "bytes" or "products"."""
-    moving = work.bytes / ceilings.bytes_per_second
-    return "bytes" if moving >= work.flops / ceilings.rate(dtype) else "products"
+    def bound(self, work: Work, dtype: str) -> str:
+        """Which of the two is longer: "bytes" or "products"."""
+        moving = work.bytes / self.bytes_per_second
+        return "bytes" if moving >= work.flops / self.rate(dtype) else "products"

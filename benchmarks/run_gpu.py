@@ -29,7 +29,7 @@ import record
 import torch
 from roofline import Ceilings
 from suite import Suite
-from timers import CudaTimer, HostTimer, Timer
+from timers import CudaTimer, HostTimer
 
 import fastproto
 
@@ -91,7 +91,7 @@ def goal_rows(suite: Suite, ceilings: Ceilings | None) -> list[dict[str, Any]]:
 
 
 def build_record(
-    suite: Suite, timer: Timer, seconds: float, checks: Path | None = None
+    suite: Suite, timer: HostTimer, seconds: float, checks: Path | None = None
 ) -> dict[str, Any]:
     """Everything there is so far."""
     gpu = timer.describe()
@@ -121,26 +121,7 @@ def build_record(
 
 
 def report(found: dict[str, Any]) -> None:
-    """The cases and the goals, for a terminal."""
-    print(f"\nmedians: us of {found['ours']}; how many times as long each peer took")
-    for case in found["cases"]:
-        mine = case["us"].get(found["ours"])
-        if mine is None:
-            print(f"{case['setting']:<22} {case['what']:<8} not measured")
-            continue
-        others = "  ".join(
-            f"{name} {value / mine:.2f}"
-            for name, value in case["us"].items()
-            if name != found["ours"]
-        )
-        rates = ""
-        if "measured_over_expected" in case:
-            rates = (
-                f"{case['measured_over_expected']:6.2f} x expected {case['gb_per_s']:7.0f} GB/s "
-                f"({case['of_copy']:4.0%} of copy) {case['tflops']:6.1f} TFLOP/s  "
-            )
-        wall = f"  wall {case['wall_us'].get(found['ours'], 0):.0f} us" if "wall_us" in case else ""
-        print(f"{case['setting']:<22} {case['what']:<8} {mine:10.2f} us {rates}{others}{wall}")
+    """What the suite has not printed yet, for a terminal: goals and gaps."""
     for row in found["goals"]:
         reached = "not measured"
         if row["reached"] is not None:
@@ -148,8 +129,6 @@ def report(found: dict[str, Any]) -> None:
         print(f"goal ({row['backend']}): {row['goal']}: wanted {row['wanted']}, reached {reached}")
     for row in found["left_out"]:
         print(f"left out: {row['setting']}: {row['why']}")
-    for row in found["failed"]:
-        print(f"failed: {row['what']}: {row['error']}")
 
 
 def main() -> int:
@@ -159,7 +138,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("run_gpu.py: torch finds no CUDA device; nothing was measured.", file=sys.stderr)
         return 2
-    timer: Timer = CudaTimer() if options.device == "cuda" else HostTimer()
+    timer: HostTimer = CudaTimer() if options.device == "cuda" else HostTimer()
     settings = problems.QUICK_SETTINGS if options.quick else problems.SETTINGS
     settings = [setting for setting in settings if options.only in setting.name]
     if not settings:
@@ -167,17 +146,14 @@ def main() -> int:
         return 2
     suite = Suite(timer, options.budget * 60, options.quick, options.families)
 
-    def record_so_far() -> dict[str, Any]:
-        return build_record(suite, timer, time.monotonic() - began, options.checks)
-
     def write_so_far() -> Path:
-        found = record_so_far()
+        found = build_record(suite, timer, time.monotonic() - began, options.checks)
         name = f"{found['date']}-{record.tag(found['gpu']['name'])}.json"
         return record.write(options.out / name, found)
 
     suite.run(settings, write_so_far)
     path = write_so_far()
-    report(record_so_far())
+    report(json.loads(path.read_text(encoding="utf-8")))
     print(f"Result: {path}")
     return 1 if suite.failed or not suite.cases else 0
 

@@ -17,7 +17,7 @@ import torch
 import torch._functorch.config as functorch_config
 from baselines import TOLERANCE, Bounds, Call, Op, relative_error
 from problems import WHATS, Setting, bounds_of
-from timers import Replay, Timer, in_turns, medians, quartiles, rounds_for
+from timers import HostTimer, Replay, in_turns, medians, quartiles, rounds_for
 from torch import Tensor
 
 from fastproto.op import backends
@@ -119,7 +119,7 @@ class Suite:
     """
 
     def __init__(
-        self, timer: Timer, budget: float, quick: bool = False, families: bool = False
+        self, timer: HostTimer, budget: float, quick: bool = False, families: bool = False
     ) -> None:
         self.timer, self.quick, self.families = timer, quick, families
         self._deadline = time.monotonic() + budget

@@ -7,12 +7,11 @@ import contextlib
 import dataclasses
 import platform
 import random
-import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from baselines import Call
@@ -81,30 +80,52 @@ class Replay:
     sample: Callable[[], float]
 
 
-class Timer(Protocol):
-    """What the suite needs of a clock and the device it is the clock of."""
+class HostTimer:
+    """The host's clock around plain calls on CPU tensors.
 
-    device: str
-    cache_bytes: int
+    Its times say nothing about a GPU: it is there to run the rest of the suite where there is none.
+    """
+
+    device = "cpu"
+    cache_bytes = 1 << 10
     """Of the last-level cache; what is timed rotates among inputs of several times as much."""
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Where everything that is timed is made and called."""
+        return contextlib.nullcontext()
 
     def replay(self, calls: Sequence[Call]) -> Replay:
-        """Make ``calls``, which have run before, ready to be timed without the host's part."""
+        """Make ``calls``, which have run before, ready to be timed: here the calls themselves.
+
+        Their results are copied to where the first ones were.
+        """
+        results = calls[0]()
+
+        def sample() -> float:
+            began = time.perf_counter()
+            latest = [call() for call in calls]
+            seconds = time.perf_counter() - began
+            with torch.no_grad():
+                for old, new in zip(results, latest[0], strict=True):
+                    old.copy_(new)
+            return seconds / len(calls)
+
+        return Replay(results, sample)
 
     def wall(self, call: Call) -> float:
         """Seconds of one call from the host, until its result is there."""
+        return seconds_of(call)
 
     def alive(self) -> str | None:
         """None, or why nothing can be measured any more."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """The device, for the record."""
+        return {"name": "none: CPU tensors", "driver": "none", "host": platform.machine()}
 
 
-class CudaTimer:
+class CudaTimer(HostTimer):
     """Events around the replay of a CUDA graph of all calls.
 
     Calls, and the forward passes that backward passes differentiate, run on one stream: autograd
@@ -116,8 +137,9 @@ class CudaTimer:
     FLUSHES = 3  # long enough for the host to enqueue a replay meanwhile
     HEAD_START = 4_000_000  # clock cycles, about two milliseconds
 
+    device = "cuda"
+
     def __init__(self) -> None:
-        self.device = "cuda"
         self._properties: Any = torch.cuda.get_device_properties("cuda")
         self.cache_bytes = int(self._properties.L2_cache_size)
         self._stream = torch.cuda.Stream()
@@ -125,7 +147,6 @@ class CudaTimer:
 
     @contextlib.contextmanager
     def scope(self) -> Any:
-        """The stream."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             yield
@@ -156,13 +177,14 @@ class CudaTimer:
 
     def wall(self, call: Call) -> float:
         """From an idle device to an idle device."""
+
+        def until_idle() -> object:
+            result = call()
+            torch.cuda.synchronize()
+            return result
+
         torch.cuda.synchronize()
-        began = time.perf_counter()
-        result = call()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        del result
-        return seconds
+        return seconds_of(until_idle)
 
     def alive(self) -> str | None:
         """An error of a kernel ends the process's use of the device."""
@@ -185,54 +207,10 @@ class CudaTimer:
         }
 
 
-class HostTimer:
-    """The host's clock around plain calls on CPU tensors.
-
-    Its times say nothing about a GPU: it is there to run the rest of the suite where there is none.
-    """
-
-    def __init__(self) -> None:
-        self.device = "cpu"
-        self.cache_bytes = 1 << 10
-
-    def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing to enter."""
-        return contextlib.nullcontext()
-
-    def replay(self, calls: Sequence[Call]) -> Replay:
-        """The calls themselves; their results are copied to where the first ones were."""
-        results = calls[0]()
-
-        def sample() -> float:
-            began = time.perf_counter()
-            latest = [call() for call in calls]
-            seconds = time.perf_counter() - began
-            with torch.no_grad():
-                for old, new in zip(results, latest[0], strict=True):
-                    old.copy_(new)
-            return seconds / len(calls)
-
-        return Replay(results, sample)
-
-    def wall(self, call: Call) -> float:
-        """Seconds of a call."""
-        return seconds_of(call)
-
-    def alive(self) -> str | None:
-        """It is."""
-        return None
-
-    def describe(self) -> dict[str, Any]:
-        """No GPU, and it says so."""
-        return {"name": "none: CPU tensors", "driver": "none", "host": platform.machine()}
-
-
 def driver_version() -> str:
     """NVIDIA's driver, as nvidia-smi names it."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
-    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = result.stdout.split() if result.returncode == 0 else []
-    return lines[0] if lines else "unknown"

@@ -1,16 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in Markdown, and where they stand in a page."""
+"""Tables in Markdown, where they stand in a page, and the records that they are made from."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+NO_RECORD = "No record in `benchmarks/results` yet."
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
 """Titles of columns, and what stands in them."""
+
+
+def newest(results: Path, name: str) -> list[Row]:
+    """The newest record of each result whose name begins with ``name``, a pattern of glob."""
+    found = sorted(results.glob(f"????-??-??-{name}*.json"))
+    paths = {path.stem[11:]: path for path in found}.values()
+    return [json.loads(path.read_text(encoding="utf-8")) | {"file": path.name} for path in paths]
+
+
+def provenance(record: Row) -> str:
+    """A link to where the page of all records says how these numbers were measured."""
+    name = record["file"].removesuffix(".json")
+    return f"<sub>Measured: [{name}](provenance.md#{name})</sub>"
+
+
+def cell(value: float | None) -> str:
+    """A number for a table, or a dash where it is not defined."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def table(

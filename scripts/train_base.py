@@ -2,7 +2,7 @@
 """Train the base model that the package ships, without a label, and export it.
 
 Scans: `ixi_brain_mr`, `openkbp_hn_ct`, `openkbp_hn_ct_more`, `msd_hippocampus_mr` and the two of
-`totalseg_examples`; not CHAOS, whose licence does not allow it. The patients of the README's table
+`totalseg_examples`; not CHAOS, whose licence does not allow it. The patients of docs/results.md
 are left out: IXI034, IXI039, pt_99, pt_83 and the last ten hippocampus cases by name, with the
 eleventh, which may be the other side of one of them. Each data set is drawn from as often as any
 other. Resumable.

@@ -11,25 +11,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 
-from page_tables import Columns, Row, replace_table, table
+from accuracy_tables import ablation, by_column, crossval, inference, summary
+from page_tables import NO_RECORD, Columns, Row, newest, provenance, replace_table, table
 
 ROOT = Path(__file__).resolve().parent.parent
 VERDICTS = {True: "yes", False: "**no**", None: "-"}
-NO_RECORD = "No record in `benchmarks/results` yet."
 Table = Callable[[Path], str]
 Blocks = Callable[[Row], Iterable[str]]
-
-
-def newest(results: Path, name: str) -> list[Row]:
-    """The newest record of each result whose name begins with ``name``, a pattern of glob."""
-    found = sorted(results.glob(f"????-??-??-{name}*.json"))
-    paths = {path.stem[11:]: path for path in found}.values()
-    return [json.loads(path.read_text(encoding="utf-8")) | {"file": path.name} for path in paths]
 
 
 def network_records(results: Path) -> list[Row]:
@@ -44,11 +36,16 @@ def gpu_records(results: Path) -> list[Row]:
     return [record for record in newest(results, "") if "gpu" in record]
 
 
-def provenance(record: Row) -> str:
-    """One line: where the numbers come from."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    where = f"`{record['command']}`; `benchmarks/results/{record['file']}`"
-    return f"<sub>{record['date']}, {record['machine']}, {versions}; {where}</sub>"
+def every_record(results: Path) -> str:
+    """When, on which machine, with which versions and by which command each was measured."""
+    blocks = []
+    for record in sorted(newest(results, ""), key=itemgetter("file")):
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        lines = [f"## {record['file'].removesuffix('.json')}", record.get("what", "")]
+        lines.append(f"{record['machine']}; {versions}")
+        lines.append(f"`{record['command']}`" if "command" in record else "")
+        blocks.append("\n\n".join(line for line in lines if line))
+    return "\n\n".join(blocks) or NO_RECORD
 
 
 def of_each(records: str | Callable[[Path], list[Row]], blocks: Blocks) -> Table:
@@ -62,11 +59,6 @@ def of_each(records: str | Callable[[Path], list[Row]], blocks: Blocks) -> Table
         return "\n\n".join(found) or NO_RECORD
 
     return fill
-
-
-def cell(value: float | None) -> str:
-    """A number for a table, or a dash where it is not defined."""
-    return "-" if value is None else f"{value:.2f}"
 
 
 def digits(value: float | None) -> str:
@@ -87,95 +79,6 @@ def least(key: str, *names: str) -> Callable[[Row], str]:
     return lambda row: digits(
         min((row[key][name] for name in names if name in row.get(key, {})), default=None)
     )
-
-
-# Protocol, method and variant of a cross-validation's result, and what its column is called.
-COLUMNS = {
-    ("whole", "fastproto", "network + prior"): "network + prior",
-    ("whole", "adapted", "network + prior"): "adapted network + prior",
-    ("whole", "fastproto", "network"): "network alone",
-    ("whole", "adapted", "network"): "adapted network alone",
-    ("whole", "registration", "box"): "prior alone: box",
-    ("whole", "registration", "affine"): "affine",
-    ("whole", "registration", "deformable"): "deformable",
-    ("whole", "prototypes", "network + prior"): "prototypes + prior",
-    ("whole", "one-scan", "network + prior"): "one-scan network + prior",
-    ("ep1", "fastproto", "network"): "EP1",
-    ("ep1", "prototypes", "network"): "EP1, prototypes",
-}
-
-
-def by_column(record: Row) -> dict[tuple[str, str, str], Row]:
-    """Results of a cross-validation by the keys of ``COLUMNS``."""
-    return {(row["protocol"], row["method"], row["variant"]): row for row in record["results"]}
-
-
-def crossval(results: Path) -> str:
-    """Dice on organs and patients that training never saw, per data set, beside other methods."""
-    blocks: list[str] = []
-    quoted: set[str] = set()
-    for record in newest(results, "*crossval-"):
-        found = by_column(record)
-        used = {title: found[key] for key, title in COLUMNS.items() if key in found}
-        scores = [{o["organ"]: o["dice"]["mean"] for o in row["organs"]} for row in used.values()]
-        organs = dict.fromkeys(organ for score in scores for organ in score)
-        rows = [[organ, *(cell(score.get(organ)) for score in scores)] for organ in organs]
-        rows.append(["**mean**"])
-        for dice in (row["mean"]["dice"] for row in used.values()):
-            spread = "" if dice["std"] is None else f" ± {cell(dice['std'])}"
-            rows[-1].append(f"**{cell(dice['mean'])}**{spread}")
-        blocks += [table(title_of(record), ["organ", *used], rows), provenance(record)]
-        if record["quoted"] and record["data"] not in quoted:
-            quoted.add(record["data"])
-            columns = ["quoted, not measured here", "setting 1", "setting 2", "source"]
-            rows = [
-                [row["method"], cell(row["setting_1"]), cell(row["setting_2"]), row["source"]]
-                for row in record["quoted"]
-            ]
-            blocks.append(table(f"{record['data']}: published", columns, rows))
-    return "\n\n".join(blocks) or NO_RECORD
-
-
-def title_of(record: Row) -> str:
-    """What was trained and tested, in one line."""
-    training, minutes = record["training"], list(record["training_minutes"].values())
-    how = f"model {record['model']}"
-    if training:
-        share = training["label_fraction"]
-        labels = "without labels" if share == 0 else f"{share:.0%} of the episodes from labels"
-        mean = sum(minutes) / len(minutes) if minutes else 0
-        how = f"{training['encoder']} at {training['image_size']} px, {labels}, {mean:.0f} minutes"
-    tests = {case for cases in record["tests"].values() for case in cases}
-    one = record["annotated"]
-    if isinstance(one, list):
-        if len(one) == 1:  # of several, each is tested with the others
-            tests -= set(one)
-        one = " or ".join(one)
-    return f"{record['data']}: {how}; {len(tests)} unseen patients, annotated: {one}"
-
-
-def ablation(record: Row) -> Iterator[str]:
-    """Dice of the network alone, without adaptation, after each change of the training recipe."""
-    for data in dict.fromkeys(row["data"] for row in record["rows"]):
-        tests = record["tests"][data]
-        rows: dict[str, list[str]] = {}
-        for row in record["rows"]:
-            if row["data"] == data:
-                line = rows.setdefault(row["name"], [row["name"], *["-"] * 6])
-                first = 4 if row["timed"] else 1
-                line[first : first + 3] = [str(row["steps"]), cell(row["ep1"]), cell(row["whole"])]
-        timed = f"in {record['minutes'] * 60:.0f} s: steps"
-        columns = [tests["data"], "steps", "EP1", "whole", timed, "EP1", "whole"]
-        without = f"{len(tests['test_cases'])} patients, who test it"
-        yield table(f"{tests['data']}: trained without {without}", columns, rows.values())
-
-
-def inference(record: Row) -> Iterator[str]:
-    """Dice on training patients with one step of inference changed at a time."""
-    pair = f"{record['annotated']} to {', '.join(record['queries'])}"
-    title = f"{record['data']}: model {record['model']}, {pair}"
-    rows = [[name, f"{dice:.3f}"] for name, dice in record["dice"].items()]
-    yield table(title, ["whole volumes, not adapted", "Dice"], rows)
 
 
 def memory(record: Row) -> Iterator[str]:
@@ -370,7 +273,9 @@ CPU: dict[str, Blocks] = {
     "overhead": single("one thread", "overhead", OVERHEAD),
 }
 PAGES: dict[str, dict[str, Table]] = {
-    "README.md": {"results": crossval, "promises": promises, "memory": of_each("memory", memory)},
+    "README.md": {"summary": summary},
+    "docs/provenance.md": {"records": every_record},
+    "docs/results.md": {"results": crossval},
     "docs/training.md": {
         "ablation": of_each("ablation", ablation),
         "inference": of_each("inference", inference),
@@ -378,6 +283,7 @@ PAGES: dict[str, dict[str, Table]] = {
     "docs/performance.md": {
         **{name: of_each("cpu", blocks) for name, blocks in CPU.items()},
         "network": of_each(network_records, network),
+        "memory": of_each("memory", memory),
         "promises": promises,
         "gpu-goals": of_each(gpu_records, gpu_goals),
         "gpu": of_each(gpu_records, gpu),

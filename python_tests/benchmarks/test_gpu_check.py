@@ -3,32 +3,48 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from _pytest.mark.expression import Expression  # what -k reads
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
+Rows = dict[str, dict[str, str]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def gpu_check() -> ModuleType:
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def check(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, Rows]]:
+    """Runs the script as if there were a GPU: its exit code, and the rows by step."""
+    monkeypatch.setattr(gpu_check, "why_not", lambda: None)
+
+    def main(*options: str) -> tuple[int, Rows]:
+        arguments = ["--out", str(tmp_path), "--logs", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
+        code = gpu_check.main()
+        rows = json.loads((tmp_path / "checks.json").read_text())
+        return code, {row["check"]: row for row in rows}
+
+    return main
 
 
 def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
@@ -44,104 +60,82 @@ def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_keeps_its_output(gpu_check: ModuleType, tmp_path: Path) -> None:
-    program = "import os; print('seen', os.environ['X']); raise SystemExit(3)"
-    log = tmp_path / "log"
-    environment = dict(os.environ) | {"X": "5"}
-    code, expired = gpu_check.run([sys.executable, "-c", program], log, environment, tmp_path, 60)
-    assert (code, expired, log.read_text()) == (3, False, "seen 5\n")
-
-
-def test_a_step_is_stopped_in_the_end(gpu_check: ModuleType, tmp_path: Path) -> None:
-    # A helper of the step that holds its output open must not keep us waiting.
-    program = "import subprocess; subprocess.run(['sleep', '600'])"
-    log = tmp_path / "log"
-    command = [sys.executable, "-c", program]
-    code, expired = gpu_check.run(command, log, dict(os.environ), tmp_path, 3)
-    assert expired
-    assert code != 0
-
-
-JUNIT = (
-    '<testsuites><testsuite name="pytest" errors="{2}" failures="{1}" '
-    'skipped="{3}" tests="{0}"></testsuite></testsuites>'
-)
-
-
-@pytest.mark.parametrize(
-    ("counts", "words", "good"),
-    [
-        ((9, 0, 0, 2), "7 passed, 0 failed, 2 skipped", True),
-        ((9, 1, 1, 2), "5 passed, 2 failed, 2 skipped", False),
-        ((9, 0, 0, 9), "0 passed, 0 failed, 9 skipped", False),
-    ],
-)
-def test_counts(
-    gpu_check: ModuleType, tmp_path: Path, counts: tuple[int, ...], words: str, good: bool
-) -> None:
-    path = tmp_path / "junit.xml"
-    assert gpu_check.count(path) == ("no junit file was written", False)
-    path.write_text(JUNIT.format(*counts))
-    assert gpu_check.count(path) == (words, good)
+def saying(text: str, code: int = 0) -> str:
+    """A command with this output and exit code."""
+    return f'printf "{text}" >&2; exit {code}'
 
 
 def test_all_steps_run_whatever_fails(
     gpu_check: ModuleType,
+    check: Callable[..., tuple[int, Rows]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     outcomes = {
-        "install": (1, False, ""),
-        **dict.fromkeys(gpu_check.GROUPS, (0, False, "")),
-        "cuda_resources": (2, False, "cuda_resources.py: cannot run: there is no library.\n"),
-        "memcheck": (0, False, "12 problems\n========= ERROR SUMMARY: 0 errors\n"),
-        "racecheck": (86, False, "9 problems\n========= RACECHECK SUMMARY: 1 hazard displayed\n"),
-        "initcheck": (1, False, "========= Error: Device not supported.\n"),
-        "network": (0, False, ""),
-        "benchmark": (-9, True, ""),
+        "install": (saying(r"error: no cmake\n", 1), "failed", "exit code 1; error: no cmake"),
+        "sm80-latency": (saying("== 7 passed, 2 skipped in 3s =="), "passed", "7 passed, 2 skip"),
+        "sm90-latency": (saying("== 9 skipped in 3s =="), "failed", "exit code 0; 9 skipped in 3s"),
+        "native": (saying("== 1 failed, 9 passed in 3s ==", 1), "failed", "exit code 1; 1 failed"),
+        "cuda_resources": (saying("x.py: cannot run: no library", 2), "skipped", "x.py: cannot"),
+        "memcheck": (
+            saying(r"12 problems\n=== ERROR SUMMARY: 0 errors\n"),
+            "passed",
+            "12 problems; ERROR SUMMARY: 0 errors",
+        ),
+        "racecheck": (
+            saying(r"9 problems\n=== RACECHECK SUMMARY: 1 hazard displayed\n", 86),
+            "failed",
+            "exit code 86; 9 problems; RACECHECK SUMMARY: 1 hazard displayed",
+        ),
+        "initcheck": (saying("=== Error: Device not supported.", 1), "skipped", "Error: Device"),
+        "network": (saying("$X|3"), "passed", "seen/3"),
+        "resources": ("exec no-sanitizer", "failed", "exit code 127"),
+        # What a step started, and what holds its output open, ends with it.
+        "benchmark": ("sleep 600 & sleep 600", "failed", "stopped after 3 s"),
     }
+    steps = {
+        name: (share, {log: f"sh -c '{outcomes[log][0]}'" for log in logs if log in outcomes})
+        for name, (share, logs) in gpu_check.STEPS.items()
+    }
+    monkeypatch.setattr(gpu_check, "STEPS", steps)
+    monkeypatch.setenv("X", "seen")
     limits: dict[str, float] = {}
-    commands: dict[str, list[str]] = {}
+    run = gpu_check.run
 
-    def run(command: list[str], log: Path, *rest: Any) -> tuple[int, bool]:
-        code, expired, text = outcomes[log.stem]
-        commands[log.stem], limits[log.stem] = command, rest[-1]
-        log.write_text(text)
-        return code, expired
+    def timed(commands: dict[str, str], logs: Path, limit: float, *rest: object) -> object:
+        limits.update(dict.fromkeys(commands, limit))
+        return run(commands, logs, 3 if "benchmark" in commands else limit, *rest)
 
-    monkeypatch.setattr(gpu_check, "run", run)
-    monkeypatch.setattr(gpu_check, "why_not", lambda: None)
-    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: Path("/bin/compute-sanitizer"))
-    monkeypatch.setattr(gpu_check, "RESOURCES", tmp_path / "none.py")
-    logs = tmp_path / "logs"
-    arguments = ["--out", str(tmp_path), "--logs", str(logs), "--only", *gpu_check.STEPS]
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
-    assert gpu_check.main() == 1
+    monkeypatch.setattr(gpu_check, "run", timed)
+    code, rows = check("--only", *steps)
     text = capsys.readouterr().out
-    assert "| install | failed |" in text
-    assert "| tests | failed |" in text  # exit code 0, but no test is known to have passed
-    assert "sm90-latency: no junit file was written" in text
-    assert "| resources | skipped | 0 | there is no scripts/none.py |" in text
-    assert "| cuda_resources | skipped | 0 | cuda_resources.py: cannot run: there is no" in text
-    assert "| memcheck | passed | 0 | ERROR SUMMARY: 0 errors; 12 problems |" in text
-    assert "| racecheck | failed | 0 | exit code 86; RACECHECK SUMMARY: 1 hazard" in text
-    assert "| initcheck | skipped | 0 | Error: Device not supported. |" in text
-    assert "| network | passed |" in text
-    assert "| benchmark | failed |" in text
-    assert f"stopped after {limits['benchmark']:.0f} s" in text
+    assert code == 1
+    for name, (_, result, detail) in outcomes.items():
+        assert (rows[name]["result"], rows[name]["detail"][: len(detail)]) == (result, detail), name
+        assert f"| {name} | {result} | {rows[name]['detail']} |" in text
+    assert (tmp_path / "summary.md").read_text().strip() in text
+    assert (tmp_path / "native.log").read_text() == "== 1 failed, 9 passed in 3s =="
     # Eight minutes for all; each leaves the next ones their share.
-    assert limits["install"] == pytest.approx(480 * (1 - 0.85), abs=5)
+    assert limits["install"] == pytest.approx(480 * (1 - 0.86), abs=5)
     assert limits["sm80-latency"] == pytest.approx(480 * (1 - 0.6), abs=5)
     assert limits["benchmark"] == pytest.approx(480, abs=5)
-    assert (logs / "summary.md").read_text().strip() in text
+    # What an earlier call found stays, until the step runs again.
+    steps["network"][1]["network"] = f"sh -c '{saying('worse', 1)}'"
+    code, rows = check("--only", "network")
+    assert (code, rows["network"]["result"], rows["memcheck"]["result"]) == (1, "failed", "passed")
+
+
+def test_commands_of_the_steps(
+    gpu_check: ModuleType, check: Callable[..., tuple[int, Rows]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "toolkit", lambda program: None)
+    commands = {log: words for _, logs in gpu_check.STEPS.values() for log, words in logs.items()}
     assert "--kernel-name" in commands["memcheck"]
     assert "--kernel-name" not in commands["initcheck"]
-    # The benchmark's record gets what the steps before it found.
-    assert commands["benchmark"][-4:-2] == ["--checks", str(logs / "checks.json")]
-    rows = {row["check"]: row["result"] for row in json.loads((logs / "checks.json").read_text())}
-    assert rows["memcheck"] == "passed"
-    assert rows["racecheck"] == "failed"
+    code, rows = check("--only", "memcheck")
+    assert (code, rows["memcheck"]["result"]) == (0, "skipped")
+    assert "no-sanitizer" in rows["memcheck"]["detail"]
 
 
 def test_every_gpu_test_is_in_one_group(gpu_check: ModuleType) -> None:
@@ -157,15 +151,6 @@ def test_every_gpu_test_is_in_one_group(gpu_check: ModuleType) -> None:
         assert len(found) == 1, test
 
 
-def test_without_a_sanitizer(
-    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--logs", str(tmp_path)])
-    step = gpu_check.Check(gpu_check.arguments()).step("memcheck")
-    assert (step.result, step.detail) == ("skipped", "there is no compute-sanitizer")
-
-
 PRETENDED = """
 from types import SimpleNamespace
 import torch
@@ -177,40 +162,35 @@ torch.cuda.get_device_properties = lambda index: gpu
 library.build_info = lambda: {build_info}
 library.why_not_cuda = lambda: {reason!r}
 """
+BUILT = {"cuda_compiler": "13.0", "cuda_architectures": "80 90a"}
 
 
 @pytest.mark.parametrize(
-    ("build_info", "reason", "finds_nvcc", "expected"),
+    ("program", "nvcc", "result", "detail"),
     [
-        ({"cuda_compiler": "13.0"}, "the driver is too old", True, True),
-        ({"cuda_compiler": ""}, "it is not there", True, True),
-        ({"cuda_compiler": ""}, "it is not there", False, False),
-        ({"cuda_compiler": "13.0", "cuda_architectures": "80 90a"}, None, True, False),
+        (PRETENDED.format(build_info=BUILT, reason="old driver"), "nvcc", "failed", "old driver"),
+        (PRETENDED.format(build_info={}, reason="it is not there"), "nvcc", "failed", "it is not"),
+        (PRETENDED.format(build_info={}, reason="it is not there"), None, "passed", "it is not"),
+        (PRETENDED.format(build_info=BUILT, reason=None), "nvcc", "passed", "runs"),
+        ("import os; os._exit(3)", "nvcc", "failed", None),
     ],
 )
 def test_a_native_backend_that_was_built_and_does_not_run_fails_the_installation(
     gpu_check: ModuleType,
+    check: Callable[..., tuple[int, Rows]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    build_info: dict[str, str],
-    reason: str | None,
-    finds_nvcc: bool,
-    expected: bool,
+    program: str,
+    nvcc: str | None,
+    result: str,
+    detail: str | None,
 ) -> None:
-    monkeypatch.setattr(gpu_check, "find_nvcc", lambda: tmp_path if finds_nvcc else None)
-    monkeypatch.delenv("FASTPROTO_CUDA", raising=False)
-    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True, minutes=8))
-    program = PRETENDED.format(build_info=build_info, reason=reason)
+    monkeypatch.setattr(gpu_check, "toolkit", lambda program: nvcc)
+    for name in ("FASTPROTO_CUDA", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "sitecustomize.py").write_text(program)
-    path = check.environment.get("PYTHONPATH", "")
-    check.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), path]))
-    wrong, text = check.what_is_installed()
-    assert wrong == expected, text
-    assert f"native: {reason or 'runs'}; triton: " in text
-
-
-def test_a_package_that_dies_fails_the_installation(gpu_check: ModuleType, tmp_path: Path) -> None:
-    check = gpu_check.Check(argparse.Namespace(logs=tmp_path, installed=True, minutes=8))
-    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)")
-    check.environment["PYTHONPATH"] = str(tmp_path)
-    assert check.what_is_installed() == (True, "does not import: exit code 3")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    code, rows = check("--installed", "--only", "installed")
+    assert (code, rows["installed"]["result"]) == (int(result == "failed"), result)
+    expected = "exit code 3" if detail is None else f"native: {detail}"
+    assert expected in rows["installed"]["detail"]

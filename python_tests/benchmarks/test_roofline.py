@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import roofline
 from roofline import Ceilings, Size, Work
+
+# As measured on one: a copy, and a product of 8192 x 8192 matrices of random numbers.
+H200 = Ceilings(4.3e12, {"bfloat16": 788e12})
 
 
 def bag(count: int, value_bytes: int = 2) -> Size:
@@ -32,9 +33,8 @@ def test_forward_of_a_bag_on_an_h200(
     work = roofline.forward(bag(count))
     assert work.flops / 1e6 == pytest.approx(mflop, abs=0.05)
     assert work.bytes / 1e6 == pytest.approx(megabytes, abs=0.006)
-    seconds = roofline.expected_seconds(work, "bfloat16")
-    assert seconds * 1e6 == pytest.approx(microseconds, rel=0.03)
-    assert roofline.bound(work, "bfloat16") == bound
+    assert H200.expected_seconds(work, "bfloat16") * 1e6 == pytest.approx(microseconds, rel=0.03)
+    assert H200.bound(work, "bfloat16") == bound
 
 
 def test_bags_add_up() -> None:
@@ -52,35 +52,16 @@ def test_images_share_the_prototypes_and_classes_the_image() -> None:
     assert work.flops == 4 * 8 * 40 * 256 * 512
 
 
-def test_flags_of_the_forward() -> None:
-    size = bag(256)
-    maps = 512 * 256 * 2
-    plain = roofline.forward(size)
-    assert plain.bytes - roofline.forward(size, concat=False).bytes == maps
-    saved = roofline.forward(size, save=True)
-    assert saved.bytes - plain.bytes == maps + 256 * 4 + 2 * 256 * 4 + 2 * 256 * 4
-    assert saved.flops == plain.flops
-
-
-def test_kernels_of_the_backward() -> None:
+def test_bytes_and_products_of_the_passes() -> None:
     size = bag(256)
     maps, protos, row = 512 * 256 * 2, 256 * 512 * 2, 256 * 4
-    query, of_protos = roofline.backward_query(size), roofline.backward_protos(size)
-    assert query.bytes == 5 * maps + protos + 2 * row + 2 * row + 2 * row
-    assert of_protos.bytes == 2 * maps + 2 * protos + 2 * row + 2 * row + 2 * row
-    assert (query.flops, of_protos.flops) == (3 * size.product, 4 * size.product)
-    both = roofline.backward(size)
-    assert both.flops == 5 * size.product  # as the tables of the CPU count
-    assert both.bytes == query.bytes - row + protos
-    assert roofline.backward(size, concat=False).bytes == both.bytes - maps
-    assert roofline.proto_stats(size) == Work(protos + 2 * row, 0)
-
-
-def test_an_empty_bag_moves_its_maps_alone() -> None:
-    assert roofline.forward(bag(0)) == Work(3 * 512 * 256 * 2, 0)
-
-
-def test_float64_sums_in_float64() -> None:
+    plain, saved = roofline.forward(size), roofline.forward(size, save=True)
+    assert saved == plain + Work(maps + row + 2 * row + 2 * row, 0)
+    backward = roofline.backward(size)
+    assert backward.bytes == 5 * maps + 2 * protos + row + 2 * row + 2 * row
+    assert (plain.flops, backward.flops) == (2 * size.product, 5 * size.product)
+    assert roofline.work(size, "both") == saved + backward
+    assert roofline.forward(bag(0)) == Work(3 * maps, 0)  # an empty bag moves its maps alone
     assert [bag(1, s).sum_bytes for s in (2, 4, 8)] == [4, 4, 8]
 
 
@@ -91,15 +72,10 @@ def test_float32_takes_the_faster_of_two_ways() -> None:
     assert Ceilings(4e12, {"float32": 50e12}).rate("float32") == 50e12
 
 
-def test_work_of_an_unknown_pass() -> None:
-    with pytest.raises(ValueError, match="allowed: forward, backward, both"):
-        roofline.work(bag(1), "sideways")
-
-
 @pytest.mark.parametrize(("what", "products"), [("forward", 2), ("backward", 5), ("both", 7)])
 def test_counts_of_the_tables(what: str, products: int) -> None:
     """Forward two matrix products; backward five: the scores again, and four gradients."""
     bounds = (0, 600, 603, 853, 893, 1021, 1033, 1433, 1523)
     size = roofline.size_of(bounds, 4, 2, 256, 512, 4)
-    assert size.prototypes == sum(b - a for a, b in itertools.pairwise(bounds))
+    assert size.prototypes == 1523
     assert roofline.work(size, what).flops == 2 * products * 2 * 256 * 1523 * 512

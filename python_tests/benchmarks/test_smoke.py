@@ -15,6 +15,7 @@ import pytest
 from fastproto.op import backends
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("performance", "training", "results", "provenance")
 NO_RECORD = "No record in `benchmarks/results` yet."
 
 
@@ -22,7 +23,7 @@ NO_RECORD = "No record in `benchmarks/results` yet."
 def pages(tmp_path: Path) -> Path:
     """A folder with the pages that hold tables, and no results."""
     (tmp_path / "docs").mkdir()
-    for page in ("README.md", "docs/performance.md", "docs/training.md"):
+    for page in ("README.md", *(f"docs/{name}.md" for name in PAGES)):
         shutil.copy(ROOT / page, tmp_path / page)
     return tmp_path
 
@@ -44,6 +45,11 @@ def update_tables(pages: Path) -> str:
     """The page of the benchmarks with its tables filled."""
     run(ROOT / "scripts" / "update_tables.py", "--root", pages, cwd=pages)
     return (pages / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def provenance(pages: Path) -> str:
+    """The page of all records."""
+    return (pages / "docs" / "provenance.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(
@@ -68,7 +74,9 @@ def test_measure_record_tables(pages: Path) -> None:
     for row in record["network"]:
         assert {"unet", "unet direct", "baseline"} <= set(row["ms"])
     text = update_tables(pages)
-    assert path.name in text
+    assert f"(provenance.md#{path.stem})" in text
+    assert f"## {path.stem}\n\n{record['machine']}; fastproto " in provenance(pages)
+    assert f"`{record['command']}`" in provenance(pages)
     assert "**forward, float32, 1 thread**" in text
     assert "| training, 1 at once, float32, cpu, ResNet-34, 256 x 256 |" in text
     assert "| inference 2x faster than the ResNet-101 baseline | " in text
@@ -96,7 +104,7 @@ def test_gpu_suite_record_tables(pages: Path) -> None:
     assert {row["rate"] for row in record["ceilings"]} > {"copy", "bfloat16", "tf32"}
     assert all(row["met"] is None for row in record["goals"])
     text = update_tables(pages)
-    assert text.count(path.name) == 2
+    assert text.count(f"(provenance.md#{path.stem})") == 2
     assert "**none: CPU tensors: both, float32, " in text
     assert "| not measured | - |" in text
 
@@ -139,10 +147,12 @@ def test_cross_validations_become_a_table(pages: Path) -> None:
     file = results / "2026-11-24-crossval-chaos.json"
     file.write_text(json.dumps(record), encoding="utf-8")
     update_tables(pages)
-    text = (pages / "README.md").read_text(encoding="utf-8")
+    assert "| CHAOS, base | 2 | 0.70 | - | - | - |" in (pages / "README.md").read_text("utf-8")
+    text = (pages / "docs" / "results.md").read_text(encoding="utf-8")
     assert "**CHAOS: model base; 2 unseen patients, annotated: a**" in text
     assert "| organ | network + prior | prior alone: box | EP1 |" in text
     assert "| liver | 0.70 | 0.50 | 0.80 |" in text
     assert "| **mean** | **0.70** ± 0.01 | **0.50** | **0.80** ± 0.03 |" in text
     assert "| theirs | 0.90 | 0.80 | a paper |" in text
-    assert file.name in text
+    assert f"(provenance.md#{file.stem})" in text
+    assert "`fastproto crossval --data SCANS`" in provenance(pages)
