@@ -122,13 +122,13 @@ def launches(
     protos = torch.empty(320, dim, dtype=dtype, device="meta")
     offsets = torch.empty(5, dtype=torch.int32, device="meta")
     found: list[Launch] = []
-    settings: Any = (feat, protos, offsets, 0.05)
-    forward: Any = (found.append, plan, *settings, 1e-6, True, save, precision)
-    out, *saved = launch.run_forward(*forward)
+    settings: Any = (feat, protos, offsets, None)
+    how: Any = {"plan": plan, "precision": precision}
+    out, *saved = launch.run_forward(found.append, *settings, 0.05, 1e-6, True, save, **how)
     if save:
-        options = (1e-6, True, True, True, precision)  # eps, concat, needs, needs
-        backward: Any = (found.append, plan, torch.empty_like(out), *settings, *saved, *options)
-        launch.run_backward(*backward)
+        options: Any = (0.05, 1e-6, True, True, True)  # t, eps, concat, needs, needs
+        grad = torch.empty_like(out)
+        launch.run_backward(found.append, grad, *settings, *saved, *options, **how)
     (wanted,) = [one for one in found if one.kernel.__name__ == f"{kernel}_kernel"]
     return wanted
 

@@ -11,31 +11,20 @@ import triton
 import triton.language as tl
 
 from fastproto.op.triton.tiles import (
+    LN2,
     centre,
     cosine,
     exponent_scale,
     load_bag,
+    load_grad_agg,
+    load_statistics,
     load_tile,
     of_constant,
+    own_slice,
     power_of_two_near,
     projection_factor,
     store_tile,
 )
-
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def load_grad_agg(
-    feat, feat_d, feat_hw, grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D: tl.constexpr
-):
-    """The gradient of G, dO = dY2 * F, in the dtype of the products; ``grad`` points at dY2."""
-    f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-    dy = load_tile(grad, pix, grad_hw, pix_ok, ch, channels, grad_d, D)
-    if f.dtype == tl.float64:
-        return dy * f
-    else:
-        return (dy.to(tl.float32) * f.to(tl.float32)).to(f.dtype)
 
 
 @triton.jit(do_not_specialize=["n_total"])
@@ -82,14 +71,9 @@ def backward_query_kernel(
 ):
     """Gradient dF of BLOCK_M pixels, summed over the classes."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
-    NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
-    SLICES: tl.constexpr = NUM_CHUNKS // OUT_CHUNKS
-    tl.static_assert(SLICES * OUT_CHUNKS == NUM_CHUNKS, "a program without channels")
     dtype = feat.dtype.element_ty
 
-    pid = tl.program_id(0)
-    part = pid % SLICES
-    pid //= SLICES
+    part, pid = own_slice(tl.program_id(0), D, CHUNK, OUT_CHUNKS)
     tiles = tl.cdiv(pixels, BLOCK_M)
     tile = pid % tiles
     image = pid // tiles
@@ -107,8 +91,7 @@ def backward_query_kernel(
         grad_enhanced = grad_out
 
     query_stats += image.to(tl.int64) * 2 * pixels
-    mean_q = tl.load(query_stats + pix, mask=pix_ok, other=0.0)
-    rnorm_q = tl.load(query_stats + pixels + pix, mask=pix_ok, other=0.0)
+    mean_q, rnorm_q = load_statistics(query_stats, pix, pix_ok, pixels)
     # The accumulator holds dF times a power of two near the norm of F, see docs/kernels/triton.md.
     power = power_of_two_near(of_constant(rnorm_q, EPS))
     rnorm_power = of_constant(rnorm_q, EPS) * power
@@ -133,7 +116,7 @@ def backward_query_kernel(
         delta_q = tl.zeros([BLOCK_M], ACC)
         sum_grad = tl.zeros([BLOCK_M], ACC)  # sum_d dO
         for ch in range(0, D, CHUNK):
-            do = load_grad_agg(
+            _, do = load_grad_agg(
                 feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
             )
             g = load_tile(bag_agg, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
@@ -145,14 +128,12 @@ def backward_query_kernel(
         for start in range(0, count, BLOCK_N):
             rows = start + tl.arange(0, BLOCK_N)
             row_ok = rows < count
-            mean_p = tl.load(proto_stats + begin + rows, mask=row_ok, other=0.0)
-            rnorm_p = tl.load(proto_stats + n_total + begin + rows, mask=row_ok, other=0.0)
+            mean_p, rnorm_p = load_statistics(proto_stats + begin, rows, row_ok, n_total)
 
             product = tl.zeros([BLOCK_M, BLOCK_N], ACC)
             grad_weight = tl.zeros([BLOCK_M, BLOCK_N], ACC)  # dA
             for ch in range(0, D, CHUNK):
-                f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-                do = load_grad_agg(
+                f, do = load_grad_agg(
                     feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
                 )
                 p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
@@ -271,14 +252,9 @@ def backward_protos_kernel(
 ):
     """Gradient dP of BLOCK_N prototypes of one bag, summed over its queries."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
-    NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
-    SLICES: tl.constexpr = NUM_CHUNKS // OUT_CHUNKS
-    tl.static_assert(SLICES * OUT_CHUNKS == NUM_CHUNKS, "a program without channels")
     dtype = feat.dtype.element_ty
 
-    pid = tl.program_id(0)
-    part = pid % SLICES
-    tile = pid // SLICES
+    part, tile = own_slice(tl.program_id(0), D, CHUNK, OUT_CHUNKS)
     bag = find_bag(offsets, tile, bags, BLOCK_N, SEARCH)
     first_row = tl.load(offsets + bag)
     is_bag = bag < bags
@@ -293,8 +269,7 @@ def backward_protos_kernel(
     grad_protos += first_row.to(tl.int64) * D
 
     channels = tl.arange(0, CHUNK)
-    mean_p = tl.load(proto_stats + first_row + rows, mask=row_ok, other=0.0)
-    rnorm_p = tl.load(proto_stats + n_total + first_row + rows, mask=row_ok, other=0.0)
+    mean_p, rnorm_p = load_statistics(proto_stats + first_row, rows, row_ok, n_total)
     # Scales dS r(P) into the range of float16; bounded, because A is scaled with it.
     power = tl.minimum(tl.maximum(power_of_two_near(of_constant(rnorm_p, EPS)), 1.0), 1024.0)
     rnorm_power = of_constant(rnorm_p, EPS) * power
@@ -320,11 +295,10 @@ def backward_protos_kernel(
         pix = (step % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
         pix_ok = pix < pixels
         image = (episode * queries + query).to(tl.int64)
-        image_feat = feat + query.to(tl.int64) * feat_q
-        image_grad = grad_out + query.to(tl.int64) * grad_q
-        stats = query_stats + image * 2 * pixels + pix
-        mean_q = tl.load(stats, mask=pix_ok, other=0.0)
-        rnorm_q = tl.load(stats + pixels, mask=pix_ok, other=0.0)
+        maps = feat + query.to(tl.int64) * feat_q
+        grads = grad_out + query.to(tl.int64) * grad_q
+        image_stats = query_stats + image * 2 * pixels
+        mean_q, rnorm_q = load_statistics(image_stats, pix, pix_ok, pixels)
         map_pixels = (image * ways + way) * pixels + pix
         lse_q = tl.load(lse + map_pixels, mask=pix_ok, other=0.0)
         delta_q = tl.load(delta + map_pixels, mask=pix_ok, other=0.0)
@@ -333,19 +307,8 @@ def backward_protos_kernel(
         grad_weight = tl.zeros([BLOCK_N, BLOCK_M], ACC)  # dA
         sum_grad = tl.zeros([BLOCK_M], ACC)
         for ch in range(0, D, CHUNK):
-            f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-            do = load_grad_agg(
-                image_feat,
-                feat_d,
-                feat_hw,
-                image_grad,
-                grad_d,
-                grad_hw,
-                pix,
-                pix_ok,
-                ch,
-                channels,
-                D,
+            f, do = load_grad_agg(
+                maps, feat_d, feat_hw, grads, grad_d, grad_hw, pix, pix_ok, ch, channels, D
             )
             p = load_tile(protos, rows, D, row_ok, ch, channels, 1, D)
             p = centre(p, mean_p, ch, channels, D, CENTRED)
@@ -371,21 +334,10 @@ def backward_protos_kernel(
         updated = ()
         for i in tl.static_range(OUT_CHUNKS):
             ch = (part * OUT_CHUNKS + i) * CHUNK
-            f = load_tile(image_feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
-            f = centre(f, mean_q, ch, channels, D, CENTRED)
-            do = load_grad_agg(
-                image_feat,
-                feat_d,
-                feat_hw,
-                image_grad,
-                grad_d,
-                grad_hw,
-                pix,
-                pix_ok,
-                ch,
-                channels,
-                D,
+            f, do = load_grad_agg(
+                maps, feat_d, feat_hw, grads, grad_d, grad_hw, pix, pix_ok, ch, channels, D
             )
+            f = centre(f, mean_q, ch, channels, D, CENTRED)
             new = tl.dot(weights, do, acc[i], input_precision=PRECISION, out_dtype=ACC)
             new = tl.dot(coefficients, f, new, input_precision=PRECISION, out_dtype=ACC)
             updated = updated + (new,)

@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 
 from fastproto.op.triton.tiles import (
-    add_statistics,
     centre,
     cosine,
     exponent_scale,
     load_bag,
+    load_statistics,
     load_tile,
-    row_statistics,
+    own_slice,
+    statistics_of,
     store_tile,
 )
 
@@ -41,13 +42,7 @@ def proto_stats_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < n_total
     channels = tl.arange(0, CHUNK)
-    first = tl.load(protos + rows * D, mask=row_ok, other=0.0).to(ACC)
-    total = tl.zeros([BLOCK_N], ACC)
-    squares = tl.zeros([BLOCK_N], ACC)
-    for ch in range(0, D, CHUNK):
-        tile = load_tile(protos, rows, D, row_ok, ch, channels, 1, D).to(ACC)
-        total, squares = add_statistics(tile, first, total, squares, ch, channels, D)
-    mean, rnorm = row_statistics(first, total, squares, D, EPS)
+    mean, rnorm = statistics_of(protos, rows, D, row_ok, channels, 1, D, EPS, ACC)
     tl.store(proto_stats + rows, mean, mask=row_ok)
     tl.store(proto_stats + n_total + rows, rnorm, mask=row_ok)
 
@@ -92,15 +87,10 @@ def forward_kernel(
 ):
     """Y = [F ; G*F] of BLOCK_M pixels."""
     ACC: tl.constexpr = tl.float64 if feat.dtype.element_ty == tl.float64 else tl.float32
-    NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
-    SLICES: tl.constexpr = NUM_CHUNKS // OUT_CHUNKS
-    tl.static_assert(SLICES * OUT_CHUNKS == NUM_CHUNKS, "a program without channels")
     dtype = feat.dtype.element_ty
 
     # Neighbouring programs share their prototypes: slices, tiles, images, then bags.
-    pid = tl.program_id(0)
-    part = pid % SLICES
-    pid //= SLICES
+    part, pid = own_slice(tl.program_id(0), D, CHUNK, OUT_CHUNKS)
     tiles = tl.cdiv(pixels, BLOCK_M)
     tile = pid % tiles
     pid //= tiles
@@ -115,14 +105,7 @@ def forward_kernel(
     channels = tl.arange(0, CHUNK)
     feat += episode.to(tl.int64) * feat_e + query.to(tl.int64) * feat_q
 
-    # Statistics of the pixels.
-    first = tl.load(feat + pix * feat_hw, mask=pix_ok, other=0.0).to(ACC)
-    total = tl.zeros([BLOCK_M], ACC)
-    squares = tl.zeros([BLOCK_M], ACC)
-    for ch in range(0, D, CHUNK):
-        f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D).to(ACC)
-        total, squares = add_statistics(f, first, total, squares, ch, channels, D)
-    mean_q, rnorm_q = row_statistics(first, total, squares, D, EPS)
+    mean_q, rnorm_q = statistics_of(feat, pix, feat_hw, pix_ok, channels, feat_d, D, EPS, ACC)
 
     begin, count, valid = load_bag(offsets, bag, n_total)
     scale = exponent_scale(temperature, count, TEMPERATURE_IS_TENSOR, ACC)
@@ -137,8 +120,7 @@ def forward_kernel(
     for start in range(0, count, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         row_ok = rows < count
-        mean_p = tl.load(proto_stats + begin + rows, mask=row_ok, other=0.0)
-        rnorm_p = tl.load(proto_stats + n_total + begin + rows, mask=row_ok, other=0.0)
+        mean_p, rnorm_p = load_statistics(proto_stats + begin, rows, row_ok, n_total)
 
         product = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         for ch in range(0, D, CHUNK):

@@ -15,91 +15,9 @@ from torch import Tensor
 
 from fastproto.op import autograd
 from fastproto.op.triton import launch, support
-from fastproto.op.triton.configs import Plan, choose
 from fastproto.op.triton.launch import Launch, Run
 
 # No ``from __future__ import annotations`` here: torch.library reads the annotations below.
-
-
-def float32_precision() -> str:
-    """The kernels' form of PyTorch's setting for float32 matrix products.
-
-    "ieee" or unset (the default, "highest") is three TF32 products per product: their sum has the
-    digits of float32, at tensor core speed. "tf32" ("high", "medium") is one.
-    """
-    if torch.version.hip is not None:
-        return "ieee"  # Triton has no other for AMD
-    setting = torch.backends.cuda.matmul.fp32_precision
-    return "tf32" if setting == "tf32" else "tf32x3"
-
-
-def _plan(feat: Tensor) -> Plan:
-    # Under torch.compile with dynamic shapes the channels become a constant of the graph.
-    return choose(feat.dtype, int(feat.shape[2]), support.INTERPRETED)
-
-
-def _forward(
-    run: Run,
-    feat: Tensor,
-    protos: Tensor,
-    offsets: Tensor,
-    temperature_tensor: Tensor | None,
-    temperature: float,
-    eps: float,
-    concat: bool,
-    save: bool,
-) -> Any:
-    t = temperature if temperature_tensor is None else temperature_tensor
-    return launch.run_forward(
-        run,
-        _plan(feat),
-        feat,
-        protos,
-        offsets,
-        t,
-        eps,
-        concat,
-        save,
-        float32_precision(),
-    )
-
-
-def _backward(
-    run: Run,
-    grad_out: Tensor,
-    feat: Tensor,
-    protos: Tensor,
-    offsets: Tensor,
-    temperature_tensor: Tensor | None,
-    agg: Tensor,
-    lse: Tensor,
-    query_stats: Tensor,
-    proto_stats: Tensor,
-    temperature: float,
-    eps: float,
-    concat: bool,
-    needs_protos: bool,
-    needs_temperature: bool,
-) -> Any:
-    t = temperature if temperature_tensor is None else temperature_tensor
-    return launch.run_backward(
-        run,
-        _plan(feat),
-        grad_out,
-        feat,
-        protos,
-        offsets,
-        t,
-        agg,
-        lse,
-        query_stats,
-        proto_stats,
-        eps,
-        concat,
-        needs_protos,
-        needs_temperature,
-        float32_precision(),
-    )
 
 
 def _run_wrapped(launch: Launch) -> None:
@@ -123,12 +41,12 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _forward_now(feat: Tensor, *rest: Any) -> Any:
     with _on_device_of(feat):
-        return _forward(launch.run_now, feat, *rest)
+        return launch.run_forward(launch.run_now, feat, *rest)
 
 
 def _backward_now(grad_out: Tensor, *rest: Any) -> Any:
     with _on_device_of(grad_out):
-        return _backward(launch.run_now, grad_out, *rest)
+        return launch.run_backward(launch.run_now, grad_out, *rest)
 
 
 _RUN: Run = launch.run_now if support.INTERPRETED else _run_wrapped
@@ -147,17 +65,8 @@ def _forward_op(
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _on_device_of(feat):
-        return _forward(
-            _RUN,
-            feat,
-            protos,
-            offsets,
-            temperature_tensor,
-            temperature,
-            eps,
-            concat,
-            save_for_backward,
-        )
+        shared = (feat, protos, offsets, temperature_tensor)
+        return launch.run_forward(_RUN, *shared, temperature, eps, concat, save_for_backward)
 
 
 @_register("fastproto::triton_bwd", mutates_args=())
@@ -180,28 +89,15 @@ def _backward_op(
     # torch takes addresses computed from the offsets for a write to the offsets; as a write
     # to its input it would keep the backward out of CUDA graphs.
     with _on_device_of(feat):
-        return _backward(
-            _RUN,
-            grad_out,
-            feat,
-            protos,
-            offsets.clone(),
-            temperature_tensor,
-            agg,
-            lse,
-            query_stats,
-            proto_stats,
-            temperature,
-            eps,
-            concat,
-            needs_protos,
-            needs_temperature,
-        )
+        shared = (feat, protos, offsets.clone(), temperature_tensor)
+        saved = (agg, lse, query_stats, proto_stats)
+        options: Any = (temperature, eps, concat, needs_protos, needs_temperature)
+        return launch.run_backward(_RUN, grad_out, *shared, *saved, *options)
 
 
 if support.INTERPRETED:
-    _forward_op.register_fake(functools.partial(_forward, _run_not))
-    _backward_op.register_fake(functools.partial(_backward, _run_not))
+    _forward_op.register_fake(functools.partial(launch.run_forward, _run_not))
+    _backward_op.register_fake(functools.partial(launch.run_backward, _run_not))
 
 _PAIR = autograd.OpPair(
     "triton", "fastproto::triton_fwd", "fastproto::triton_bwd", _forward_now, _backward_now

@@ -11,6 +11,43 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def own_slice(pid, D: tl.constexpr, CHUNK: tl.constexpr, OUT_CHUNKS: tl.constexpr):
+    """Which OUT_CHUNKS of the chunks of channels a program computes, and what else it is of."""
+    NUM_CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    SLICES: tl.constexpr = NUM_CHUNKS // OUT_CHUNKS
+    tl.static_assert(SLICES * OUT_CHUNKS == NUM_CHUNKS, "a program without channels")
+    return pid % SLICES, pid // SLICES
+
+
+@triton.jit
+def load_statistics(stats, rows, row_ok, step):
+    """Mean and reciprocal norm of rows; the latter lie ``step`` behind the former."""
+    mean = tl.load(stats + rows, mask=row_ok, other=0.0)
+    return mean, tl.load(stats + step + rows, mask=row_ok, other=0.0)
+
+
+@triton.jit
+def statistics_of(
+    base, rows, row_stride, row_ok, channels, stride, D: tl.constexpr, EPS: tl.constexpr, ACC
+):
+    """Mean and reciprocal norm of rows, computed.
+
+    From sums relative to the vector's first element, so that a constant vector gives exact zeros
+    and a large mean costs few digits.
+    """
+    first = tl.load(base + rows * row_stride, mask=row_ok, other=0.0).to(ACC)
+    total = tl.zeros_like(first)
+    squares = tl.zeros_like(first)
+    for ch in range(0, D, channels.shape[0]):
+        tile = load_tile(base, rows, row_stride, row_ok, ch, channels, stride, D).to(ACC)
+        shifted = zero_padding(tile - first[:, None], ch, channels, D)
+        total += tl.sum(shifted, 1)
+        squares += tl.sum(shifted * shifted, 1)
+    return first + total / D, reciprocal_norm(squares - total * total / D, EPS)
 
 
 @triton.jit
@@ -42,23 +79,6 @@ def reciprocal_norm(sum_of_squares, EPS: tl.constexpr):
     norm = tl.sqrt(tl.where(sum_of_squares < 0, 0.0, sum_of_squares))
     clamped = tl.where(norm <= EPS, 1 / EPS, 1 / norm)
     return tl.where(sum_of_squares <= 0, 0.0, clamped)
-
-
-@triton.jit
-def row_statistics(first, total, squares, D: tl.constexpr, EPS: tl.constexpr):
-    """Mean and reciprocal norm from sums of x - first and of its squares.
-
-    Relative to the vector's first element, so that a constant vector gives exact zeros and a large
-    mean costs few digits.
-    """
-    return first + total / D, reciprocal_norm(squares - total * total / D, EPS)
-
-
-@triton.jit
-def add_statistics(tile, shift, total, squares, first, channels, D: tl.constexpr):
-    """The sums of row_statistics with one more tile of channels."""
-    shifted = zero_padding(tile.to(total.dtype) - shift[:, None], first, channels, D)
-    return total + tl.sum(shifted, 1), squares + tl.sum(shifted * shifted, 1)
 
 
 @triton.jit
@@ -132,3 +152,16 @@ def cosine(product, mean_a, mean_b, rnorm_a, rnorm_b, D: tl.constexpr, CENTRED: 
     if not CENTRED:
         product -= (D * mean_a)[:, None] * mean_b[None, :]
     return product * (rnorm_a[:, None] * rnorm_b[None, :])
+
+
+@triton.jit
+def load_grad_agg(
+    feat, feat_d, feat_hw, grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D: tl.constexpr
+):
+    """F, and the gradient of G, dO = dY2 * F, in its dtype; ``grad`` points at dY2."""
+    f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+    dy = load_tile(grad, pix, grad_hw, pix_ok, ch, channels, grad_d, D)
+    if f.dtype == tl.float64:
+        return f, dy * f
+    else:
+        return f, (dy.to(tl.float32) * f.to(tl.float32)).to(f.dtype)

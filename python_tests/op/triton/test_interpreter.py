@@ -99,7 +99,7 @@ def test_every_row_of_the_table(
     problem = Problem("rows", ((3, 0), (66, 1)), 1, dim, 5, 5, layout=layout)
     interpreted = configs.choose(dtype, dim, interpreted=True)
     plan = dataclasses.replace(interpreted, **{kernel: config.fit(dim)})
-    monkeypatch.setattr(ops, "_plan", lambda feat: plan)
+    monkeypatch.setattr(launch, "plan_for", lambda feat: plan)
     assert_within_rounding(triton, problem, dtype)
     if kernel == "forward":  # without gradients: nothing is saved
         feat, protos, offsets = problem.make(dtype)
