@@ -26,37 +26,20 @@ def add_parser(subparsers: Subparsers) -> None:
         "that only one of the two shows.",
         example=EXAMPLE,
     )
-    parser.add_argument(
-        "--prediction",
-        type=Path,
-        required=True,
-        metavar="MASK",
-        help="label map, or a folder of them named as the cases",
-    )
-    parser.add_argument(
-        "--truth",
-        type=Path,
-        required=True,
-        metavar="MASK",
-        help="label map, folder of them, or data set",
-    )
+    # fmt: off
+    parser.add_argument("--prediction", type=Path, required=True, metavar="MASK",
+        help="label map, or a folder of them named as the cases")
+    parser.add_argument("--truth", type=Path, required=True, metavar="MASK",
+        help="label map, folder of them, or data set")
     add_label_options(parser)
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=NSD_TOLERANCE_MM,
-        metavar="MM",
+    parser.add_argument("--tolerance", type=float, default=NSD_TOLERANCE_MM, metavar="MM",
         help=f"distance at which {', '.join(m.title for m in METRICS if m.at_tolerance)} still "
-        "counts a surface as right (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--z-margin",
-        type=int,
-        metavar="N",
+        "counts a surface as right (default: %(default)s)")
+    parser.add_argument("--z-margin", type=int, metavar="N",
         help="count only the slices of the organ's extent in the truth and N beyond it "
-        "(default: every slice)",
-    )
+        "(default: every slice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
+    # fmt: on
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,17 +26,14 @@ def add_parser(subparsers: Subparsers) -> None:
         "the program out, not for judging how it does on real scans.",
         example=EXAMPLE,
     )
+    # fmt: off
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--patients", type=positive, default=8, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--modality",
-        choices=("ct", "mr"),
-        default="ct",
-        help="grey values in HU, or T2-like with a bias field (default: %(default)s)",
-    )
+    parser.add_argument("--patients", type=positive, default=8, metavar="N",
+        help="default: %(default)s")
+    parser.add_argument("--modality", choices=("ct", "mr"), default="ct",
+        help="grey values in HU, or T2-like with a bias field (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    # fmt: on
 
 
 def run(args: argparse.Namespace) -> int:
