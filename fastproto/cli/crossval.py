@@ -9,20 +9,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from fastproto.cli.options import (
-    Subparsers,
-    add_fields,
-    add_runtime_options,
-    given,
-    new_parser,
-    positive,
-    read_settings,
-    runtime,
-    steps,
-    whole_number,
-)
+from fastproto.cli import options
 from fastproto.evaluation.settings import CrossValidation, MethodOptions
 
+HELP = "cross-validation: the field's protocols, compared with other methods"
+DESCRIPTION = """\
+Train on some patients, learn the organs from one of the others, segment the rest, and measure;
+every test patient is the annotated one in turn. EP1 and EP2 are the protocols of the literature
+(some annotated slices, only the organ's slices count, no prior); whole volumes are what a user
+gets. Each finished measurement is a line of OUT/results.jsonl: the same command goes on after an
+interruption. OUT/summary.json holds the tables."""
 EXAMPLE = """\
   fastproto phantom --out phantom-ct --patients 6
   fastproto crossval --data phantom-ct --out crossval --folds 3 --classes liver spleen \\
@@ -32,28 +28,18 @@ EXAMPLE = """\
   fastproto crossval --data phantom-ct --out registration --model none --methods registration"""
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the subcommand; the fields of `CrossValidation` and `MethodOptions` are its options."""
-    parser = new_parser(
-        subparsers,
-        "crossval",
-        run,
-        help="cross-validation: the field's protocols, compared with other methods",
-        description="Train on some patients, learn the organs from one of the others, segment the "
-        "rest, and measure; every test patient is the annotated one in turn. EP1 and EP2 are the "
-        "protocols of the literature (some annotated slices, only the organ's slices count, no "
-        "prior); whole volumes are what a user gets. Each finished measurement is a line of "
-        "OUT/results.jsonl: the same command goes on after an interruption. OUT/summary.json holds "
-        "the tables.",
-        example=EXAMPLE,
-        argument_default=argparse.SUPPRESS,
-    )
-    margin = whole_number("a whole number, or all", all=None)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of `CrossValidation` and `MethodOptions` are its options."""
+    parser.argument_default = argparse.SUPPRESS
+    margin = options.whole_number("a whole number, or all", all=None)
     groups = {"": parser, "cases": parser.add_mutually_exclusive_group()}
-    add_fields(CrossValidation, groups, folds=positive, groups=_group, z_margin=margin)
-    add_fields(MethodOptions, groups, slices=positive, adapt_steps=steps, one_scan_steps=positive)
-    add_fields(CrossValidation, {"training": parser.add_argument_group("training")})
-    add_runtime_options(parser)
+    positive, steps = options.positive, options.steps
+    options.add_fields(CrossValidation, groups, folds=positive, groups=_group, z_margin=margin)
+    options.add_fields(
+        MethodOptions, groups, slices=positive, adapt_steps=steps, one_scan_steps=positive
+    )
+    options.add_fields(CrossValidation, {"training": parser.add_argument_group("training")})
+    options.add_runtime_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,14 +47,14 @@ def run(args: argparse.Namespace) -> int:
     from fastproto.evaluation.crossval import crossval
     from fastproto.evaluation.report import summary_text
 
-    chosen = given(CrossValidation, args)
+    chosen = options.given(CrossValidation, args)
     if chosen.get("annotated") == ("all",):
         del chosen["annotated"]
-    options = asdict(MethodOptions(**given(MethodOptions, args)))
-    options["view"] = options.pop("view")  # the last in results.jsonl
-    with runtime(args) as device:
-        chosen["training"] = read_settings(chosen.get("training", ()))
-        config = CrossValidation(**chosen, options=options, device=str(device))
+    chosen["options"] = asdict(MethodOptions(**options.given(MethodOptions, args)))
+    chosen["options"]["view"] = chosen["options"].pop("view")  # the last in results.jsonl
+    with options.runtime(args) as device:
+        chosen["training"] = options.read_settings(chosen.get("training", ()))
+        config = CrossValidation(**chosen, device=str(device))
         print(summary_text(crossval(config, _command(config))))
     print(f"{config.output}: results.jsonl, summary.json")
     return 0

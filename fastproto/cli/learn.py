@@ -8,27 +8,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastproto.cli.options import (
-    Options,
-    Subparsers,
-    add_label_options,
-    add_runtime_options,
-    add_series_option,
-    choose_classes,
-    labels_beside,
-    new_parser,
-    positive,
-    progress_bar,
-    read_labels,
-    runtime,
-    steps,
-)
+from fastproto.cli import options
 from fastproto.errors import LabelError, require
 
 if TYPE_CHECKING:
     from fastproto.nn.base import FewShotModel
     from fastproto.segmentation import Task
 
+HELP = "turn one annotated scan into a small, reusable task file"
+DESCRIPTION = """\
+Learn the organs drawn in one scan: the model encodes a few annotated slices and is adapted to
+them in a short training. What comes of it is kept in a file that `fastproto segment` uses for any
+number of scans, and that works with the model it was made with and no other. Slices left out of
+it say how well it will do. The file holds no path and no name, but a picture of the scan at low
+resolution unless --prior is box."""
 EXAMPLE = """\
   fastproto learn --image phantom-ct/images/ct_000.nii.gz \\
       --label phantom-ct/labels/ct_000.nii.gz --classes spleen "left kidney" -o organs.task
@@ -39,33 +32,20 @@ _ROW = "{:>7}  {:<24} {:>6} {:>10} {:>13} {:>13}"  # of the report on what was l
 
 
 # fmt: off
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the subcommand."""
-    parser = new_parser(
-        subparsers,
-        "learn",
-        run,
-        help="turn one annotated scan into a small, reusable task file",
-        description="Learn the organs drawn in one scan: the model encodes a few annotated slices "
-        "and is adapted to them in a short training. What comes of it is kept in a file that "
-        "`fastproto segment` uses for any number of scans, and that works with the model it was "
-        "made with and no other. Slices left out of it say how well it will do. The file holds no "
-        "path and no name, but a picture of the scan at low resolution unless --prior is box.",
-        example=EXAMPLE,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
     parser.add_argument("--image", type=Path, required=True, metavar="SCAN",
         help="image file or DICOM folder")
     parser.add_argument("--label", type=Path, required=True, metavar="MASK",
         help="label map on the scan's grid")
     add_example_options(parser)
-    add_series_option(parser)
+    options.add_series_option(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="TASK",
         help="task file to write")
-    add_runtime_options(parser)
+    options.add_runtime_options(parser)
 
 
-def add_model_option(parser: Options) -> None:
+def add_model_option(parser: options.Options) -> None:
     """``--model`` and ``--backend``."""
     parser.add_argument("--model", default="base", metavar="RUN",
         help="run folder of `fastproto train`, or its model.safetensors "
@@ -74,16 +54,16 @@ def add_model_option(parser: Options) -> None:
         help="force a backend of the fused operation; `fastproto info` lists them")
 
 
-def add_example_options(parser: Options) -> None:
+def add_example_options(parser: options.Options) -> None:
     """What to take from an annotated scan, and how. What is left out is None."""
-    add_label_options(parser)
+    options.add_label_options(parser)
     parser.add_argument("--classes", nargs="+", metavar="ORGAN",
         help="learn only these names or values; what else is drawn counts as background "
         "(default: the NAME=VALUE pairs of --labels, or else everything drawn)")
-    parser.add_argument("--slices", type=positive, metavar="N",
+    parser.add_argument("--slices", type=options.positive, metavar="N",
         help="slices of every organ to learn from, spread evenly over it; a few beyond its ends "
         "come on top (default: 12)")
-    parser.add_argument("--adapt", type=steps, metavar="STEPS",
+    parser.add_argument("--adapt", type=options.steps, metavar="STEPS",
         help="training steps on the annotated scan, 0 for none; auto: as many as a few minutes "
         "allow (default: auto)")
     parser.add_argument("--prior", choices=("box", "affine", "deformable"),
@@ -96,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Learn the scan's organs and write the task."""
     from fastproto.segmentation import load_model
 
-    with runtime(args) as device:
+    with options.runtime(args) as device:
         model = load_model(args.model, backend=args.backend).to(device)
         task = learn_example(model, args.image, args.label, args, series=args.series)
     task.save(args.output)
@@ -118,12 +98,12 @@ def learn_example(
     from fastproto.segmentation import register
 
     mask = read_label(label)
-    labels = read_labels(args.labels) if args.labels else None
-    if labels is None and (known := labels_beside(label)) is not None:
+    labels = options.read_labels(args.labels) if args.labels else None
+    if labels is None and (known := options.labels_beside(label)) is not None:
         labels = {value: known.get(value, f"label {value}") for value in check_labels(mask)}
     classes = None
     if args.classes and labels is not None:
-        classes = choose_classes(args.classes, labels, "--classes")
+        classes = options.choose_classes(args.classes, labels, "--classes")
     elif args.classes:
         names = ", ".join(item for item in args.classes if not item.isdigit())
         allowed = "label values, or names that --labels or a dataset.json explains"
@@ -132,8 +112,8 @@ def learn_example(
     elif labels and args.labels and "=" in args.labels[0]:
         classes = list(labels)
     chosen = {name: getattr(args, name) for name in ("slices", "adapt", "prior")}
-    options = {"adapt": "auto"} | {k: v for k, v in chosen.items() if v is not None}
-    with progress_bar("adapting", "step") as advance:
+    given = {"adapt": "auto"} | {k: v for k, v in chosen.items() if v is not None}
+    with options.progress_bar("adapting", "step") as advance:
         task = register(
             model,
             read_volume(image, series=series),
@@ -142,7 +122,7 @@ def learn_example(
             classes=classes,
             progress=advance,
             fingerprint=fingerprint,
-            **options,
+            **given,
         )
     how = f"adapted in {task.adapted_steps} steps" if task.adapted_steps else "without adaptation"
     print(f"learned from {image}, {how}:")

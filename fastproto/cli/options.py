@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What subcommands share: the shape of their help, runtime options and label tables.
+"""What subcommands share: runtime options, label tables, and options from fields of settings.
 
 Nothing here imports torch, numpy or SimpleITK before the arguments are parsed.
 """
@@ -20,34 +20,7 @@ from fastproto.training.config import describe
 if TYPE_CHECKING:
     import torch
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Options: TypeAlias = argparse._ActionsContainer  # a parser or a group of it
-
-
-def new_parser(
-    subparsers: Subparsers,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    *,
-    help: str,
-    description: str,
-    example: str,
-    argument_default: str | None = None,
-) -> argparse.ArgumentParser:
-    """A subcommand whose help ends with a runnable example."""
-    parser = subparsers.add_parser(
-        name,
-        help=help,
-        description=description,
-        epilog=f"example:\n{example}",
-        formatter_class=_HelpFormatter,
-        argument_default=argument_default,
-    )
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", default=False, help="show the traceback of an error"
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def add_fields(
@@ -121,10 +94,22 @@ def add_label_options(parser: Options) -> None:
 
 @contextmanager
 def runtime(args: argparse.Namespace) -> Iterator[torch.device]:
-    """Apply the runtime options, yield the device to use, and set the threads back."""
+    """Apply the runtime options, yield the device to use, and set the threads back.
+
+    Raises:
+        ArgumentError: CUDA where there is none.
+    """
     import torch
 
-    device = choose_device(args.device)
+    available = torch.cuda.is_available()
+    require(
+        available or args.device != "cuda",
+        "--device",
+        found="cuda, but torch sees no CUDA device",
+        allowed="auto or cpu on this machine",
+        fix="Check the driver, and that torch was installed with CUDA.",
+    )
+    device = torch.device("cuda" if available and args.device != "cpu" else "cpu")
     threads = torch.get_num_threads()
     try:
         if args.threads:
@@ -150,25 +135,6 @@ def progress_bar(title: str, unit: str) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu`` or ``cuda`` means here.
-
-    Raises:
-        ArgumentError: ``cuda`` where there is none.
-    """
-    import torch
-
-    available = torch.cuda.is_available()
-    require(
-        available or name != "cuda",
-        "--device",
-        found="cuda, but torch sees no CUDA device",
-        allowed="auto or cpu on this machine",
-        fix="Check the driver, and that torch was installed with CUDA.",
-    )
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
 def labels_beside(label: Path) -> dict[int, str] | None:
     """The label table of the data set that a label map is in; None where there is none."""
     folder = label.absolute().parent
@@ -179,10 +145,7 @@ def labels_beside(label: Path) -> dict[int, str] | None:
 
 
 def read_labels(items: Sequence[str]) -> dict[int, str]:
-    """Label value -> name from ``--labels``, background left out.
-
-    Args:
-        items: One JSON file, or NAME=VALUE pairs.
+    """Label value -> name from ``--labels``, a JSON file or NAME=VALUE pairs; no background.
 
     Raises:
         LabelError: The table cannot be read, is empty or contradicts itself.
@@ -265,12 +228,3 @@ def whole_number(allowed: str, least: int = 0, **words: Any) -> Callable[[str], 
 
 positive = whole_number("a whole number above 0", 1)
 steps = whole_number("auto, or a number from 0", auto="auto")
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Wraps descriptions and help, and leaves examples as they were written."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("example:"):
-            return text
-        return super()._fill_text(text, width, indent)

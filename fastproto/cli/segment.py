@@ -14,21 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastproto.cli import options
 from fastproto.cli.learn import add_example_options, add_model_option, learn_example
-from fastproto.cli.options import (
-    Subparsers,
-    add_runtime_options,
-    add_series_option,
-    new_parser,
-    positive,
-    progress_bar,
-    runtime,
-)
 from fastproto.errors import FastprotoError, VolumeError, require
 
 if TYPE_CHECKING:
     from fastproto.segmentation import Segmentation, Task
 
+HELP = "find the organs of an annotated scan in new scans"
+DESCRIPTION = """\
+Segment one scan, a DICOM series, or every scan of a folder, as an annotated scan shows. The
+result has the grid of its scan (size, spacing, origin, direction) and the label values of the
+annotated scan. Where one scan of a folder fails, the others still go on."""
 EXAMPLE = """\
   fastproto phantom --out phantom-ct --patients 8
   fastproto segment --example phantom-ct/images/ct_000.nii.gz phantom-ct/labels/ct_000.nii.gz \\
@@ -40,19 +37,7 @@ EXIT_SOME_FAILED = 2
 _EXAMPLE_OPTIONS = ("labels", "classes", "slices", "adapt")  # which a task file has decided on
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the subcommand."""
-    parser = new_parser(
-        subparsers,
-        "segment",
-        run,
-        help="find the organs of an annotated scan in new scans",
-        description="Segment one scan, a DICOM series, or every scan of a folder, as an annotated "
-        "scan shows. The result has the grid of its scan (size, spacing, origin, direction) and "
-        "the label values of the annotated scan. Where one scan of a folder fails, the others "
-        "still go on.",
-        example=EXAMPLE,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     add_model_option(parser)
     source = parser.add_argument_group("what to find (one of the two)")
@@ -64,7 +49,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add_example_options(parser.add_argument_group("how to learn an example"))
     parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCAN",
         help="image file, DICOM series folder, or folder of these")
-    add_series_option(parser)
+    options.add_series_option(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
         help="label map to write (.nii.gz, .nii, .nrrd, .mha) or, for several scans, the folder "
         "for SCAN.nii.gz; an older result is replaced only by a complete new one")
@@ -75,9 +60,9 @@ def add_parser(subparsers: Subparsers) -> None:
         help="also write OUT-uncertainty.nii.gz: how undecided every voxel is, in bits")
     parser.add_argument("--overlay", action=argparse.BooleanOptionalAction, default=True,
         help="write OUT.png as well: slices with coloured organs")
-    parser.add_argument("--batch-size", type=positive, metavar="N",
+    parser.add_argument("--batch-size", type=options.positive, metavar="N",
         help="slices at once (default: 8)")
-    add_runtime_options(parser)
+    options.add_runtime_options(parser)
     # fmt: on
 
 
@@ -87,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check_source(args)
     jobs = plan_outputs(args.input, find_scans(args.input), args.output)
-    with runtime(args) as device:
+    with options.runtime(args) as device:
         model = load_model(args.model, backend=args.backend).to(device)
         fingerprint = model.fingerprint()  # nothing below changes the weights
         if args.task:
@@ -165,12 +150,9 @@ def _holds_dicom(folder: Path) -> bool:
 
 
 def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
-    """Pair every scan with the label map to write for it.
+    """Pair every scan found at ``source`` with the label map to write for it.
 
-    Args:
-        source: What the user asked for; where it is the one scan, ``output`` may be a file.
-        scans: The scans found there.
-        output: A file or a folder.
+    Where ``source`` is the one scan, ``output`` may be a file.
 
     Raises:
         ArgumentError: Several scans for one file, two scans of one name, a result that would
@@ -225,7 +207,7 @@ def _segment_scan(
     started = time.perf_counter()
     names = {value: name for task in tasks for value, name in task.labels.items()}
     volume = read_volume(scan, series=args.series)
-    with progress_bar(stem(scan), "slice") as advance:
+    with options.progress_bar(stem(scan), "slice") as advance:
         result = segment(volume, progress=advance)
     write_volume(output, result.labels, like=volume)
     base = output.parent / stem(output)
@@ -233,15 +215,13 @@ def _segment_scan(
     if args.probabilities:
         for value, probability in probabilities.items():
             name = re.sub(r"[^\w-]+", "_", names[value])
-            folder = base.with_name(f"{base.name}-probabilities")
-            write_volume(folder / f"{value}-{name}.nii.gz", probability, like=volume)
+            write_volume(f"{base}-probabilities/{value}-{name}.nii.gz", probability, like=volume)
     if args.uncertainty:
         entropy = uncertainty(probabilities.values())
-        write_volume(base.with_name(f"{base.name}-uncertainty.nii.gz"), entropy, like=volume)
+        write_volume(f"{base}-uncertainty.nii.gz", entropy, like=volume)
     if args.overlay:
         label = dataclasses.replace(volume, array=result.labels, path=output)
-        picture = base.with_name(f"{base.name}.png")
-        write_overlay(picture, volume, label, tasks[0].preprocessing, names)
+        write_overlay(f"{base}.png", volume, label, tasks[0].preprocessing, names)
     millilitres = math.prod(volume.spacing) / 1000
     sizes = ", ".join(
         f"{name} {(result.labels == value).sum() * millilitres:.1f} ml"

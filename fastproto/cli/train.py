@@ -7,18 +7,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastproto.cli.options import (
-    Subparsers,
-    add_fields,
-    add_runtime_options,
-    given,
-    new_parser,
-    read_settings,
-    runtime,
-)
+from fastproto.cli import options
 from fastproto.errors import require
 from fastproto.training.config import TrainConfig
 
+HELP = "train a model on scans of your own, without labels or with some"
+DESCRIPTION = """\
+Train a model that segments from examples. It needs no label: it learns to find pieces of tissue
+(supervoxels) again, in the same slice under random changes or in a neighbouring one. Where a data
+set has labels, a share of the training is on them; held-out classes are never a foreground and
+held-out cases are never read, so that both can measure it afterwards. The run folder gets
+model.safetensors, the training state, log.jsonl and config.json. Ctrl-C is safe: --resume goes on
+from the last checkpoint."""
 EXAMPLE = """\
   fastproto train --data scans-ct more/scans-mr --model base --minutes 60 --out run
   fastproto phantom --out phantom-ct --patients 8
@@ -29,25 +29,11 @@ EXAMPLE = """\
 _UNLIMITED = 10**9  # steps, where minutes decide
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the subcommand. Absent options keep the defaults of `TrainConfig`, written once there."""
-    parser = new_parser(
-        subparsers,
-        "train",
-        run,
-        help="train a model on scans of your own, without labels or with some",
-        description="Train a model that segments from examples. It needs no label: it learns to "
-        "find pieces of tissue (supervoxels) again, in the same slice under random changes or in a "
-        "neighbouring one. Where a data set has labels, a share of the training is on them; "
-        "held-out classes are never a foreground and "
-        "held-out cases are never read, so that both can measure it afterwards. The run folder "
-        "gets model.safetensors, the training state, log.jsonl and config.json. Ctrl-C is safe: "
-        "--resume goes on from the last checkpoint.",
-        example=EXAMPLE,
-        argument_default=argparse.SUPPRESS,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Absent options keep the defaults of `TrainConfig`, written once there."""
+    parser.argument_default = argparse.SUPPRESS
     groups = {name: parser.add_argument_group(name) for name in ("data", "training")}
-    add_fields(TrainConfig, groups)
+    options.add_fields(TrainConfig, groups)
     # fmt: off
     groups["training"].add_argument("--set", dest="settings", nargs="+", default=[],
         metavar="NAME=VALUE",
@@ -56,7 +42,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="continue the run in RUN from its last checkpoint, bit for bit; options that are "
         "left out are those of the run")
     # fmt: on
-    add_runtime_options(parser)
+    options.add_runtime_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,14 +52,14 @@ def run(args: argparse.Namespace) -> int:
     values: dict[str, Any] = {}
     if args.resume:
         values = TrainConfig.load(Path(args.output, "config.json")).to_dict()
-    chosen = given(TrainConfig, args)
+    chosen = options.given(TrainConfig, args)
     if "minutes" in chosen and not args.resume:
         chosen.setdefault("steps", _UNLIMITED)
-    values |= chosen | read_settings(args.settings)
+    values |= chosen | options.read_settings(args.settings)
     if args.device != "auto":
         values["device"] = args.device
     require("data" in values, "--data", found="nothing", allowed="folders of scans")
-    with runtime(args):
+    with options.runtime(args):
         folder = train(TrainConfig.from_dict(values), resume=args.resume)
     print(f"{folder}: model.safetensors, log.jsonl")
     return 0

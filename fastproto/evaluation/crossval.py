@@ -21,7 +21,7 @@ from fastproto._files import write_text
 from fastproto.data.dataset import Case, Dataset, open_dataset
 from fastproto.data.preprocessing import canonical
 from fastproto.data.volume import Volume, check_labels, read_label, read_volume
-from fastproto.errors import CheckpointError, DatasetError, LabelError, OutputError, require
+from fastproto.errors import CheckpointError, DatasetError, LabelError, require
 from fastproto.evaluation.measure import evaluate_case
 from fastproto.evaluation.methods import Example, Learned, LearnedNetwork, make_method
 from fastproto.evaluation.metrics import dice
@@ -40,11 +40,7 @@ KEY = ("round", "fold", "annotated", "query", "method", "protocol")  # of a meas
 
 
 def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
-    """Measure what is not measured yet, and sum up.
-
-    Args:
-        config: What to do.
-        command: The command line, for the record.
+    """Measure what is not measured yet, and sum up; ``command`` is for the record.
 
     Returns:
         What ``summary.json`` holds: the results (see `summarise`) and where they come from.
@@ -56,8 +52,16 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
     dataset = open_dataset(config.data)
     given = load_model(config.model) if config.model not in (None, NO_MODEL) else None
     rounds = _rounds(config, dataset, given)
-    if given:
-        _check_unseen(given, dataset, rounds)
+    if given and dataset.name in str(given.extra.get("dataset")):
+        tests = {id_ for round_ in rounds for id_ in round_.tests}
+        seen = ", ".join(sorted(tests & {*given.extra.get("training_cases", [])}))
+        require(
+            not seen,
+            "model",
+            found=f"that it was trained on {seen}",
+            allowed="test cases that it never saw",
+            fix="Name such cases with --test-cases, or leave --model out and train.",
+        )
     values = dataclasses.asdict(config)
     settings = {name: values[name] for name in _SHARED} | {
         "options": config.options,
@@ -120,9 +124,10 @@ class ResultFile:
         self.path = path
         settings = json.loads(json.dumps(settings))  # tuples are lists now
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()
+        self._lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+        self._lines = self._lines or [json_text(settings)]
         try:
-            head, *units = [json.loads(line) for line in lines] or [settings]
+            head, *units = map(json.loads, self._lines)
             self.units = {tuple(unit[name] for name in KEY): unit for unit in units}
             changed = [name for name in settings if head.get(name) != settings[name]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -137,21 +142,13 @@ class ResultFile:
             fix="Choose another output folder, or delete the old results.",
             error=CheckpointError,
         )
-        write_text(path, "".join(line + "\n" for line in lines or [json.dumps(settings)]))
+        write_text(path, "".join(self._lines))
 
     def add(self, key: tuple[Any, ...], rows: list[dict[str, Any]]) -> None:
         """Keep a finished measurement."""
         unit = dict(zip(KEY, key, strict=True)) | {"rows": without_nan(rows)}
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json_text(unit))
-        except OSError as error:
-            raise OutputError(
-                self.path,
-                found=f"that it cannot be written ({error.strerror})",
-                allowed="a writable folder with free space",
-                fix="Free some space and run the same command again.",
-            ) from error
+        self._lines.append(json_text(unit))
+        write_text(self.path, "".join(self._lines))
         self.units[key] = unit
 
 
@@ -298,19 +295,6 @@ def _rounds(config: CrossValidation, dataset: Dataset, given: FewShotModel | Non
         organs = {value: dataset.labels[value] for value in group}
         rounds.append(_Round(config, dataset, given, fold, cases, organs, name))
     return rounds
-
-
-def _check_unseen(model: FewShotModel, dataset: Dataset, rounds: list[_Round]) -> None:
-    """Raise where the model was trained on a patient that is to test it."""
-    tests = {id_ for round_ in rounds for id_ in round_.tests}
-    seen = sorted(tests & {*model.extra.get("training_cases", [])})
-    require(
-        dataset.name not in str(model.extra.get("dataset")) or not seen,
-        "model",
-        found=f"that it was trained on {', '.join(seen)}",
-        allowed="test cases that it never saw",
-        fix="Name such cases with --test-cases, or leave --model out and train.",
-    )
 
 
 def _trainings(rounds: list[_Round]) -> tuple[dict[str, Any], dict[str, float]]:

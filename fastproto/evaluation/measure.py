@@ -195,20 +195,19 @@ def evaluate_folder(
 
 def _find_label_maps(path: Path) -> tuple[dict[str, Path], dict[int, str] | None]:
     """Label maps by case, and the names of the labels where a ``dataset.json`` tells them."""
+    allowed = "a label map, a folder of label maps or a data set"
+    found = "no such file or folder"
+    require(path.exists(), path, found=found, allowed=allowed, error=DatasetError)
+    folder = path if path.is_dir() else path.parent
+    beside = [folder.parent] if folder.name in ("labels", "labelsTr") else []
+    roots = [root for root in (path, *beside) if (root / "dataset.json").is_file()]
+    dataset = open_dataset(roots[0]) if roots else None
+    names = dataset.labels if dataset else None
     if path.is_file():
-        return {without_suffix(path.name): path}, _names_beside(path.parent)
-    require(
-        path.is_dir(),
-        path,
-        found="no such file or folder",
-        allowed="a label map, a folder of label maps or a data set",
-        error=DatasetError,
-    )
+        return {without_suffix(path.name): path}, names
+    if dataset and roots[0] == path:
+        return {case.id: case.label for case in dataset.cases if case.label is not None}, names
     files: dict[str, Path] = {}
-    if (path / "dataset.json").is_file():
-        dataset = open_dataset(path)
-        files = {case.id: case.label for case in dataset.cases if case.label is not None}
-        return files, dataset.labels
     for file in sorted(path.iterdir()):
         if volume_suffix(file) and not file.name.startswith("."):
             case = without_suffix(file.name)
@@ -216,14 +215,7 @@ def _find_label_maps(path: Path) -> tuple[dict[str, Path], dict[int, str] | None
             found = f"two files for {case}: {first.name} and {file.name}"
             allowed = "one label map per case"
             require(first is file, path, found=found, allowed=allowed, error=DatasetError)
-    return files, _names_beside(path)
-
-
-def _names_beside(folder: Path) -> dict[int, str] | None:
-    """Names of the labels when ``folder`` is the label folder of a data set."""
-    if folder.name in ("labels", "labelsTr") and (folder.parent / "dataset.json").is_file():
-        return open_dataset(folder.parent).labels
-    return None
+    return files, names
 
 
 def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None) -> tuple[slice, ...]:

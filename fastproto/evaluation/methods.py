@@ -161,14 +161,7 @@ Learned: TypeAlias = Registration | LearnedNetwork
 
 
 def trained_on(model: FewShotModel, example: Example, steps: int, slices: int) -> FewShotModel:
-    """A network like ``model``, trained from scratch on the annotated scan alone.
-
-    Args:
-        model: Its architecture and preprocessing are used, its weights are not.
-        example: To train on.
-        steps: Optimiser steps.
-        slices: Annotated slices of an organ.
-    """
+    """A network built and fed like ``model``, trained from scratch on the annotated scan alone."""
     device = next(model.parameters()).device
     prepared = model_preprocessing(model, example.modality).prepare(example.image)
     organs = [

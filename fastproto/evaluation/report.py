@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from fastproto._files import write_text
-from fastproto.evaluation.metrics import METRICS, SHARES, dice
+from fastproto.evaluation.metrics import METRICS, dice
 from fastproto.evaluation.settings import PROTOCOLS
 
 COUNTS = ("n", "missed", "spurious")
@@ -77,7 +77,7 @@ class Report:
         overall = self.overall()
         last = ["mean of organs", *[""] * len(COUNTS), *(m.text(overall[m.name]) for m in METRICS)]
         organs, patients = self.per_organ(), self.per_patient()
-        zero = " and ".join(f"{metric.title} 0" for metric in SHARES)
+        zero = " and ".join(f"{metric.title} 0" for metric in METRICS if not metric.unit)
         notes = [f"{metric.name.upper()}: {metric.definition}" for metric in METRICS]
         notes += [
             "mean ± standard deviation (n - 1) over patients, below over organs; n: measured, "
@@ -149,10 +149,7 @@ class Report:
 
 
 def summarise(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Results of every protocol, method and variant of a cross-validation.
-
-    Args:
-        units: Lines of ``results.jsonl``.
+    """Results of every protocol, method and variant in the lines of a ``results.jsonl``.
 
     Returns:
         Entries of ``protocol``, ``method``, ``variant``, ``organs`` (entries of ``organ``, ``n``,
@@ -172,32 +169,35 @@ def summarise(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _summary(rows: Sequence[tuple[_Teacher, Mapping[str, Any]]]) -> dict[str, Any]:
     metrics = [metric.name for metric in METRICS if metric.name in rows[0][1]]
     organs: list[dict[str, Any]] = []
-    by_teacher: dict[str, dict[_Teacher, list[float]]] = {metric: {} for metric in metrics}
+    taught: dict[str, list[tuple[_Teacher, float]]] = {metric: [] for metric in metrics}
     for name in dict.fromkeys(row["organ"] for _, row in rows):
         own = [(teacher, row) for teacher, row in rows if row["organ"] == name]
         entry: dict[str, Any] = {"organ": name}
         entry["n"] = sum(row[dice.name] is not None for _, row in own)
         entry["missed"] = sum(row.get("status") == "missed" for _, row in own)
         for metric in metrics:
-            values: dict[_Teacher, list[float]] = {}
-            for teacher, row in own:
-                if row[metric] is not None:
-                    values.setdefault(teacher, []).append(row[metric])
-            means = {teacher: _mean(found) for teacher, found in values.items()}
+            means = _means((teacher, row[metric]) for teacher, row in own)
             entry[metric] = mean_and_std(means.values())
-            for teacher, value in means.items():
-                by_teacher[metric].setdefault(teacher, []).append(value)
+            taught[metric] += means.items()
         organs.append(entry)
     mean = {}
     for metric in metrics:
         of_organs = mean_and_std(organ[metric]["mean"] for organ in organs)["mean"]
-        teachers = mean_and_std(map(_mean, by_teacher[metric].values()))
-        mean[metric] = {"mean": of_organs, "std": teachers["std"]}
+        std = mean_and_std(_means(taught[metric]).values())["std"]
+        mean[metric] = {"mean": of_organs, "std": std}
     by_annotated = {
-        f"{case} (fold {fold})": _mean(found)
-        for (fold, case), found in by_teacher[dice.name].items()
+        f"{case} (fold {fold})": value for (fold, case), value in _means(taught[dice.name]).items()
     }
     return {"organs": organs, "mean": mean, f"{dice.name}_by_annotated": by_annotated}
+
+
+def _means(values: Iterable[tuple[_Teacher, float | None]]) -> dict[_Teacher, float]:
+    """The mean of what is defined, for each annotated scan."""
+    groups: dict[_Teacher, list[float]] = {}
+    for teacher, value in values:
+        if value is not None:
+            groups.setdefault(teacher, []).append(value)
+    return {teacher: sum(found) / len(found) for teacher, found in groups.items()}
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
@@ -233,10 +233,6 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             table.append([row["method"], *cells, row["source"]])
         parts.append(text_table(table))
     return "\n\n".join(parts) + "\n"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def mean_and_std(values: Iterable[float]) -> dict[str, float]:
