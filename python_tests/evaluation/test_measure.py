@@ -104,9 +104,9 @@ def test_other_grids_and_bad_arguments_are_refused():
     prediction, truth = pair()
     array = prediction.array
     for other, labels, options, error, message in (
-        (volume(array[:-1]), NAMES, {}, errors.GeometryError, ""),
-        (volume(array, spacing=(1.5, 1.5, 4.0)), NAMES, {}, errors.GeometryError, ""),
-        (volume(array, origin=(0.0, 0.0, 30.0)), NAMES, {}, errors.GeometryError, ""),
+        (volume(array[:-1]), NAMES, {}, errors.GeometryError, "voxels"),
+        (volume(array, spacing=(1.5, 1.5, 4.0)), NAMES, {}, errors.GeometryError, "voxels"),
+        (volume(array, origin=(0.0, 0.0, 30.0)), NAMES, {}, errors.GeometryError, "voxels"),
         (Volume(array / 2, SPACING), NAMES, {}, errors.LabelError, "integers"),
         (prediction, {}, {}, errors.ArgumentError, "labels"),
         (prediction, {0: "background"}, {}, errors.ArgumentError, "labels"),
