@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program ``fastproto``: one subcommand per module of this package.
 
-Parsing arguments imports neither torch nor numpy nor SimpleITK, so that help appears at once; each
-subcommand imports what it needs when it runs.
+A module has HELP, DESCRIPTION, EXAMPLE, ``add_options`` and ``run``. Parsing arguments imports
+neither torch nor numpy nor SimpleITK, so that help appears at once; each subcommand imports what it
+needs when it runs.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ COMMANDS = (phantom, train, learn, segment, evaluate, crossval, info)
 FORMER_NAMES = {"register": "learn"}
 
 DESCRIPTION = "Segment an organ nobody trained for, in CT and MR, from one annotated scan."
-
 EXAMPLE = """\
-example:
   fastproto phantom --out phantom-ct --patients 8
   fastproto segment --example phantom-ct/images/ct_000.nii.gz phantom-ct/labels/ct_000.nii.gz \\
       --classes spleen "left kidney" -i phantom-ct/images -o results
@@ -34,10 +33,7 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status.
-
-    Args:
-        argv: Arguments without the program's name; None takes the command line's.
+    """Run one subcommand; ``argv`` has no program's name, None takes the command line's.
 
     Returns:
         0, 2 for input that cannot be used (its message is on stderr), 130 after Ctrl-C.
@@ -61,11 +57,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastproto",
         description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n{EXAMPLE}",
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastproto {__version__}")
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        command.add_parser(subparsers)
+        subparser = subparsers.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            epilog=f"example:\n{command.EXAMPLE}",
+            formatter_class=_HelpFormatter,
+        )
+        subparser.add_argument(
+            "-v", "--verbose", action="store_true", help="show the traceback of an error"
+        )
+        subparser.set_defaults(run=command.run)
+        command.add_options(subparser)
     return parser
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wraps descriptions and help, and leaves examples as they were written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("example:"):
+            return text
+        return super()._fill_text(text, width, indent)

@@ -6,57 +6,34 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastproto.cli.options import Subparsers, add_label_options, new_parser, read_labels
+from fastproto.cli import options
 from fastproto.evaluation.metrics import METRICS, NSD_TOLERANCE_MM
 
+HELP = f"compare label maps with the truth: {', '.join(m.title for m in METRICS)}"
+DESCRIPTION = """\
+Compare label maps with the truth, per organ and per patient. Distances are in mm between
+surfaces; the report says how each metric is defined, and how organs count that only one of the
+two shows."""
 EXAMPLE = """\
   fastproto evaluate --prediction results --truth phantom-ct \\
       --labels spleen=2 gallbladder=9 --json scores.json"""
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the subcommand."""
-    parser = new_parser(
-        subparsers,
-        "evaluate",
-        run,
-        help=f"compare label maps with the truth: {', '.join(m.title for m in METRICS)}",
-        description="Compare label maps with the truth, per organ and per patient. Distances are "
-        "in mm between surfaces; the report says how each metric is defined, and how organs count "
-        "that only one of the two shows.",
-        example=EXAMPLE,
-    )
-    parser.add_argument(
-        "--prediction",
-        type=Path,
-        required=True,
-        metavar="MASK",
-        help="label map, or a folder of them named as the cases",
-    )
-    parser.add_argument(
-        "--truth",
-        type=Path,
-        required=True,
-        metavar="MASK",
-        help="label map, folder of them, or data set",
-    )
-    add_label_options(parser)
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=NSD_TOLERANCE_MM,
-        metavar="MM",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    parser.add_argument("--prediction", type=Path, required=True, metavar="MASK",
+        help="label map, or a folder of them named as the cases")
+    parser.add_argument("--truth", type=Path, required=True, metavar="MASK",
+        help="label map, folder of them, or data set")
+    options.add_label_options(parser)
+    parser.add_argument("--tolerance", type=float, default=NSD_TOLERANCE_MM, metavar="MM",
         help=f"distance at which {', '.join(m.title for m in METRICS if m.at_tolerance)} still "
-        "counts a surface as right (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--z-margin",
-        type=int,
-        metavar="N",
+        "counts a surface as right (default: %(default)s)")
+    parser.add_argument("--z-margin", type=int, metavar="N",
         help="count only the slices of the organ's extent in the truth and N beyond it "
-        "(default: every slice)",
-    )
+        "(default: every slice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
+    # fmt: on
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     report = evaluate_folder(
         args.prediction,
         args.truth,
-        labels=read_labels(args.labels) if args.labels else None,
+        labels=options.read_labels(args.labels) if args.labels else None,
         nsd_tolerance=args.tolerance,
         z_margin=args.z_margin,
     )

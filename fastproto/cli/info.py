@@ -6,8 +6,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastproto.cli.options import Subparsers, new_parser
-
+HELP = "versions, backends, processor"
+DESCRIPTION = """\
+Show versions, which backends of the fused operation can run on this machine and why the others
+cannot, and what processor and GPUs there are. Please paste it into bug reports; it holds no names
+and no paths."""
 EXAMPLE = """\
   fastproto info
   fastproto info --json > machine.json"""
@@ -15,18 +18,7 @@ EXAMPLE = """\
 PACKAGES = ("torch", "numpy", "SimpleITK", "safetensors", "scipy", "scikit-image")
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the subcommand."""
-    parser = new_parser(
-        subparsers,
-        "info",
-        run,
-        help="versions, backends, processor",
-        description="Show versions, which backends of the fused operation can run on this machine "
-        "and why the others cannot, and what processor and GPUs there are. Please paste it into "
-        "bug reports; it holds no names and no paths.",
-        example=EXAMPLE,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 

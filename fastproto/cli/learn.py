@@ -6,118 +6,77 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastproto.cli.options import (
-    Subparsers,
-    add_label_options,
-    add_runtime_options,
-    add_series_option,
-    choose_classes,
-    labels_beside,
-    new_parser,
-    positive,
-    progress_bar,
-    read_labels,
-    runtime,
-    steps,
-)
-from fastproto.errors import LabelError
+from fastproto.cli import options
+from fastproto.errors import LabelError, require
 
 if TYPE_CHECKING:
     from fastproto.nn.base import FewShotModel
     from fastproto.segmentation import Task
 
+HELP = "turn one annotated scan into a small, reusable task file"
+DESCRIPTION = """\
+Learn the organs drawn in one scan: the model encodes a few annotated slices and is adapted to
+them in a short training. What comes of it is kept in a file that `fastproto segment` uses for any
+number of scans, and that works with the model it was made with and no other. Slices left out of
+it say how well it will do. The file holds no path and no name, but a picture of the scan at low
+resolution unless --prior is box."""
 EXAMPLE = """\
   fastproto learn --image phantom-ct/images/ct_000.nii.gz \\
       --label phantom-ct/labels/ct_000.nii.gz --classes spleen "left kidney" -o organs.task
   fastproto segment --task organs.task -i phantom-ct/images/ct_007.nii.gz -o results"""
 
 POOR_DICE = 0.5  # expected Dice below which an organ was not learned
+_ROW = "{:>7}  {:<24} {:>6} {:>10} {:>13} {:>13}"  # of the report on what was learned
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the subcommand."""
-    parser = new_parser(
-        subparsers,
-        "learn",
-        run,
-        help="turn one annotated scan into a small, reusable task file",
-        description="Learn the organs drawn in one scan: the model encodes a few annotated slices "
-        "and is adapted to them in a short training. What comes of it is kept in a file that "
-        "`fastproto segment` uses for any number of scans, and that works with the model it was "
-        "made with and no other. Slices left out of it say how well it will do. The file holds no "
-        "path and no name, but a picture of the scan at low resolution unless --prior is box.",
-        example=EXAMPLE,
-    )
+# fmt: off
+def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
-    parser.add_argument(
-        "--image", type=Path, required=True, metavar="SCAN", help="image file or DICOM folder"
-    )
-    parser.add_argument(
-        "--label", type=Path, required=True, metavar="MASK", help="label map on the scan's grid"
-    )
+    parser.add_argument("--image", type=Path, required=True, metavar="SCAN",
+        help="image file or DICOM folder")
+    parser.add_argument("--label", type=Path, required=True, metavar="MASK",
+        help="label map on the scan's grid")
     add_example_options(parser)
-    add_series_option(parser)
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="TASK", help="task file to write"
-    )
-    add_runtime_options(parser)
+    options.add_series_option(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="TASK",
+        help="task file to write")
+    options.add_runtime_options(parser)
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
+def add_model_option(parser: options.Options) -> None:
     """``--model`` and ``--backend``."""
-    parser.add_argument(
-        "--model",
-        default="base",
-        metavar="RUN",
+    parser.add_argument("--model", default="base", metavar="RUN",
         help="run folder of `fastproto train`, or its model.safetensors "
-        "(default: %(default)s, the model that comes with the package)",
-    )
-    parser.add_argument(
-        "--backend",
-        metavar="NAME",
-        help="force a backend of the fused operation; `fastproto info` lists them",
-    )
+        "(default: %(default)s, the model that comes with the package)")
+    parser.add_argument("--backend", metavar="NAME",
+        help="force a backend of the fused operation; `fastproto info` lists them")
 
 
-def add_example_options(parser: argparse._ActionsContainer) -> None:
+def add_example_options(parser: options.Options) -> None:
     """What to take from an annotated scan, and how. What is left out is None."""
-    add_label_options(parser)
-    parser.add_argument(
-        "--classes",
-        nargs="+",
-        metavar="ORGAN",
+    options.add_label_options(parser)
+    parser.add_argument("--classes", nargs="+", metavar="ORGAN",
         help="learn only these names or values; what else is drawn counts as background "
-        "(default: the NAME=VALUE pairs of --labels, or else everything drawn)",
-    )
-    parser.add_argument(
-        "--slices",
-        type=positive,
-        metavar="N",
+        "(default: the NAME=VALUE pairs of --labels, or else everything drawn)")
+    parser.add_argument("--slices", type=options.positive, metavar="N",
         help="slices of every organ to learn from, spread evenly over it; a few beyond its ends "
-        "come on top (default: 12)",
-    )
-    parser.add_argument(
-        "--adapt",
-        type=steps,
-        metavar="STEPS",
+        "come on top (default: 12)")
+    parser.add_argument("--adapt", type=options.steps, metavar="STEPS",
         help="training steps on the annotated scan, 0 for none; auto: as many as a few minutes "
-        "allow (default: auto)",
-    )
-    parser.add_argument(
-        "--prior",
-        choices=("box", "affine", "deformable"),
+        "allow (default: auto)")
+    parser.add_argument("--prior", choices=("box", "affine", "deformable"),
         help="how an organ's place is carried over to another scan: by the box of the body, or by "
-        "registration of the two scans (default: deformable)",
-    )
+        "registration of the two scans (default: deformable)")
+# fmt: on
 
 
 def run(args: argparse.Namespace) -> int:
     """Learn the scan's organs and write the task."""
     from fastproto.segmentation import load_model
 
-    with runtime(args) as device:
+    with options.runtime(args) as device:
         model = load_model(args.model, backend=args.backend).to(device)
         task = learn_example(model, args.image, args.label, args, series=args.series)
     task.save(args.output)
@@ -139,21 +98,22 @@ def learn_example(
     from fastproto.segmentation import register
 
     mask = read_label(label)
-    labels = read_labels(args.labels) if args.labels else None
-    if labels is None and (known := labels_beside(label)) is not None:
+    labels = options.read_labels(args.labels) if args.labels else None
+    if labels is None and (known := options.labels_beside(label)) is not None:
         labels = {value: known.get(value, f"label {value}") for value in check_labels(mask)}
     classes = None
-    if args.classes:
-        classes = _chosen(args.classes, labels)
+    if args.classes and labels is not None:
+        classes = options.choose_classes(args.classes, labels, "--classes")
+    elif args.classes:
+        names = ", ".join(item for item in args.classes if not item.isdigit())
+        allowed = "label values, or names that --labels or a dataset.json explains"
+        require(not names, "--classes", found=names, allowed=allowed, error=LabelError)
+        classes = [int(item) for item in args.classes]
     elif labels and args.labels and "=" in args.labels[0]:
         classes = list(labels)
-    options: dict[str, Any] = {"adapt": "auto"}
-    options |= {
-        name: value
-        for name in ("slices", "adapt", "prior")
-        if (value := getattr(args, name)) is not None
-    }
-    with progress_bar("adapting", "step") as advance:
+    chosen = {name: getattr(args, name) for name in ("slices", "adapt", "prior")}
+    given = {"adapt": "auto"} | {k: v for k, v in chosen.items() if v is not None}
+    with options.progress_bar("adapting", "step") as advance:
         task = register(
             model,
             read_volume(image, series=series),
@@ -162,9 +122,17 @@ def learn_example(
             classes=classes,
             progress=advance,
             fingerprint=fingerprint,
-            **options,
+            **given,
         )
-    print(_report(task, image))
+    how = f"adapted in {task.adapted_steps} steps" if task.adapted_steps else "without adaptation"
+    print(f"learned from {image}, {how}:")
+    print(_ROW.format("label", "organ", "slices", "prototypes", "field of view", "expected Dice"))
+    for organ in task.organs:
+        prototypes = sum(map(sum, organ.prototypes.counts()))
+        expected = "-" if organ.expected_dice is None else f"{organ.expected_dice:.2f}"
+        side = f"{organ.side:.0f} mm"
+        row = (organ.value, organ.name, len(organ.slices), prototypes, side, expected)
+        print(_ROW.format(*row))
     for organ in task.organs:
         if organ.expected_dice is not None and organ.expected_dice < POOR_DICE:
             print(
@@ -174,35 +142,3 @@ def learn_example(
                 file=sys.stderr,
             )
     return task
-
-
-def _report(task: Task, image: Path) -> str:
-    """What was learned, organ by organ."""
-    steps = task.adapted_steps
-    adapted = f"adapted in {steps} steps" if steps else "without adaptation"
-    lines = [
-        f"learned from {image}, {adapted}:",
-        f"{'label':>7}  {'organ':<24} {'slices':>6} {'prototypes':>10} {'field of view':>13} "
-        f"{'expected Dice':>13}",
-    ]
-    for organ in task.organs:
-        prototypes = sum(map(sum, organ.prototypes.counts()))
-        expected = "-" if organ.expected_dice is None else f"{organ.expected_dice:.2f}"
-        lines.append(
-            f"{organ.value:>7}  {organ.name:<24} {len(organ.slices):>6} {prototypes:>10} "
-            f"{f'{organ.side:.0f} mm':>13} {expected:>13}"
-        )
-    return "\n".join(lines)
-
-
-def _chosen(items: list[str], labels: dict[int, str] | None) -> list[int]:
-    """Label values of ``--classes``; without a table of names they must be values."""
-    if labels is not None:
-        return choose_classes(items, labels, "--classes")
-    if names := [item for item in items if not item.isdigit()]:
-        raise LabelError(
-            "--classes",
-            found=", ".join(names),
-            allowed="label values, or names that --labels or a dataset.json explains",
-        )
-    return [int(item) for item in items]

@@ -14,22 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastproto.cli import options
 from fastproto.cli.learn import add_example_options, add_model_option, learn_example
-from fastproto.cli.options import (
-    Subparsers,
-    add_runtime_options,
-    add_series_option,
-    new_parser,
-    positive,
-    progress_bar,
-    runtime,
-)
-from fastproto.errors import ArgumentError, FastprotoError, VolumeError
+from fastproto.errors import FastprotoError, VolumeError, require
 
 if TYPE_CHECKING:
-    from fastproto.data import Volume
     from fastproto.segmentation import Segmentation, Task
 
+HELP = "find the organs of an annotated scan in new scans"
+DESCRIPTION = """\
+Segment one scan, a DICOM series, or every scan of a folder, as an annotated scan shows. The
+result has the grid of its scan (size, spacing, origin, direction) and the label values of the
+annotated scan. Where one scan of a folder fails, the others still go on."""
 EXAMPLE = """\
   fastproto phantom --out phantom-ct --patients 8
   fastproto segment --example phantom-ct/images/ct_000.nii.gz phantom-ct/labels/ct_000.nii.gz \\
@@ -41,77 +37,33 @@ EXIT_SOME_FAILED = 2
 _EXAMPLE_OPTIONS = ("labels", "classes", "slices", "adapt")  # which a task file has decided on
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the subcommand."""
-    parser = new_parser(
-        subparsers,
-        "segment",
-        run,
-        help="find the organs of an annotated scan in new scans",
-        description="Segment one scan, a DICOM series, or every scan of a folder, as an annotated "
-        "scan shows. The result has the grid of its scan (size, spacing, origin, direction) and "
-        "the label values of the annotated scan. Where one scan of a folder fails, the others "
-        "still go on.",
-        example=EXAMPLE,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
     add_model_option(parser)
     source = parser.add_argument_group("what to find (one of the two)")
-    source.add_argument(
-        "--example",
-        nargs=2,
-        action="append",
-        type=Path,
-        metavar=("SCAN", "MASK"),
+    source.add_argument("--example", nargs=2, action="append", type=Path, metavar=("SCAN", "MASK"),
         help="annotated scan and its label map, learned on the spot; given more than once, all "
-        "examples count alike",
-    )
-    source.add_argument(
-        "--task",
-        action="append",
-        type=Path,
-        metavar="TASK",
-        help="task file of `fastproto learn`; can be given more than once as well",
-    )
+        "examples count alike")
+    source.add_argument("--task", action="append", type=Path, metavar="TASK",
+        help="task file of `fastproto learn`; can be given more than once as well")
     add_example_options(parser.add_argument_group("how to learn an example"))
-    parser.add_argument(
-        "-i",
-        "--input",
-        type=Path,
-        required=True,
-        metavar="SCAN",
-        help="image file, DICOM series folder, or folder of these",
-    )
-    add_series_option(parser)
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="OUT",
+    parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCAN",
+        help="image file, DICOM series folder, or folder of these")
+    options.add_series_option(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
         help="label map to write (.nii.gz, .nii, .nrrd, .mha) or, for several scans, the folder "
-        "for SCAN.nii.gz; an older result is replaced only by a complete new one",
-    )
-    parser.add_argument(
-        "--probabilities",
-        action="store_true",
+        "for SCAN.nii.gz; an older result is replaced only by a complete new one")
+    parser.add_argument("--probabilities", action="store_true",
         help="also write OUT-probabilities/VALUE-ORGAN.nii.gz, one float32 volume per organ: "
-        "3-D files open in every viewer, and only one organ at a time needs to be loaded",
-    )
-    parser.add_argument(
-        "--uncertainty",
-        action="store_true",
-        help="also write OUT-uncertainty.nii.gz: how undecided every voxel is, in bits",
-    )
-    parser.add_argument(
-        "--overlay",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="write OUT.png as well: slices with coloured organs",
-    )
-    parser.add_argument(
-        "--batch-size", type=positive, metavar="N", help="slices at once (default: 8)"
-    )
-    add_runtime_options(parser)
+        "3-D files open in every viewer, and only one organ at a time needs to be loaded")
+    parser.add_argument("--uncertainty", action="store_true",
+        help="also write OUT-uncertainty.nii.gz: how undecided every voxel is, in bits")
+    parser.add_argument("--overlay", action=argparse.BooleanOptionalAction, default=True,
+        help="write OUT.png as well: slices with coloured organs")
+    parser.add_argument("--batch-size", type=options.positive, metavar="N",
+        help="slices at once (default: 8)")
+    options.add_runtime_options(parser)
+    # fmt: on
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check_source(args)
     jobs = plan_outputs(args.input, find_scans(args.input), args.output)
-    with runtime(args) as device:
+    with options.runtime(args) as device:
         model = load_model(args.model, backend=args.backend).to(device)
         fingerprint = model.fingerprint()  # nothing below changes the weights
         if args.task:
@@ -178,24 +130,29 @@ def find_scans(path: Path) -> list[Path]:
         raise VolumeError(
             path, found=f"what cannot be read ({error})", allowed="files and folders you may read"
         ) from error
-    if scans:
-        return scans
-    if any(entry.is_file() for entry in entries):
-        return [path]  # `read_volume` says whether it is a DICOM series, and what is wrong with it
-    raise VolumeError(
+    require(
+        scans or any(entry.is_file() for entry in entries),
         path,
         found="no image file and no DICOM series",
         allowed=f"files ending in {', '.join(READABLE)}, or folders of DICOM slices",
+        error=VolumeError,
     )
+    return scans or [path]  # `read_volume` says whether it is a series, and what is wrong with it
+
+
+def _holds_dicom(folder: Path) -> bool:
+    """Whether a folder has a DICOM file: 128 bytes of preamble, then ``DICM``."""
+    for entry in filter(Path.is_file, folder.iterdir()):
+        with entry.open("rb") as file:
+            if file.read(132)[128:] == b"DICM":
+                return True
+    return False
 
 
 def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
-    """Pair every scan with the label map to write for it.
+    """Pair every scan found at ``source`` with the label map to write for it.
 
-    Args:
-        source: What the user asked for; where it is the one scan, ``output`` may be a file.
-        scans: The scans found there.
-        output: A file or a folder.
+    Where ``source`` is the one scan, ``output`` may be a file.
 
     Raises:
         ArgumentError: Several scans for one file, two scans of one name, a result that would
@@ -204,14 +161,10 @@ def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tupl
     from fastproto.data.volume import WRITABLE, volume_suffix
 
     if suffix := volume_suffix(output):
-        if suffix not in WRITABLE or not output.name.endswith(suffix):
-            raise ArgumentError("--output", found=str(output), allowed=", ".join(WRITABLE))
-        if list(scans) != [source]:
-            raise ArgumentError(
-                "--output",
-                found=f"the file {output} for the {len(scans)} scans of a folder",
-                allowed="a folder",
-            )
+        writable = suffix in WRITABLE and output.name.endswith(suffix)
+        require(writable, "--output", found=str(output), allowed=", ".join(WRITABLE))
+        found = f"the file {output} for the {len(scans)} scans of a folder"
+        require(list(scans) == [source], "--output", found=found, allowed="a folder")
         jobs = [(source, output)]
     else:
         names = [stem(scan) for scan in scans]
@@ -221,13 +174,13 @@ def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tupl
     inputs = {scan.resolve() for scan in scans}
     taken: set[Path] = set()
     for scan, target in jobs:
-        if target.resolve() in inputs or target in taken:
-            raise ArgumentError(
-                "--output",
-                found=f"that the result of {scan} would overwrite another file of this command",
-                allowed="a name of its own for each result",
-                fix="Choose another output folder, or rename one of the scans.",
-            )
+        require(
+            target.resolve() not in inputs and target not in taken,
+            "--output",
+            found=f"that the result of {scan} would overwrite another file of this command",
+            allowed="a name of its own for each result",
+            fix="Choose another output folder, or rename one of the scans.",
+        )
         taken.add(target)
     return jobs
 
@@ -254,24 +207,27 @@ def _segment_scan(
     started = time.perf_counter()
     names = {value: name for task in tasks for value, name in task.labels.items()}
     volume = read_volume(scan, series=args.series)
-    with progress_bar(stem(scan), "slice") as advance:
+    with options.progress_bar(stem(scan), "slice") as advance:
         result = segment(volume, progress=advance)
     write_volume(output, result.labels, like=volume)
     base = output.parent / stem(output)
+    probabilities = result.probabilities or {}
     if args.probabilities:
-        for value, probability in (result.probabilities or {}).items():
+        for value, probability in probabilities.items():
             name = re.sub(r"[^\w-]+", "_", names[value])
-            folder = base.with_name(f"{base.name}-probabilities")
-            write_volume(folder / f"{value}-{name}.nii.gz", probability, like=volume)
+            write_volume(f"{base}-probabilities/{value}-{name}.nii.gz", probability, like=volume)
     if args.uncertainty:
-        entropy = uncertainty((result.probabilities or {}).values())
-        write_volume(base.with_name(f"{base.name}-uncertainty.nii.gz"), entropy, like=volume)
+        entropy = uncertainty(probabilities.values())
+        write_volume(f"{base}-uncertainty.nii.gz", entropy, like=volume)
     if args.overlay:
         label = dataclasses.replace(volume, array=result.labels, path=output)
-        picture = base.with_name(f"{base.name}.png")
-        write_overlay(picture, volume, label, tasks[0].preprocessing, names)
-    seconds = time.perf_counter() - started
-    print(f"{scan} -> {output} ({_describe(names, result, volume)}; {seconds:.1f} s)")
+        write_overlay(f"{base}.png", volume, label, tasks[0].preprocessing, names)
+    millilitres = math.prod(volume.spacing) / 1000
+    sizes = ", ".join(
+        f"{name} {(result.labels == value).sum() * millilitres:.1f} ml"
+        for value, name in names.items()
+    )
+    print(f"{scan} -> {output} ({sizes}; {time.perf_counter() - started:.1f} s)")
     warnings = [f"{names[value]} is probably not in this scan" for value in result.absent()]
     if result.prior.fallback:
         warnings.append(f"not registered, only body boxes were compared ({result.prior.fallback})")
@@ -279,37 +235,18 @@ def _segment_scan(
         print(f"fastproto: warning: {scan}: {warning}", file=sys.stderr)
 
 
-def _describe(names: dict[int, str], result: Segmentation, volume: Volume) -> str:
-    """The volume of every organ in the result, for the line that reports a scan."""
-    millilitres = math.prod(volume.spacing) / 1000
-    return ", ".join(
-        f"{name} {(result.labels == value).sum() * millilitres:.1f} ml"
-        for value, name in names.items()
-    )
-
-
 def _check_source(args: argparse.Namespace) -> None:
     """Either task files or annotated scans with their label maps."""
-    if bool(args.task) == bool(args.example):
-        raise ArgumentError(
-            "--example",
-            found="task files and annotated scans" if args.task else "nothing to find",
-            allowed="--example SCAN MASK, or --task TASK",
-        )
-    given = [name for name in _EXAMPLE_OPTIONS if getattr(args, name) is not None]
-    if args.task and given:
-        raise ArgumentError(
-            ", ".join(f"--{name}" for name in given),
-            found="that it is given with --task",
-            allowed="it with --example; a task file has learned already",
-        )
-
-
-def _holds_dicom(folder: Path) -> bool:
-    """Whether a folder has a DICOM file: 128 bytes of preamble, then ``DICM``."""
-    for entry in folder.iterdir():
-        if entry.is_file():
-            with entry.open("rb") as file:
-                if file.read(132)[128:] == b"DICM":
-                    return True
-    return False
+    require(
+        bool(args.task) != bool(args.example),
+        "--example",
+        found="task files and annotated scans" if args.task else "nothing to find",
+        allowed="--example SCAN MASK, or --task TASK",
+    )
+    given = [f"--{name}" for name in _EXAMPLE_OPTIONS if getattr(args, name) is not None]
+    require(
+        not (args.task and given),
+        ", ".join(given),
+        found="that it is given with --task",
+        allowed="it with --example; a task file has learned already",
+    )

@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastproto.cli.options import Subparsers, add_runtime_options, new_parser, runtime
-from fastproto.errors import ArgumentError
-from fastproto.training.config import TrainConfig, describe
+from fastproto.cli import options
+from fastproto.errors import require
+from fastproto.training.config import TrainConfig
 
+HELP = "train a model on scans of your own, without labels or with some"
+DESCRIPTION = """\
+Train a model that segments from examples. It needs no label: it learns to find pieces of tissue
+(supervoxels) again, in the same slice under random changes or in a neighbouring one. Where a data
+set has labels, a share of the training is on them; held-out classes are never a foreground and
+held-out cases are never read, so that both can measure it afterwards. The run folder gets
+model.safetensors, the training state, log.jsonl and config.json. Ctrl-C is safe: --resume goes on
+from the last checkpoint."""
 EXAMPLE = """\
   fastproto train --data scans-ct more/scans-mr --model base --minutes 60 --out run
   fastproto phantom --out phantom-ct --patients 8
@@ -23,48 +29,20 @@ EXAMPLE = """\
 _UNLIMITED = 10**9  # steps, where minutes decide
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the subcommand. Absent options keep the defaults of `TrainConfig`, written once there."""
-    parser = new_parser(
-        subparsers,
-        "train",
-        run,
-        help="train a model on scans of your own, without labels or with some",
-        description="Train a model that segments from examples. It needs no label: it learns to "
-        "find pieces of tissue (supervoxels) again, in the same slice under random changes or in a "
-        "neighbouring one. Where a data set has labels, a share of the training is on them; "
-        "held-out classes are never a foreground and "
-        "held-out cases are never read, so that both can measure it afterwards. The run folder "
-        "gets model.safetensors, the training state, log.jsonl and config.json. Ctrl-C is safe: "
-        "--resume goes on from the last checkpoint.",
-        example=EXAMPLE,
-        argument_default=argparse.SUPPRESS,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Absent options keep the defaults of `TrainConfig`, written once there."""
+    parser.argument_default = argparse.SUPPRESS
     groups = {name: parser.add_argument_group(name) for name in ("data", "training")}
-    for option in fields(TrainConfig):
-        about = option.metadata
-        flag, _, metavar = about["flag"].partition(" ")
-        if flag:
-            argument = {**about["allowed"].argument, **about["argument"]}
-            argument |= {"metavar": metavar} if metavar else {}
-            group = groups[about["group"]]
-            group.add_argument(flag, dest=option.name, help=describe(option), **argument)
-    groups["training"].add_argument(
-        "--set",
-        dest="settings",
-        nargs="+",
-        default=[],
+    options.add_fields(TrainConfig, groups)
+    # fmt: off
+    groups["training"].add_argument("--set", dest="settings", nargs="+", default=[],
         metavar="NAME=VALUE",
-        help="any other field of fastproto.training.TrainConfig, such as absent_fraction=0.1",
-    )
-    groups["training"].add_argument(
-        "--resume",
-        action="store_true",
-        default=False,
+        help="any other field of fastproto.training.TrainConfig, such as absent_fraction=0.1")
+    groups["training"].add_argument("--resume", action="store_true", default=False,
         help="continue the run in RUN from its last checkpoint, bit for bit; options that are "
-        "left out are those of the run",
-    )
-    add_runtime_options(parser)
+        "left out are those of the run")
+    # fmt: on
+    options.add_runtime_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,31 +52,14 @@ def run(args: argparse.Namespace) -> int:
     values: dict[str, Any] = {}
     if args.resume:
         values = TrainConfig.load(Path(args.output, "config.json")).to_dict()
-    flags = {option.name for option in fields(TrainConfig) if option.metadata["flag"]}
-    given = {name: value for name, value in vars(args).items() if name in flags}
-    if "minutes" in given and not args.resume:
-        given.setdefault("steps", _UNLIMITED)
-    values |= given
-    values |= read_settings(args.settings)
+    chosen = options.given(TrainConfig, args)
+    if "minutes" in chosen and not args.resume:
+        chosen.setdefault("steps", _UNLIMITED)
+    values |= chosen | options.read_settings(args.settings)
     if args.device != "auto":
         values["device"] = args.device
-    if "data" not in values:
-        raise ArgumentError("--data", found="nothing", allowed="folders of scans")
-    with runtime(args):
+    require("data" in values, "--data", found="nothing", allowed="folders of scans")
+    with options.runtime(args):
         folder = train(TrainConfig.from_dict(values), resume=args.resume)
     print(f"{folder}: model.safetensors, log.jsonl")
     return 0
-
-
-def read_settings(pairs: list[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` pairs; a value is JSON where it can be, else text."""
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ArgumentError("--set", found=pair, allowed="NAME=VALUE")
-        try:
-            settings[name] = json.loads(text)
-        except ValueError:
-            settings[name] = text
-    return settings

@@ -12,7 +12,6 @@ import datetime
 import functools
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,12 @@ from fastproto._files import write_text
 from fastproto.data.dataset import Case, Dataset, open_dataset
 from fastproto.data.preprocessing import canonical
 from fastproto.data.volume import Volume, check_labels, read_label, read_volume
-from fastproto.errors import ArgumentError, CheckpointError, DatasetError, LabelError, OutputError
+from fastproto.errors import CheckpointError, DatasetError, LabelError, require
 from fastproto.evaluation.measure import evaluate_case
 from fastproto.evaluation.methods import Example, Learned, LearnedNetwork, make_method
 from fastproto.evaluation.metrics import dice
 from fastproto.evaluation.protocol import CHUNKS, episodic_dice, folds
-from fastproto.evaluation.report import (
-    json_text,
-    machine,
-    quoted,
-    summarise,
-    versions,
-    without_nan,
-)
+from fastproto.evaluation.report import json_text, machine, quoted, summarise, versions, without_nan
 from fastproto.evaluation.settings import EPISODIC, NO_MODEL, WITHOUT_MODEL, CrossValidation
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.learn import model_preprocessing
@@ -42,28 +34,13 @@ from fastproto.segmentation.task import load_model
 from fastproto.training.config import TrainConfig
 from fastproto.training.trainer import train
 
-# Of the settings, what a run that goes on may change: it only adds work, or is found elsewhere.
-_FREE = ("data", "more_data", "output", "methods", "protocols", "annotated", "device", "progress")
-
+# Of the settings, those that a run that goes on must share: the others only add work, or say where.
+_SHARED = ("test_cases", "folds", "setting", "classes", "groups", "model", "training", "z_margin")
 KEY = ("round", "fold", "annotated", "query", "method", "protocol")  # of a measurement
 
 
-@dataclasses.dataclass(frozen=True)
-class _Round:
-    """One fold and one group of organs: what one training serves."""
-
-    fold: int
-    tests: list[str]
-    organs: dict[int, str]
-    name: str
-
-
 def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
-    """Measure what is not measured yet, and sum up.
-
-    Args:
-        config: What to do.
-        command: The command line, for the record.
+    """Measure what is not measured yet, and sum up; ``command`` is for the record.
 
     Returns:
         What ``summary.json`` holds: the results (see `summarise`) and where they come from.
@@ -73,16 +50,24 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
         CheckpointError: The output folder holds results of other settings.
     """
     dataset = open_dataset(config.data)
-    rounds = _rounds(config, dataset)
-    given = None
-    if config.model not in (None, NO_MODEL):
-        given = load_model(config.model)
-        _check_unseen(given, dataset, rounds)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
-    settings |= {
+    given = load_model(config.model) if config.model not in (None, NO_MODEL) else None
+    rounds = _rounds(config, dataset, given)
+    if given and dataset.name in str(given.extra.get("dataset")):
+        tests = {id_ for round_ in rounds for id_ in round_.tests}
+        seen = ", ".join(sorted(tests & {*given.extra.get("training_cases", [])}))
+        require(
+            not seen,
+            "model",
+            found=f"that it was trained on {seen}",
+            allowed="test cases that it never saw",
+            fix="Name such cases with --test-cases, or leave --model out and train.",
+        )
+    values = dataclasses.asdict(config)
+    settings = {name: values[name] for name in _SHARED} | {
+        "options": config.options,
+        "model": given.fingerprint() if given else config.model,
         "data": dataset.name,
         "more_data": [Path(path).name for path in config.more_data],
-        "model": given.fingerprint() if given else config.model,
     }
     results = ResultFile(Path(config.output) / "results.jsonl", settings)
     work = [
@@ -91,22 +76,16 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
         for case in dataset.select(config.annotated or round_.tests)
     ]
     total = sum(len(queries) for *_, queries in work)
-    if total == 0:
-        raise ArgumentError(
-            "test_cases", found="no case but the annotated one", allowed="a case to segment"
-        )
-    models = {
-        round_.name: functools.cache(functools.partial(_model, config, dataset, round_, given))
-        for round_ in rounds
-    }
+    found = "no case but the annotated one"
+    require(total, "test_cases", found=found, allowed="a case to segment")
     with tqdm(total=total, unit="scan", disable=not config.progress) as bar:
         for round_, case, queries in work:
-            teacher = _Teacher(config, dataset, case, round_, models[round_.name])
+            teacher = _Teacher(round_, case)
             for query in queries:
                 bar.set_postfix_str(f"{round_.name}, {case.id} -> {query.id}", refresh=False)
                 teacher.measure(query, results)
                 bar.update()
-    training, minutes = _trainings(config, rounds)
+    training, minutes = _trainings(rounds)
     summary = {
         "date": datetime.date.today().isoformat(),
         "command": command,
@@ -119,7 +98,7 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
         "settings": settings,
         "training": training,
         "training_minutes": minutes,
-        "results": summarise(results.units),
+        "results": summarise(results.units.values()),
         "quoted": quoted(dataset.name),
     }
     write_text(Path(config.output) / "summary.json", json_text(summary, indent=1))
@@ -133,6 +112,9 @@ class ResultFile:
         path: The file; a last line that a killed process left unfinished is dropped.
         settings: Of the run that goes on or begins.
 
+    Attributes:
+        units: The measurements, by their values of ``KEY``.
+
     Raises:
         CheckpointError: The file holds results of other settings, or is damaged.
         OutputError: It cannot be written.
@@ -140,98 +122,136 @@ class ResultFile:
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
-        self.units: list[dict[str, Any]] = []
         settings = json.loads(json.dumps(settings))  # tuples are lists now
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()
+        self._lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+        self._lines = self._lines or [json_text(settings)]
         try:
-            head, *self.units = [json.loads(line) for line in lines] or [settings]
-            self._done = {self._key(unit) for unit in self.units}
-        except (ValueError, KeyError, TypeError) as error:
+            head, *units = map(json.loads, self._lines)
+            self.units = {tuple(unit[name] for name in KEY): unit for unit in units}
+            changed = [name for name in settings if head.get(name) != settings[name]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 path, found=f"a damaged line ({error})", allowed="what crossval wrote"
             ) from error
-        if head != settings:
-            changed = [k for k in settings if head.get(k) != settings[k]]
-            raise CheckpointError(
-                path,
-                found=f"results with another {', '.join(changed)}",
-                allowed="results of the same settings",
-                fix="Choose another output folder, or delete the old results.",
-            )
-        write_text(path, "".join(line + "\n" for line in lines or [json.dumps(settings)]))
+        require(
+            head == settings,
+            path,
+            found=f"results with another {', '.join(changed)}",
+            allowed="results of the same settings",
+            fix="Choose another output folder, or delete the old results.",
+            error=CheckpointError,
+        )
+        write_text(path, "".join(self._lines))
 
-    def has(self, key: dict[str, Any]) -> bool:
-        """Whether a measurement is finished."""
-        return self._key(key) in self._done
-
-    def add(self, key: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    def add(self, key: tuple[Any, ...], rows: list[dict[str, Any]]) -> None:
         """Keep a finished measurement."""
-        unit = {**key, "rows": without_nan(rows)}
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json_text(unit))
-        except OSError as error:
-            raise OutputError(
-                self.path,
-                found=f"that it cannot be written ({error.strerror})",
-                allowed="a writable folder with free space",
-                fix="Free some space and run the same command again.",
-            ) from error
-        self.units.append(unit)
-        self._done.add(self._key(unit))
+        unit = dict(zip(KEY, key, strict=True)) | {"rows": without_nan(rows)}
+        self._lines.append(json_text(unit))
+        write_text(self.path, "".join(self._lines))
+        self.units[key] = unit
 
-    @staticmethod
-    def _key(unit: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(unit[k] for k in KEY)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Round:
+    """One fold and one group of organs: what one training serves."""
+
+    config: CrossValidation
+    dataset: Dataset
+    given: FewShotModel | None
+    fold: int
+    tests: list[str]
+    organs: dict[int, str]
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Of its training."""
+        return Path(self.config.output) / "training" / self.name
+
+    @functools.cached_property
+    def model(self) -> FewShotModel:
+        """The given model, or one trained for this round, now or earlier."""
+        config, folder = self.config, self.folder
+        if self.given is not None:
+            return self.given.to(config.device)
+        if not (folder / "finished").exists():
+            kept = folder / "supervoxels"  # the same for all rounds
+            if not kept.is_symlink():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder.parent / "supervoxels").mkdir(exist_ok=True)
+                kept.symlink_to(Path("..", "supervoxels"), target_is_directory=True)
+            defaults: dict[str, Any] = {"label_fraction": 0.0, "validation_episodes": 0}
+            if "minutes" in config.training:
+                defaults["steps"] = 10**9  # the minutes decide
+            fixed = {
+                "data": (str(self.dataset.root), *config.more_data),
+                "output": str(folder),
+                "holdout": tuple(self.organs.values()),
+                "holdout_cases": (*self.tests, *config.training.get("holdout_cases", ())),
+                "drop_excluded_slices": config.setting == 2,
+                "device": config.device,
+                "progress": config.progress,
+            }
+            settings = TrainConfig.from_dict({**defaults, **config.training, **fixed})
+            train(settings, resume=(folder / "config.json").exists())
+            (folder / "finished").touch()
+        return load_model(folder).to(config.device)
+
+    def read(self, case: Case) -> tuple[Volume, Volume]:
+        """A scan and its label map."""
+        if case.label is None:
+            raise DatasetError(
+                f"{self.dataset.root}: case {case.id}",
+                found="no label map",
+                allowed="a label map for every case that is annotated or tested",
+            )
+        return read_volume(case.image), read_label(case.label)
 
 
 @dataclasses.dataclass(eq=False)
 class _Teacher:
     """One annotated case, and what methods learnt from it; nothing is read before it is needed."""
 
-    config: CrossValidation
-    dataset: Dataset
-    case: Case
     round: _Round
-    model: Callable[[], FewShotModel]
+    case: Case
     _learned: dict[str, Learned] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def example(self) -> Example:
         """The organs that the case shows."""
-        image, label = _read(self.dataset, self.case)
+        image, label = self.round.read(self.case)
         found = check_labels(label, needed=False)
         organs = {value: name for value, name in self.round.organs.items() if value in found}
-        if not organs:
-            raise LabelError(
-                label.name,
-                found="none of the organs",
-                allowed=f"an annotated scan of {', '.join(self.round.organs.values())}",
-                fix="Name the cases to learn from with --annotated.",
-            )
-        modality, plane = self.dataset.modality, "axial"
-        if self.config.model != NO_MODEL and self.config.needing_model:
-            plane = model_preprocessing(self.model(), modality).plane
+        require(
+            organs,
+            label.name,
+            found="none of the organs",
+            allowed=f"an annotated scan of {', '.join(self.round.organs.values())}",
+            fix="Name the cases to learn from with --annotated.",
+            error=LabelError,
+        )
+        config, modality, plane = self.round.config, self.round.dataset.modality, "axial"
+        if config.model != NO_MODEL and config.needing_model:
+            plane = model_preprocessing(self.round.model, modality).plane
         return Example(image, label, organs, modality, plane)
 
     def learned(self, method: str) -> Learned:
         """What a method made of it."""
         if method not in self._learned:
-            model = None if method in WITHOUT_MODEL else self.model()
-            learn = make_method(method, model, **self.config.options)
+            model = None if method in WITHOUT_MODEL else self.round.model
+            learn = make_method(method, model, **self.round.config.options)
             self._learned[method] = learn(self.example)
         return self._learned[method]
 
     def measure(self, query: Case, results: ResultFile) -> None:
         """What is not measured yet with one query."""
-        scan = None
-        for method, protocol in itertools.product(self.config.methods, self.config.protocols):
-            place = (self.round.name, self.round.fold, self.case.id, query.id)
-            key = dict(zip(KEY, (*place, method, protocol), strict=True))
+        config, scan = self.round.config, None
+        for method, protocol in itertools.product(config.methods, config.protocols):
+            key = (self.round.name, self.round.fold, self.case.id, query.id, method, protocol)
             defined = protocol == "whole" or method in EPISODIC
-            if defined and not results.has(key):
-                scan = scan or _read(self.dataset, query)
+            if defined and key not in results.units:
+                scan = scan or self.round.read(query)
                 results.add(key, self.rows(method, protocol, *scan))
 
     def rows(self, method: str, protocol: str, scan: Volume, truth: Volume) -> list[dict[str, Any]]:
@@ -251,103 +271,39 @@ class _Teacher:
                 self.example.masks(truth, organ),
                 learned.slice_segmenter(scan, organ),
                 chunks=CHUNKS[protocol],
-                z_margin=self.config.z_margin,
+                z_margin=self.round.config.z_margin,
             )
             rows.append({"variant": "network", "label": organ, "organ": name, dice.name: score})
         return rows
 
 
-def _rounds(config: CrossValidation, dataset: Dataset) -> list[_Round]:
+def _rounds(config: CrossValidation, dataset: Dataset, given: FewShotModel | None) -> list[_Round]:
     """Every fold with every group of organs."""
     if config.test_cases:
         tests = [[case.id for case in dataset.select(config.test_cases)]]
     else:
         tests = folds([case.id for case in dataset.cases], config.folds)
-    groups = [dataset.label_ids(group) for group in config.groups]
-    groups = groups or [dataset.label_ids(config.classes or dataset.labels)]
-    if not all(groups):
-        raise DatasetError(
-            dataset.root, found="no named label", allowed="a dataset.json that names the organs"
-        )
+    groups = config.groups or [config.classes or dataset.labels]
+    named = [dataset.label_ids(group) for group in groups]
+    allowed = "a dataset.json that names the organs"
+    require(all(named), dataset.root, found="no named label", allowed=allowed, error=DatasetError)
     rounds = []
-    for (fold, cases), group in itertools.product(enumerate(tests), groups):
+    for (fold, cases), group in itertools.product(enumerate(tests), named):
         name = "test" if config.test_cases else f"fold-{fold}"
         if config.groups:
             name += "-without-" + "-".join(map(str, group))
         organs = {value: dataset.labels[value] for value in group}
-        rounds.append(_Round(fold, cases, organs, name))
+        rounds.append(_Round(config, dataset, given, fold, cases, organs, name))
     return rounds
 
 
-def _read(dataset: Dataset, case: Case) -> tuple[Volume, Volume]:
-    if case.label is None:
-        raise DatasetError(
-            f"{dataset.root}: case {case.id}",
-            found="no label map",
-            allowed="a label map for every case that is annotated or tested",
-        )
-    return read_volume(case.image), read_label(case.label)
-
-
-def _check_unseen(model: FewShotModel, dataset: Dataset, rounds: list[_Round]) -> None:
-    """Raise where the model was trained on a patient that is to test it."""
-    if dataset.name not in str(model.extra.get("dataset")):
-        return
-    tests = {id_ for round_ in rounds for id_ in round_.tests}
-    if seen := sorted(tests & {*model.extra.get("training_cases", [])}):
-        raise ArgumentError(
-            "model",
-            found=f"that it was trained on {', '.join(seen)}",
-            allowed="test cases that it never saw",
-            fix="Name such cases with --test-cases, or leave --model out and train.",
-        )
-
-
-def _folder(config: CrossValidation, round_: _Round) -> Path:
-    return Path(config.output) / "training" / round_.name
-
-
-def _model(
-    config: CrossValidation, dataset: Dataset, round_: _Round, given: FewShotModel | None
-) -> FewShotModel:
-    """The given model, or one trained for this round, now or earlier."""
-    if given is not None:
-        return given.to(config.device)
-    folder = _folder(config, round_)
-    finished = folder / "finished"
-    if not finished.exists():
-        kept = folder / "supervoxels"  # the same for all rounds
-        if not kept.is_symlink():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder.parent / "supervoxels").mkdir(exist_ok=True)
-            kept.symlink_to(Path("..", "supervoxels"), target_is_directory=True)
-        defaults: dict[str, Any] = {"label_fraction": 0.0, "validation_episodes": 0}
-        if "minutes" in config.training:
-            defaults["steps"] = 10**9  # the minutes decide
-        fixed = {
-            "data": (str(dataset.root), *config.more_data),
-            "output": str(folder),
-            "holdout": tuple(round_.organs.values()),
-            "holdout_cases": (*round_.tests, *config.training.get("holdout_cases", ())),
-            "drop_excluded_slices": config.setting == 2,
-            "device": config.device,
-            "progress": config.progress,
-        }
-        settings = TrainConfig.from_dict({**defaults, **config.training, **fixed})
-        train(settings, resume=(folder / "config.json").exists())
-        finished.touch()
-    return load_model(folder).to(config.device)
-
-
-def _trainings(
-    config: CrossValidation, rounds: list[_Round]
-) -> tuple[dict[str, Any], dict[str, float]]:
+def _trainings(rounds: list[_Round]) -> tuple[dict[str, Any], dict[str, float]]:
     """How the rounds were trained, and the minutes each took; empty without training."""
     settings: dict[str, Any] = {}
     minutes = {}
-    for round_ in rounds if config.model is None else []:
-        folder = _folder(config, round_)
-        if (folder / "finished").exists():
+    for round_ in rounds:
+        folder = round_.folder
+        if round_.config.model is None and (folder / "finished").exists():
             settings = TrainConfig.load(folder / "config.json").to_dict()
             log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
             seconds = sum(json.loads(line).get("seconds", 0) for line in log)

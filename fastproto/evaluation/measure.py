@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from fastproto.data.volume import (
     volume_suffix,
     without_suffix,
 )
-from fastproto.errors import ArgumentError, DatasetError, LabelError
+from fastproto.errors import DatasetError, LabelError, require
 from fastproto.evaluation.metrics import METRICS, NSD_TOLERANCE_MM
 from fastproto.evaluation.protocol import counted_slices
 from fastproto.evaluation.report import Report
@@ -66,31 +66,35 @@ def evaluate_case(
         LabelError: A label map is not made of integers.
         ArgumentError: ``labels``, ``nsd_tolerance`` or ``z_margin`` is out of range.
     """
-    if not labels or any(not isinstance(label, int) or label < 1 for label in labels):
-        raise ArgumentError(
-            "labels",
-            found=repr(dict(labels)),
-            allowed="at least one label: {1: 'liver', ...}, values from 1",
-        )
-    if z_margin is not None and (not isinstance(z_margin, int) or z_margin < 0):
-        raise ArgumentError(
-            "z_margin", found=repr(z_margin), allowed="None or a whole number of slices from 0"
-        )
+    require(
+        labels and all(isinstance(label, int) and label >= 1 for label in labels),
+        "labels",
+        found=repr(dict(labels)),
+        allowed="at least one label: {1: 'liver', ...}, values from 1",
+    )
+    require(
+        z_margin is None or (isinstance(z_margin, int) and z_margin >= 0),
+        "z_margin",
+        found=repr(z_margin),
+        allowed="None or a whole number of slices from 0",
+    )
     check_same_grid(truth, prediction)
     for volume in (prediction, truth):
-        if volume.array.dtype.kind not in "iu":
-            raise LabelError(
-                volume.name,
-                found=f"{volume.array.dtype} values",
-                allowed="a label map of integers, as read_label gives it",
-            )
+        require(
+            volume.array.dtype.kind in "iu",
+            volume.name,
+            found=f"{volume.array.dtype} values",
+            allowed="a label map of integers, as read_label gives it",
+            error=LabelError,
+        )
     spacing = truth.spacing[::-1]
     voxel_ml = math.prod(spacing) / 1000
-    axial = _axial_axis(truth)
+    letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(truth.direction)
+    axial = 2 - next(axis for axis, letter in enumerate(letters) if letter in "SI")
     boxes = [find_objects(volume.array, max(labels)) for volume in (prediction, truth)]
     rows = []
     for label, organ in labels.items():
-        box = _union(boxes[0][label - 1], boxes[1][label - 1])
+        box = _union(*(found[label - 1] for found in boxes))
         predicted, true = prediction.array[box] == label, truth.array[box] == label
         if z_margin is not None:  # beyond the box there is nothing to count
             numbers = counted_slices(np.moveaxis(true, axial, 0), z_margin)
@@ -139,20 +143,26 @@ def evaluate_folder(
     if prediction.is_file() and truth.is_file():
         true_files = dict.fromkeys(predicted_files, truth)
     cases = [case for case in true_files if case in predicted_files]
-    if not cases:
-        raise DatasetError(
-            prediction,
-            found=f"no label map with the name of a case in {truth}",
-            allowed=f"CASE.nii.gz (or another of {', '.join(READABLE)}) for a case of the truth",
-            fix="Name the predictions as the files they are to be compared with.",
-        )
+    require(
+        cases,
+        prediction,
+        found=f"no label map with the name of a case in {truth}",
+        allowed=f"CASE.nii.gz (or another of {', '.join(READABLE)}) for a case of the truth",
+        fix="Name the predictions as the files they are to be compared with.",
+        error=DatasetError,
+    )
     known = labels or dataset_labels
     if known is None:
-        known = _labels_in(true_files[case] for case in cases)
-        if not known:
-            raise LabelError(
-                truth, found="no voxel above 0", allowed="at least one annotated organ"
-            )
+        maps = (read_label(true_files[case]) for case in cases)
+        values = {value for true in maps for value in check_labels(true, needed=False)}
+        known = {value: f"label {value}" for value in sorted(values)}
+        require(
+            known,
+            truth,
+            found="no voxel above 0",
+            allowed="at least one annotated organ",
+            error=LabelError,
+        )
     named = {*known, *(dataset_labels or ())}
     rows: list[dict[str, Any]] = []
     spacing: dict[str, tuple[float, ...]] = {}
@@ -166,12 +176,13 @@ def evaluate_folder(
         present = check_labels(predicted_map, needed=False)
         if strangers := [value for value in present if value not in named]:
             unknown[case] = strangers
-    if all(row["status"] == "absent" for row in rows):
-        raise LabelError(
-            "labels",
-            found=f"that none of {', '.join(map(str, known))} occurs in {truth}",
-            allowed="labels that some patient has",
-        )
+    require(
+        any(row["status"] != "absent" for row in rows),
+        "labels",
+        found=f"that none of {', '.join(map(str, known))} occurs in {truth}",
+        allowed="labels that some patient has",
+        error=LabelError,
+    )
     return Report(
         rows=rows,
         **options,
@@ -184,54 +195,27 @@ def evaluate_folder(
 
 def _find_label_maps(path: Path) -> tuple[dict[str, Path], dict[int, str] | None]:
     """Label maps by case, and the names of the labels where a ``dataset.json`` tells them."""
+    allowed = "a label map, a folder of label maps or a data set"
+    found = "no such file or folder"
+    require(path.exists(), path, found=found, allowed=allowed, error=DatasetError)
+    folder = path if path.is_dir() else path.parent
+    beside = [folder.parent] if folder.name in ("labels", "labelsTr") else []
+    roots = [root for root in (path, *beside) if (root / "dataset.json").is_file()]
+    dataset = open_dataset(roots[0]) if roots else None
+    names = dataset.labels if dataset else None
     if path.is_file():
-        return {_case_id(path) or path.name: path}, _names_beside(path.parent)
-    if not path.is_dir():
-        raise DatasetError(
-            path,
-            found="no such file or folder",
-            allowed="a label map, a folder of label maps or a data set",
-        )
-    if (path / "dataset.json").is_file():
-        dataset = open_dataset(path)
-        files = {case.id: case.label for case in dataset.cases if case.label is not None}
-        return files, dataset.labels
-    files = {}
+        return {without_suffix(path.name): path}, names
+    if dataset and roots[0] == path:
+        return {case.id: case.label for case in dataset.cases if case.label is not None}, names
+    files: dict[str, Path] = {}
     for file in sorted(path.iterdir()):
-        case = _case_id(file)
-        if case is None or file.name.startswith("."):
-            continue
-        if case in files:
-            raise DatasetError(
-                path,
-                found=f"two files for {case}: {files[case].name} and {file.name}",
-                allowed="one label map per case",
-            )
-        files[case] = file
-    return files, _names_beside(path)
-
-
-def _names_beside(folder: Path) -> dict[int, str] | None:
-    """Names of the labels when ``folder`` is the label folder of a data set."""
-    if folder.name in ("labels", "labelsTr") and (folder.parent / "dataset.json").is_file():
-        return open_dataset(folder.parent).labels
-    return None
-
-
-def _case_id(path: Path) -> str | None:
-    """File name without its suffix, None where it is not that of a volume."""
-    return without_suffix(path.name) if volume_suffix(path) else None
-
-
-def _labels_in(files: Iterable[Path]) -> dict[int, str]:
-    values = {value for file in files for value in check_labels(read_label(file), needed=False)}
-    return {value: f"label {value}" for value in sorted(values)}
-
-
-def _axial_axis(volume: Volume) -> int:
-    """Array axis whose direction is nearest to the patient's long axis."""
-    letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(volume.direction)
-    return 2 - next(axis for axis, letter in enumerate(letters) if letter in "SI")
+        if volume_suffix(file) and not file.name.startswith("."):
+            case = without_suffix(file.name)
+            first = files.setdefault(case, file)
+            found = f"two files for {case}: {first.name} and {file.name}"
+            allowed = "one label map per case"
+            require(first is file, path, found=found, allowed=allowed, error=DatasetError)
+    return files, names
 
 
 def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None) -> tuple[slice, ...]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods that cross-validation compares, behind one small interface.
 
-A method learns from an `Example` and then segments scans, perhaps in several variants at once:
-what they share is computed once.
+A method learns from an `Example`; what it made of it, `segment`s scans: variant -> label map
+``[Z, Y, X]`` on the scan's grid, perhaps several at once, as what they share is computed once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from fastproto.data.preprocessing import PreparedVolume, canonical
 from fastproto.data.volume import Volume
 from fastproto.evaluation.protocol import SliceSegmenter
+from fastproto.evaluation.settings import MethodOptions
 from fastproto.nn import PrototypeNet
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.adapt import AnnotatedOrgan, adapt_model
@@ -67,16 +68,6 @@ class Example:
         return canonical(label, self.plane).array == organ
 
 
-class Learned(Protocol):
-    """What a method made of an example."""
-
-    def segment(self, scan: Volume) -> dict[str, np.ndarray]:
-        """Variant -> label map ``[Z, Y, X]`` on the scan's grid."""
-
-
-Method = Callable[[Example], Learned]
-
-
 @dataclasses.dataclass(frozen=True)
 class Registration:
     """The annotated organs carried over: the prior alone, of each kind."""
@@ -84,7 +75,7 @@ class Registration:
     example: Example
 
     def segment(self, scan: Volume) -> dict[str, np.ndarray]:
-        """See `Learned`; the variants are the kinds of prior."""
+        """The variants are the kinds of prior."""
         return {kind: self.example.locate(scan, kind).label_map() for kind in KINDS}
 
 
@@ -94,53 +85,44 @@ class LearnedNetwork:
     Args:
         model: That says in its metadata how to preprocess.
         example: To learn from.
-        prior: Kind of prior of the variant "network + prior".
-        slices: Annotated slices of an organ to use on whole volumes.
+        options: Of the methods. The field of view of the organ in EP1 and EP2 is larger than it
+            and lies where the boxes of the two bodies say.
         adapt: Steps of adaptation to the annotated scan, for whole volumes; see `register`.
-        view: Field of view of EP1 and EP2: that of the "organ", which is larger than it and lies
-            where the boxes of the two bodies say, or the whole "body".
     """
 
     def __init__(
         self,
         model: FewShotModel,
         example: Example,
-        *,
-        prior: str = "deformable",
-        slices: int = 12,
+        options: MethodOptions,
         adapt: int | Literal["auto"] = 0,
-        view: str = "organ",
     ):
         self.model = model
         self.example = example
-        self.prior = prior
-        self.view = view
+        self.options = options
         self.task = register(
             model,
             example.image,
             example.label,
             labels=example.organs,
             classes=list(example.organs),
-            slices=slices,
+            slices=options.slices,
             preprocessing=model_preprocessing(model, example.modality),
-            prior=prior,
+            prior=options.prior,
             adapt=adapt,
         )
         self.network = self.task.ready(model)
 
     def segment(self, scan: Volume) -> dict[str, np.ndarray]:
-        """See `Learned`. The network alone looks where it would with the prior, no further."""
-        prior = self.example.locate(scan, self.prior)
+        """The network alone looks where it would with the prior, no further."""
+        prior = self.example.locate(scan, self.options.prior)
         prepared = self.task.preprocessing.prepare(scan)
         found = gather(self.network, self.task, prepared, prior)
         fusion = FUSIONS[prior.kind]
-        variants = {
-            "network + prior": fusion,
-            "network": dataclasses.replace(fusion, network=1.0, prior=0.0),
-        }
+        alone = dataclasses.replace(fusion, network=1.0, prior=0.0)
         return {
             name: decide(self.task, scan, prepared, prior, found, variant).labels
-            for name, variant in variants.items()
+            for name, variant in {"network + prior": fusion, "network": alone}.items()
         }
 
     def slice_segmenter(self, scan: Volume, organ: int) -> SliceSegmenter:
@@ -168,29 +150,18 @@ class LearnedNetwork:
     def _view(self, scan: Volume, organ: int) -> PreparedVolume:
         """The scan in the field of view of EP1 and EP2, found without its labels."""
         prepared = self.task.preprocessing.prepare(scan)
-        if self.view == "body":
+        if self.options.view == "body":
             return prepared
         index = list(self.task.labels).index(organ)
         place = locate(self.task.atlas, scan, "box").only(index)
         return prepared.at(expected_view(self.task.organs[index], place))
 
 
-def without_decoder(model: FewShotModel) -> FewShotModel:
-    """The same encoder with prototype scores and bilinear upsampling in the decoder's place."""
-    baseline = PrototypeNet.from_unet(model).eval()
-    baseline.extra = model.extra
-    return baseline
+Learned: TypeAlias = Registration | LearnedNetwork
 
 
 def trained_on(model: FewShotModel, example: Example, steps: int, slices: int) -> FewShotModel:
-    """A network like ``model``, trained from scratch on the annotated scan alone.
-
-    Args:
-        model: Its architecture and preprocessing are used, its weights are not.
-        example: To train on.
-        steps: Optimiser steps.
-        slices: Annotated slices of an organ.
-    """
+    """A network built and fed like ``model``, trained from scratch on the annotated scan alone."""
     device = next(model.parameters()).device
     prepared = model_preprocessing(model, example.modality).prepare(example.image)
     organs = [
@@ -230,23 +201,21 @@ def _images(view: PreparedVolume, numbers: Sequence[int]) -> torch.Tensor:
 
 
 def make_method(
-    name: str,
-    model: FewShotModel | None,
-    *,
-    slices: int = 12,
-    adapt_steps: int | Literal["auto"] = "auto",
-    one_scan_steps: int = 300,
-    **options: Any,
-) -> Method:
-    """A method of ``METHODS``; see `LearnedNetwork` and `trained_on` for the options."""
+    name: str, model: FewShotModel | None, **options: Any
+) -> Callable[[Example], Learned]:
+    """A method of ``METHODS``, which learns from an example; ``options`` of `MethodOptions`."""
     if name == "registration":
         return Registration
     assert model is not None
-    options["slices"] = slices
+    chosen = MethodOptions(**options)
     if name == "one-scan":
+        steps, slices = chosen.one_scan_steps, chosen.slices
         return lambda example: LearnedNetwork(
-            trained_on(model, example, one_scan_steps, slices), example, **options
+            trained_on(model, example, steps, slices), example, chosen
         )
-    network = without_decoder(model) if name == "prototypes" else model
-    adapt = adapt_steps if name == "adapted" else 0
-    return lambda example: LearnedNetwork(network, example, adapt=adapt, **options)
+    network = model
+    if name == "prototypes":
+        network = PrototypeNet.from_unet(model).eval()
+        network.extra = model.extra
+    adapt = chosen.adapt_steps if name == "adapted" else 0
+    return lambda example: LearnedNetwork(network, example, chosen, adapt)

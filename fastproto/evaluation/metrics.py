@@ -103,4 +103,3 @@ METRICS: tuple[Metric, ...] = (
         at_tolerance=True,
     ),
 )
-SHARES = tuple(metric for metric in METRICS if not metric.unit)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import require
 
 CHUNKS = {"ep1": 3, "ep2": 1}
 
@@ -30,19 +30,13 @@ SliceSegmenter = Callable[[int, Sequence[int]], np.ndarray]
 
 
 def folds(cases: Sequence[str], number: int) -> list[list[str]]:
-    """The cases to test in each fold.
-
-    Args:
-        cases: All of the data set, in its order.
-        number: Of folds.
+    """The cases to test in each fold, of all cases in the data set's order.
 
     Raises:
         ArgumentError: Fewer than two folds, or more than cases.
     """
-    if not 2 <= number <= len(cases):
-        raise ArgumentError(
-            "folds", found=str(number), allowed=f"2 to {len(cases)}, the number of cases"
-        )
+    allowed = f"2 to {len(cases)}, the number of cases"
+    require(2 <= number <= len(cases), "folds", found=str(number), allowed=allowed)
     borders = [len(cases) * fold // number for fold in range(number + 1)]
     return [
         [*cases[first:last], cases[last % len(cases)]]
@@ -53,9 +47,7 @@ def folds(cases: Sequence[str], number: int) -> list[list[str]]:
 def support_slices(annotated: np.ndarray, chunks: int) -> list[int]:
     """The middle slice of each of ``chunks`` equal parts of the slices that show the organ.
 
-    Args:
-        annotated: ``[n, h, w]`` bool, not empty.
-        chunks: How many; with fewer slices than chunks, a slice stands for several.
+    With fewer slices than chunks, a slice stands for several. ``annotated`` is not empty.
     """
     slices = np.flatnonzero(annotated.any(axis=(1, 2)))
     return [int(slices[int((part + 0.5) * len(slices) / chunks)]) for part in range(chunks)]

@@ -19,13 +19,13 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastproto._files import write_text
-from fastproto.evaluation.metrics import METRICS, SHARES, dice
+from fastproto.evaluation.metrics import METRICS, dice
 from fastproto.evaluation.settings import PROTOCOLS
 
 COUNTS = ("n", "missed", "spurious")
@@ -71,15 +71,13 @@ class Report:
 
     def to_text(self) -> str:
         """The report as tables to print."""
-        slices = (
-            "every slice"
-            if self.z_margin is None
-            else f"slices of the organ in the truth, {self.z_margin} beyond on either side"
-        )
+        slices = "every slice"
+        if self.z_margin is not None:
+            slices = f"slices of the organ in the truth, {self.z_margin} beyond on either side"
         overall = self.overall()
         last = ["mean of organs", *[""] * len(COUNTS), *(m.text(overall[m.name]) for m in METRICS)]
         organs, patients = self.per_organ(), self.per_patient()
-        zero = " and ".join(f"{metric.title} 0" for metric in SHARES)
+        zero = " and ".join(f"{metric.title} 0" for metric in METRICS if not metric.unit)
         notes = [f"{metric.name.upper()}: {metric.definition}" for metric in METRICS]
         notes += [
             "mean ± standard deviation (n - 1) over patients, below over organs; n: measured, "
@@ -151,81 +149,82 @@ class Report:
 
 
 def summarise(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Results of every protocol, method and variant of a cross-validation.
-
-    Args:
-        units: Lines of ``results.jsonl``.
+    """Results of every protocol, method and variant in the lines of a ``results.jsonl``.
 
     Returns:
         Entries of ``protocol``, ``method``, ``variant``, ``organs`` (entries of ``organ``, ``n``,
         ``missed`` and, per metric, ``mean`` and ``std``), ``mean`` (the same over organs) and the
         first metric by annotated scan. The others are those of whole volumes. NaN: not defined.
     """
-    groups: dict[tuple[str, str, str], list[tuple[_Teacher, Mapping[str, Any]]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[_Teacher, Mapping[str, Any]]]] = {}
     for unit in units:
         for row in unit["rows"]:
             key = unit["protocol"], unit["method"], row["variant"]
             groups.setdefault(key, []).append(((unit["fold"], unit["annotated"]), row))
     order = sorted(groups, key=lambda key: list(PROTOCOLS).index(key[0]))  # stable
-    return [
-        {"protocol": key[0], "method": key[1], "variant": key[2], **_summary(groups[key])}
-        for key in order
-    ]
+    names = ("protocol", "method", "variant")
+    return [dict(zip(names, key, strict=True)) | _summary(groups[key]) for key in order]
 
 
 def _summary(rows: Sequence[tuple[_Teacher, Mapping[str, Any]]]) -> dict[str, Any]:
     metrics = [metric.name for metric in METRICS if metric.name in rows[0][1]]
     organs: list[dict[str, Any]] = []
-    by_teacher: dict[str, dict[_Teacher, list[float]]] = {metric: {} for metric in metrics}
+    taught: dict[str, list[tuple[_Teacher, float]]] = {metric: [] for metric in metrics}
     for name in dict.fromkeys(row["organ"] for _, row in rows):
         own = [(teacher, row) for teacher, row in rows if row["organ"] == name]
         entry: dict[str, Any] = {"organ": name}
         entry["n"] = sum(row[dice.name] is not None for _, row in own)
         entry["missed"] = sum(row.get("status") == "missed" for _, row in own)
         for metric in metrics:
-            values: dict[_Teacher, list[float]] = {}
-            for teacher, row in own:
-                if row[metric] is not None:
-                    values.setdefault(teacher, []).append(row[metric])
-            means = {teacher: _mean(found) for teacher, found in values.items()}
+            means = _means((teacher, row[metric]) for teacher, row in own)
             entry[metric] = mean_and_std(means.values())
-            for teacher, value in means.items():
-                by_teacher[metric].setdefault(teacher, []).append(value)
+            taught[metric] += means.items()
         organs.append(entry)
     mean = {}
     for metric in metrics:
         of_organs = mean_and_std(organ[metric]["mean"] for organ in organs)["mean"]
-        teachers = mean_and_std(map(_mean, by_teacher[metric].values()))
-        mean[metric] = {"mean": of_organs, "std": teachers["std"]}
+        std = mean_and_std(_means(taught[metric]).values())["std"]
+        mean[metric] = {"mean": of_organs, "std": std}
     by_annotated = {
-        f"{case} (fold {fold})": _mean(found)
-        for (fold, case), found in by_teacher[dice.name].items()
+        f"{case} (fold {fold})": value for (fold, case), value in _means(taught[dice.name]).items()
     }
     return {"organs": organs, "mean": mean, f"{dice.name}_by_annotated": by_annotated}
+
+
+def _means(values: Iterable[tuple[_Teacher, float | None]]) -> dict[_Teacher, float]:
+    """The mean of what is defined, for each annotated scan."""
+    groups: dict[_Teacher, list[float]] = {}
+    for teacher, value in values:
+        if value is not None:
+            groups.setdefault(teacher, []).append(value)
+    return {teacher: sum(found) / len(found) for teacher, found in groups.items()}
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
     """The summary of a cross-validation as tables to print."""
     parts = [f"{summary['data']}: {dice.title}, mean ± standard deviation over annotated scans"]
     for protocol, title in PROTOCOLS.items():
-        results = [entry for entry in summary["results"] if entry["protocol"] == protocol]
+        results = {
+            f"{entry['method']}: {entry['variant']}": entry
+            for entry in summary["results"]
+            if entry["protocol"] == protocol
+        }
         if not results:
             continue
-        names = dict.fromkeys(organ["organ"] for entry in results for organ in entry["organs"])
+        names = dict.fromkeys(organ["organ"] for e in results.values() for organ in e["organs"])
         table = [["", *names, "mean"]]
-        for entry in results:
+        for name, entry in results.items():
             known = {organ["organ"]: dice.spread(organ[dice.name]) for organ in entry["organs"]}
-            cells = [known.get(name, "-") for name in names]
-            table.append([_name(entry), *cells, dice.spread(entry["mean"][dice.name])])
+            cells = [known.get(organ, "-") for organ in names]
+            table.append([name, *cells, dice.spread(entry["mean"][dice.name])])
         parts += [title, text_table(table)]
         if protocol == "whole":
             others = [metric for metric in METRICS if metric is not dice]
             table = [["mean of organs", *(metric.column() for metric in others), "missed"]]
-            for entry in results:
-                missed = sum(organ["missed"] for organ in entry["organs"])
-                count = f"{missed} of {sum(organ['n'] for organ in entry['organs'])}"
+            for name, entry in results.items():
+                missed, n = (sum(organ[k] for organ in entry["organs"]) for k in ("missed", "n"))
                 cells = [metric.spread(entry["mean"][metric.name]) for metric in others]
-                table.append([_name(entry), *cells, count])
+                table.append([name, *cells, f"{missed} of {n}"])
             parts.append(text_table(table))
     if summary["quoted"]:
         table = [["quoted, not measured here", "setting 1", "setting 2", "source"]]
@@ -234,14 +233,6 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             table.append([row["method"], *cells, row["source"]])
         parts.append(text_table(table))
     return "\n\n".join(parts) + "\n"
-
-
-def _name(entry: Mapping[str, Any]) -> str:
-    return f"{entry['method']}: {entry['variant']}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def mean_and_std(values: Iterable[float]) -> dict[str, float]:
@@ -269,15 +260,14 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 def versions(*names: str) -> dict[str, str]:
     """Of packages, of "python", and the "cpu_level" of the kernels that run."""
-    return {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str:
-    if name == "python":
-        return platform.python_version()
-    if name == "cpu_level":
-        return str(importlib.import_module("fastproto.op.library").cpu_level())
-    return str(importlib.import_module(name).__version__)
+    special: dict[str, Callable[[], object]] = {
+        "python": platform.python_version,
+        "cpu_level": lambda: importlib.import_module("fastproto.op.library").cpu_level(),
+    }
+    return {
+        name: str(special[name]() if name in special else importlib.import_module(name).__version__)
+        for name in names
+    }
 
 
 def machine(device: str = "cpu") -> str:
@@ -292,10 +282,9 @@ def text_table(rows: list[list[str]]) -> str:
     """Rows of text with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
 

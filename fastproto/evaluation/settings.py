@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cross-validation measures and compares: names, and what they mean.
+"""What a cross-validation measures and compares: names, what they mean, and every option.
 
-Nothing here imports torch or numpy, so that help appears at once.
+A new option is one new field: its metadata, an `Option`, says all else about it. Nothing here
+imports torch or numpy, so that help appears at once.
 """
 
+# ruff: noqa: RUF009 - `_option` and `_list` are `field`s
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import require
+from fastproto.training.config import Allowed, Option
 
 METHODS = {
     "fastproto": "without adaptation",
@@ -29,69 +32,94 @@ PROTOCOLS = {
 VIEWS = ("organ", "body")
 NO_MODEL = "none"
 
+_ANY = Allowed("anything", lambda value: True)
 
-@dataclasses.dataclass(frozen=True)
+
+def _option(flag: str, help: str, *, group: Any = "", argument: Any = (), **default: Any) -> Any:
+    """A field with a ``default`` or a ``default_factory``; the rest is for `Option`."""
+    option = Option(_ANY, flag, help=help, group=group, argument=dict(argument))
+    return field(**default, metadata=vars(option))
+
+
+def _list(flag: str, help: str, *, default: Any = (), group: str = "", **argument: Any) -> Any:
+    return _option(flag, help, default=default, group=group, argument={"nargs": "+", **argument})
+
+
+# fmt: off
+@dataclass(frozen=True)
+class MethodOptions:
+    """How the methods work."""
+
+    view: str = _option("--view", default="organ", argument={"choices": VIEWS},
+        help="EP1 and EP2: field of view, around the organ's expected place or the whole body")
+    prior: str = _option("--prior", default="deformable",
+        argument={"choices": ("box", "affine", "deformable")},
+        help="what network and prior use; all are measured alone")
+    slices: int = _option("--slices N", default=12,
+        help="annotated slices of an organ, for whole volumes")
+    adapt_steps: int | Literal["auto"] = _option("--adapt-steps N", default="auto",
+        help="of the method adapted")
+    one_scan_steps: int = _option("--one-scan-steps N", default=300, help="of the method one-scan")
+
+
+@dataclass(frozen=True)
 class CrossValidation:
-    """What to measure, on what, after which training.
+    """What to measure, on what, after which training; ArgumentError where it does not fit together.
 
-    Args:
-        data: Data set with labels.
-        output: Folder for results and trainings.
-        test_cases: The only cases to test, in one fold; empty for ``folds``.
-        folds: Number of folds, see `fastproto.evaluation.protocol.folds`.
-        setting: 1: the organs may occur in training slices, as tissue without a name. 2: a training
-            slice that shows any of a group's organs is dropped.
-        classes: Organs to segment, names or label values; empty for all.
-        groups: Setting 2: organs that are held out together; one training for each group.
-        annotated: Cases to learn from, each in turn; empty for every test case. Those that are no
-            test cases may have been seen in training.
-        model: A model file or run folder, or "base", to use instead of training; "none" for methods
-            that need none; None to train.
-        more_data: Further data sets to train on.
-        training: Fields of `TrainConfig`. Unless they say so, training sees no label. Cases to hold
-            out are held out beside the tests.
-        methods: Of ``METHODS``.
-        protocols: Of ``PROTOCOLS``.
-        z_margin: Which slices count in EP1 and EP2, see `counted_slices`.
-        options: Of `make_method`.
-        device: "cpu" or "cuda".
-        progress: Show progress bars on stderr.
-
-    Raises:
-        ArgumentError: Settings that do not fit together.
+    Each field's help says what it is. Beyond that: annotated cases that are no test cases may have
+    been seen in training; a ``z_margin`` of None counts all slices; cases that ``training`` holds
+    out are held out beside the tests.
     """
 
-    data: str
-    output: str
-    test_cases: tuple[str, ...] = ()
-    folds: int = 5
-    setting: int = 1
-    classes: tuple[str | int, ...] = ()
-    groups: tuple[tuple[str | int, ...], ...] = ()
-    annotated: tuple[str, ...] = ()
-    model: str | None = None
-    more_data: tuple[str, ...] = ()
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
-    methods: tuple[str, ...] = USUAL
-    protocols: tuple[str, ...] = tuple(PROTOCOLS)
-    z_margin: int | None = 0
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: str = _option("--data DIR", "data set with labels", argument={"required": True})
+    output: str = _option("--out OUT", "folder for all results", argument={"required": True})
+    folds: int = _option("--folds N", default=5, group="cases",
+        help="folds, consecutive in the data set's order; the scan after a fold is tested with it")
+    test_cases: tuple[str, ...] = _list("--test-cases CASE", "one fold of these cases",
+        group="cases")
+    annotated: tuple[str, ...] = _list("--annotated CASE",
+        help="cases to learn from, each in turn (default: all, every test case)")
+    classes: tuple[str | int, ...] = _list("--classes ORGAN", "organs, by name or label value")
+    setting: int = _option("--setting", default=1, argument={"type": int, "choices": (1, 2)},
+        help="1: training slices may show the organs, unnamed; 2: training slices with any organ "
+        "of the group are dropped")
+    groups: tuple[tuple[str | int, ...], ...] = _list("--groups ORGAN,ORGAN",
+        help="setting 2: organs held out together; one training each")
+    methods: tuple[str, ...] = _list("--methods METHOD", default=USUAL, choices=METHODS,
+        help="; ".join(f"{name}: {meaning}" for name, meaning in METHODS.items())
+        + f" (default: all but {', '.join(METHODS.keys() - USUAL)})")
+    protocols: tuple[str, ...] = _list("--protocols PROTOCOL", default=tuple(PROTOCOLS),
+        choices=PROTOCOLS,
+        help="ep1: an annotated slice for each third of the organ; ep2: one slice for all of it; "
+        "whole: whole volumes (default: all)")
+    z_margin: int | None = _option("--z-margin N", default=0,
+        help="EP1 and EP2: slices beyond the organ that count as well, or all")
+    options: dict[str, Any] = field(default_factory=dict)  # see `MethodOptions`
+    model: str | None = _option("--model RUN", default=None, group="training",
+        help="run folder, model file or base: train nothing; none: only registration")
+    more_data: tuple[str, ...] = _list("--more-data DIR", "further data to train on",
+        group="training")
+    training: dict[str, Any] = _option("--set NAME=VALUE", default_factory=dict, group="training",
+        argument={"nargs": "+"},
+        help="fields of fastproto.training.TrainConfig, such as minutes=30; without more, training "
+        "sees no label")
     device: str = "cpu"
-    progress: bool = True
+    progress: bool = True  # bars on stderr
+    # fmt: on
 
     def __post_init__(self) -> None:
-        if (self.setting == 2) != bool(self.groups):
-            raise ArgumentError(
-                "groups",
-                found="groups of organs in setting 1" if self.groups else "none in setting 2",
-                allowed="one or more groups in setting 2, none in setting 1",
-            )
-        if self.model == NO_MODEL and self.needing_model:
-            raise ArgumentError(
-                "methods",
-                found=f"{', '.join(self.needing_model)} without a model",
-                allowed=", ".join(WITHOUT_MODEL),
-            )
+        require(
+            (self.setting == 2) == bool(self.groups),
+            "groups",
+            found="groups of organs in setting 1" if self.groups else "none in setting 2",
+            allowed="one or more groups in setting 2, none in setting 1",
+        )
+        require(
+            self.model != NO_MODEL or not self.needing_model,
+            "methods",
+            found=f"{', '.join(self.needing_model)} without a model",
+            allowed=", ".join(WITHOUT_MODEL),
+        )
 
     @property
     def needing_model(self) -> list[str]:

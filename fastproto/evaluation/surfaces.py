@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.ndimage import binary_erosion, find_objects
+from scipy.ndimage import binary_erosion, correlate, find_objects
 from scipy.spatial import KDTree
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import require
 from fastproto.evaluation.metrics import NSD_TOLERANCE_MM
 
 
@@ -47,12 +47,10 @@ class MaskPair:
         self.spacing = spacing
         self.nsd_tolerance = nsd_tolerance
         a, b = self.masks
-        if a.shape != b.shape:
-            raise ArgumentError(
-                "prediction and truth",
-                found=f"shapes {a.shape} and {b.shape}",
-                allowed="masks of one shape",
-            )
+        found = f"shapes {a.shape} and {b.shape}"
+        require(
+            a.shape == b.shape, "prediction and truth", found=found, allowed="masks of one shape"
+        )
 
     def overlap(self) -> float:
         """``2 |A & B| / (|A| + |B|)`` over voxels; NaN where both are empty."""
@@ -62,22 +60,18 @@ class MaskPair:
 
     def far(self, percentile: float) -> float:
         """Percentile (linear interpolation) of the border's distance: the larger direction's."""
-        if self._distances is None:
-            return math.nan
         return float(max(np.percentile(one_way, percentile) for one_way in self._distances))
 
     def mean_distance(self) -> float:
         """Mean distance of the borders, both directions pooled."""
-        if self._distances is None:
-            return math.nan
         return float(np.concatenate(self._distances).mean(dtype=np.float64))
 
     def share_nearby(self) -> float:
         """Share of both surfaces within the tolerance of the other, elements weighted by area."""
         (a, b), spacing = self._cropped
         tolerance = self.nsd_tolerance
-        if not (math.isfinite(tolerance) and tolerance >= 0):
-            raise ArgumentError("nsd_tolerance", found=repr(tolerance), allowed="0 or more mm")
+        valid = math.isfinite(tolerance) and tolerance >= 0
+        require(valid, "nsd_tolerance", found=repr(tolerance), allowed="0 or more mm")
         if not (a.any() and b.any()):
             return 0.0 if a.any() or b.any() else math.nan
         areas = _surface_areas(tuple(spacing.tolist()))
@@ -91,34 +85,33 @@ class MaskPair:
     @functools.cached_property
     def _cropped(self) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
         """Both masks cut to the box that holds either, and the spacing."""
-        shape = self.masks[0].shape
-        if len(shape) != 3:
-            raise ArgumentError(
-                "prediction and truth",
-                found=f"shape {shape}",
-                allowed="3-D masks [Z, Y, X]",
-                fix="Give a single slice as [1, Y, X].",
-            )
-        steps = np.asarray(self.spacing, dtype=np.float64)
-        if steps.shape != (3,) or not np.all(np.isfinite(steps) & (steps > 0)):
-            raise ArgumentError(
-                "spacing",
-                found=repr(self.spacing),
-                allowed="three numbers above 0: mm along (z, y, x)",
-            )
         a, b = self.masks
+        require(
+            a.ndim == 3,
+            "prediction and truth",
+            found=f"shape {a.shape}",
+            allowed="3-D masks [Z, Y, X]",
+            fix="Give a single slice as [1, Y, X].",
+        )
+        steps = np.asarray(self.spacing, dtype=np.float64)
+        require(
+            steps.shape == (3,) and np.all(np.isfinite(steps) & (steps > 0)),
+            "spacing",
+            found=repr(self.spacing),
+            allowed="three numbers above 0: mm along (z, y, x)",
+        )
         box = find_objects((a | b).view(np.uint8), 1)[0] or (slice(0, 0),) * 3
         return (a[box], b[box]), steps
 
     @functools.cached_property
-    def _distances(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """From the border voxels of either mask to the nearest of the other; None if one is empty.
+    def _distances(self) -> tuple[np.ndarray, np.ndarray]:
+        """From the border voxels of either mask to the nearest of the other; NaN if one is empty.
 
         A border voxel is one with a face on the outside or at the edge of the volume.
         """
         masks, spacing = self._cropped
         if not all(mask.any() for mask in masks):
-            return None
+            return (np.array([np.nan]),) * 2
         a, b = (np.argwhere(mask & ~binary_erosion(mask)) * spacing for mask in masks)
         return _nearest(a, b), _nearest(b, a)
 
@@ -137,21 +130,13 @@ def _surface_elements(
     mask: np.ndarray, areas: np.ndarray, spacing: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where eight voxels meet that are not all alike: positions [N, 3] in mm, areas [N] in mm2."""
-    codes = _neighbour_codes(mask)
+    codes = correlate(np.pad(mask, (0, 1)).view(np.uint8), _CORNERS, mode="constant")
     where = np.argwhere((codes != 0) & (codes != 255))
     return where * spacing, areas[codes[tuple(where.T)]]
 
 
-def _neighbour_codes(mask: np.ndarray) -> np.ndarray:
-    """Which of the eight voxels around every corner are set: uint8, one larger along each axis."""
-    padded = np.pad(mask, 1).view(np.uint8)
-    shape = np.array(padded.shape) - 1
-    codes = np.zeros(shape, dtype=np.uint8)
-    for bit, offset in enumerate(itertools.product((0, 1), repeat=3)):
-        window = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-        codes |= padded[window] << np.uint8(7 - bit)
-    return codes
-
+# The bit of each of the eight voxels around a corner, along (z, y, x), in the code of the corner.
+_CORNERS = (128 >> np.arange(8)).reshape(2, 2, 2)
 
 # The marching-cubes triangles of each way to set corners of a cube, up to symmetry: set corners
 # as (z, y, x), and per triangle its area vector in units of 1/8 of the cube's faces. Triangles
@@ -183,15 +168,15 @@ def _surface_areas(spacing: tuple[float, float, float]) -> np.ndarray:
     faces = np.array([dy * dx, dz * dx, dz * dy])
     areas = np.zeros(256)
     for corners, vectors in _CUBE_CASES:
-        cube = np.zeros((2, 2, 2), dtype=np.uint8)
+        cube = np.zeros((2, 2, 2), dtype=bool)
         for corner in corners:
-            cube[tuple(map(int, corner))] = 1
+            cube[tuple(map(int, corner))] = True
         for axes in itertools.permutations(range(3)):
             turned_vectors = np.array(vectors)[:, axes]
             for flips in itertools.product((1, -1), repeat=3):
                 turned = cube.transpose(axes)[tuple(slice(None, None, f) for f in flips)]
                 area = np.linalg.norm(turned_vectors * flips / 8 * faces, axis=1).sum()
-                code = int(np.packbits(turned)[0])
+                code = _CORNERS[turned].sum()
                 areas[[code, 255 - code]] = area
     return areas
 
@@ -201,11 +186,11 @@ def _mask(values: ArrayLike, name: str) -> np.ndarray:
     if array.dtype == bool:
         return array
     mask = array == 1
-    if not np.all(mask | (array == 0)):
-        raise ArgumentError(
-            name,
-            found=f"values other than 0 and 1 (the largest is {array.max()})",
-            allowed="booleans, or 0 and 1",
-            fix="Compare a label map with one label first: labels == 3.",
-        )
+    require(
+        np.all(mask | (array == 0)),
+        name,
+        found=lambda: f"values other than 0 and 1 (the largest is {array.max()})",
+        allowed="booleans, or 0 and 1",
+        fix="Compare a label map with one label first: labels == 3.",
+    )
     return mask

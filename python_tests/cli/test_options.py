@@ -14,12 +14,11 @@ import torch
 
 from fastproto.cli.options import (
     add_runtime_options,
-    choose_classes,
-    choose_device,
     labels_beside,
     progress_bar,
     read_labels,
     runtime,
+    steps,
 )
 from fastproto.errors import ArgumentError, LabelError
 
@@ -52,19 +51,19 @@ def test_label_table_from_pairs():
         (["background=0"], "no label"),
         (["liver=1", "organs.json"], "organs.json"),
         (["absent.json"], "no readable JSON"),
+        ("[1, 2]", r"organs\.json: found list"),
+        ("{", r"organs\.json: found no readable JSON"),
+        ('{"1": "liver", "liver": 1}', r"organs\.json: found value '1'"),
+        ("{}", r"organs\.json: found no label"),
     ],
 )
-def test_unusable_label_tables(items, found):
+def test_unusable_label_tables(tmp_path, items, found):
+    path = tmp_path / "organs.json"
+    if isinstance(items, str):
+        path.write_text(items)
+        items = [str(path)]
     with pytest.raises(LabelError, match=found):
         read_labels(items)
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", "{", '{"1": "liver", "liver": 1}', "{}"])
-def test_unusable_label_files(tmp_path, text):
-    path = tmp_path / "organs.json"
-    path.write_text(text)
-    with pytest.raises(LabelError, match=r"organs\.json"):
-        read_labels([str(path)])
 
 
 @pytest.mark.parametrize("folder", ["labels", "labelsTr"])
@@ -97,37 +96,28 @@ def test_a_bar_on_a_terminal_shows_the_loss(monkeypatch, capsys):
     assert "loss=0.167" in drawn
 
 
-def test_choose_classes_by_name_and_value():
-    labels = {1: "Liver", 7: "left kidney"}
-    assert choose_classes(["LEFT KIDNEY", "1"], labels, "--classes") == [7, 1]
-    with pytest.raises(LabelError, match="heart"):
-        choose_classes(["heart"], labels, "--classes")
-
-
 def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_runtime_options(parser)
     return parser.parse_args(arguments)
 
 
-def test_runtime_options_apply_and_are_set_back():
+def test_runtime_options_apply_and_are_set_back(monkeypatch):
     before = torch.get_num_threads()
     with runtime(parse("--threads", str(before + 1), "--device", "cpu")) as device:
         assert device == torch.device("cpu")
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
-    with runtime(parse()):
-        assert torch.get_num_threads() == before
-
-
-def test_choose_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto").type == "cpu"
-    with pytest.raises(ArgumentError, match="no CUDA device"):
-        choose_device("cuda")
+    with runtime(parse()) as device:
+        assert torch.get_num_threads() == before
+        assert device.type == "cpu"
+    with pytest.raises(ArgumentError, match="no CUDA device"), runtime(parse("--device", "cuda")):
+        pass
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("auto").type == "cuda"
-    assert choose_device("cpu").type == "cpu"
+    for name, kind in {"auto": "cuda", "cpu": "cpu"}.items():
+        with runtime(parse("--device", name)) as device:
+            assert device.type == kind
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
@@ -135,3 +125,7 @@ def test_threads_must_be_a_whole_number_above_0(text, capsys):
     with pytest.raises(SystemExit):
         parse("--threads", text)
     assert "whole number above 0" in capsys.readouterr().err
+
+
+def test_steps_are_a_number_or_auto():
+    assert [steps(text) for text in ("auto", "0", "12")] == ["auto", 0, 12]

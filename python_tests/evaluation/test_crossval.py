@@ -39,25 +39,18 @@ class Threshold:
 
 
 @pytest.fixture
-def threshold(monkeypatch: pytest.MonkeyPatch) -> type[Threshold]:
-    """In the place of all methods."""
+def run(monkeypatch: pytest.MonkeyPatch, patients: Path, tmp_path: Path):
+    """A cross-validation of whole volumes, with `Threshold` in the place of all methods."""
     monkeypatch.setattr(Threshold, "scans", [], raising=False)
     monkeypatch.setattr(Threshold, "left", 1000)
     monkeypatch.setattr(runner, "make_method", lambda name, model, **options: Threshold)
-    return Threshold
 
+    def run(out: Path = tmp_path, **changed: object) -> dict:
+        values: dict = {"model": "none", "methods": ("registration",), "folds": 2}
+        values |= {"protocols": ("whole",), "progress": False} | changed
+        return crossval(CrossValidation(str(patients), str(out), **values))
 
-def settings(patients: Path, out: Path, **changed: object) -> CrossValidation:
-    values: dict = {
-        "data": str(patients),
-        "output": str(out),
-        "model": "none",
-        "methods": ("registration",),
-        "protocols": ("whole",),
-        "folds": 2,
-        "progress": False,
-    }
-    return CrossValidation(**values | changed)
+    return run
 
 
 def lines(out: Path) -> list[dict]:
@@ -65,8 +58,8 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()][1:]
 
 
-def test_every_test_case_is_annotated_in_turn(patients, tmp_path, threshold) -> None:
-    summary = crossval(settings(patients, tmp_path))
+def test_every_test_case_is_annotated_in_turn_or_those_that_are_named(run, tmp_path):
+    summary = run()
     pairs = [(unit["fold"], unit["annotated"], unit["query"]) for unit in lines(tmp_path)]
     folds = {0: "abc", 1: "cdea"}
     assert pairs == [
@@ -83,11 +76,13 @@ def test_every_test_case_is_annotated_in_turn(patients, tmp_path, threshold) -> 
     assert dice["liver"] == 1
     assert nothing["mean"]["dice"]["mean"] == 0
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["quoted"] == []
+    run(tmp_path / "named", test_cases=("a", "b"), annotated=("a", "d"))
+    pairs = [(unit["annotated"], unit["query"]) for unit in lines(tmp_path / "named")]
+    assert pairs == [("a", "b"), ("d", "a"), ("d", "b")]
 
 
-def test_an_organ_that_a_scan_lacks(patients, tmp_path, threshold) -> None:
-    config = settings(patients, tmp_path, test_cases=("d", "e"))
-    summary = crossval(config)
+def test_an_organ_that_a_scan_lacks(run, tmp_path):
+    summary = run(test_cases=("d", "e"))
     taught_by_d, taught_by_e = lines(tmp_path)
     spurious = [row for row in taught_by_d["rows"] if row["organ"] == "left kidney"]
     assert [row["status"] for row in spurious] == ["spurious", "absent"]
@@ -95,45 +90,37 @@ def test_an_organ_that_a_scan_lacks(patients, tmp_path, threshold) -> None:
     assert {row["organ"] for row in taught_by_e["rows"]} == {"liver", "right kidney"}
     kidney = summary["results"][0]["organs"][2]
     assert (kidney["organ"], kidney["n"]) == ("left kidney", 1)
-    config = settings(patients, tmp_path / "2", test_cases=("d", "e"), classes=("left kidney",))
     with pytest.raises(LabelError, match="none of the organs"):
-        crossval(config)
+        run(tmp_path / "2", test_cases=("d", "e"), classes=("left kidney",))
 
 
-def test_named_annotated_cases_need_not_be_tested(patients, tmp_path, threshold) -> None:
-    config = settings(patients, tmp_path, test_cases=("a", "b"), annotated=("a", "d"))
-    crossval(config)
-    pairs = [(unit["annotated"], unit["query"]) for unit in lines(tmp_path)]
-    assert pairs == [("a", "b"), ("d", "a"), ("d", "b")]
-
-
-def test_what_is_finished_is_not_computed_again(patients, tmp_path, threshold) -> None:
-    threshold.left = 4
+def test_what_is_finished_is_not_computed_again(run, tmp_path):
+    Threshold.left = 4
     with pytest.raises(KeyboardInterrupt):
-        crossval(settings(patients, tmp_path))
+        run()
     assert len(lines(tmp_path)) == 4
     file = tmp_path / "results.jsonl"
     whole = file.read_text(encoding="utf-8")
     file.write_text(whole[:-20], encoding="utf-8")  # killed while it wrote the fourth
-    threshold.left = 1000
-    before = len(threshold.scans)
-    crossval(settings(patients, tmp_path))
-    assert len(threshold.scans) - before == 18 - 3
+    Threshold.left = 1000
+    before = len(Threshold.scans)
+    for _ in range(2):
+        run()
+        assert len(Threshold.scans) - before == 18 - 3
     assert len(lines(tmp_path)) == 18
     assert file.read_text(encoding="utf-8").startswith(whole)
-    crossval(settings(patients, tmp_path))
-    assert len(threshold.scans) - before == 18 - 3
 
 
-def test_results_of_other_settings_are_not_mixed(patients, tmp_path, threshold) -> None:
-    crossval(settings(patients, tmp_path, test_cases=("a", "b")))
-    crossval(settings(patients, tmp_path, test_cases=("a", "b"), annotated=("c",)))
+def test_results_of_other_settings_are_not_mixed(run, tmp_path):
+    run(test_cases=("a", "b"))
+    run(test_cases=("a", "b"), annotated=("c",))
     assert len(lines(tmp_path)) == 4
     with pytest.raises(CheckpointError, match="z_margin"):
-        crossval(settings(patients, tmp_path, test_cases=("a", "b"), z_margin=3))
-    (tmp_path / "results.jsonl").write_text("no JSON\n", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="damaged"):
-        crossval(settings(patients, tmp_path))
+        run(test_cases=("a", "b"), z_margin=3)
+    for damage in ("no JSON\n", "[1]\n"):
+        (tmp_path / "results.jsonl").write_text(damage, encoding="utf-8")
+        with pytest.raises(CheckpointError, match="damaged"):
+            run()
 
 
 @pytest.fixture
@@ -153,58 +140,45 @@ def trainings(monkeypatch: pytest.MonkeyPatch, model_file: Path) -> list:
     return seen
 
 
-def test_setting_1_trains_once_for_each_fold(patients, tmp_path, threshold, trainings) -> None:
-    training = {"training": {"holdout_cases": ["d"]}}
-    config = settings(patients, tmp_path, model=None, methods=("fastproto",), **training)
-    summary = crossval(config)
+def test_setting_1_trains_once_for_each_fold(run, trainings):
+    options = {"model": None, "training": {"holdout_cases": ["d"]}}
+    summary = run(methods=("fastproto",), **options)
     assert [config.holdout_cases for config in trainings] == [tuple("abcd"), tuple("cdead")]
     for config in trainings:
         assert config.holdout == ("liver", "right kidney", "left kidney")
         assert not config.drop_excluded_slices
         assert config.label_fraction == 0
     assert summary["training_minutes"] == {"fold-0": 1.5, "fold-1": 1.5}
-    methods = ("fastproto", "adapted")
-    crossval(settings(patients, tmp_path, model=None, methods=methods, **training))
+    run(methods=("fastproto", "adapted"), **options)
     assert len(trainings) == 2
 
 
-def test_setting_2_trains_for_each_group_and_drops_slices_with_any_of_it(
-    patients, tmp_path, threshold, trainings
-) -> None:
-    groups = (("liver",), ("right kidney", "3"))
-    config = settings(
-        patients,
-        tmp_path,
+def test_setting_2_trains_for_each_group_and_drops_slices_with_any(run, tmp_path, trainings):
+    run(
         model=None,
         methods=("fastproto",),
         setting=2,
-        groups=groups,
+        groups=(("liver",), ("right kidney", "3")),
         test_cases=("b", "c", "d", "e"),
         training={"steps": 1, "image_size": 32, "encoder": "resnet18", "all_planes": False},
     )
-    crossval(config)
     assert [config.holdout for config in trainings] == [("liver",), ("right kidney", "left kidney")]
     measured = {unit["round"]: {r["organ"] for r in unit["rows"]} for unit in lines(tmp_path)}
     assert measured["test-without-1"] == {"liver"}
-    kept = {}
-    for training in trainings:
-        found = read_training_data(training.resolved(gpu=False))
-        kept[training.holdout[0]] = found.slices
+    kept = {
+        training.holdout[0]: read_training_data(training.resolved(gpu=False)).slices
+        for training in trainings
+    }
     # The liver is in slices 1 to 6, the right kidney in 4 to 7, the left one in 5 to 8.
     assert kept == {"liver": {"0/a": [0, 7, 8, 9]}, "right kidney": {"0/a": [0, 1, 2, 3, 9]}}
 
 
-def test_a_model_is_not_tested_on_its_own_patients(patients, tmp_path, threshold) -> None:
+def test_a_model_is_not_tested_on_its_own_patients(run, tmp_path):
     model = save_model(tmp_path / "model.safetensors", dataset="boxes", training_cases=["c", "d"])
-    for cases in (("a", "b"), ("a", "c")):
-        config = settings(
-            patients, tmp_path, model=str(model), methods=("fastproto",), test_cases=cases
-        )
-        if "c" not in cases:
-            assert crossval(config)["training"] == {}
-            continue
-        with pytest.raises(ArgumentError, match="trained on c"):
-            crossval(config)
+    options = {"model": str(model), "methods": ("fastproto",)}
+    assert run(test_cases=("a", "b"), **options)["training"] == {}
+    with pytest.raises(ArgumentError, match="trained on c"):
+        run(test_cases=("a", "c"), **options)
 
 
 @pytest.mark.parametrize(
@@ -218,15 +192,15 @@ def test_a_model_is_not_tested_on_its_own_patients(patients, tmp_path, threshold
         ({"classes": ("heart",)}, "heart"),
     ],
 )
-def test_unusable_settings(changed, message, patients, tmp_path, threshold) -> None:
+def test_unusable_settings(changed, message, run):
     with pytest.raises((ArgumentError, LabelError), match=message):
-        crossval(settings(patients, tmp_path, **changed))
+        run(**changed)
 
 
-def test_a_case_without_labels_cannot_be_tested(patients, tmp_path, threshold) -> None:
+def test_a_case_without_labels_cannot_be_tested(patients, run):
     (patients / "labels" / "b.nii.gz").unlink()
     with pytest.raises(DatasetError, match="case b"):
-        crossval(settings(patients, tmp_path))
+        run()
 
 
 def unit(annotated: str, query: str, **dice: float | None) -> dict:
@@ -238,7 +212,7 @@ def unit(annotated: str, query: str, **dice: float | None) -> dict:
     return {**key, "protocol": "ep1", "rows": rows}
 
 
-def test_means_run_over_queries_then_over_annotated_scans() -> None:
+def test_means_run_over_queries_then_over_annotated_scans():
     (entry,) = summarise(
         [
             unit("a", "b", liver=0.2, spleen=0.9),
@@ -256,30 +230,32 @@ def test_means_run_over_queries_then_over_annotated_scans() -> None:
     assert entry["dice_by_annotated"] == pytest.approx({"a (fold 0)": 0.6, "b (fold 0)": 0.6})
 
 
-def test_published_numbers_stand_beside_chaos_alone(patients, tmp_path, threshold) -> None:
+def test_published_numbers_stand_beside_chaos_alone(patients, run):
     file = patients / "dataset.json"
     file.write_text(file.read_text().replace("boxes", "CHAOS T2"), encoding="utf-8")
-    summary = crossval(settings(patients, tmp_path, test_cases=("a", "b")))
+    summary = run(test_cases=("a", "b"))
     text = summary_text(summary)
     assert "quoted, not measured here" in text
     assert "SSL-ALPNet" in text
     assert all(row["source"] for row in summary["quoted"])
 
 
-def test_the_command_measures_all_protocols_with_one_model(
-    patients, tmp_path, model_file, capsys
-) -> None:
-    arguments = ["crossval", "--data", str(patients), "--out", str(tmp_path), "--device", "cpu"]
-    arguments += ["--test-cases", "a", "b", "--annotated", "a", "--classes", "liver", "3"]
-    arguments += ["--methods", "fastproto", "prototypes", "registration"]
-    arguments += ["--model", str(model_file), "--slices", "2"]
-    assert main(arguments) == 0
+def command(patients: Path, out: Path, *more: str) -> int:
+    arguments = ["crossval", "--data", str(patients), "--out", str(out), "--device", "cpu"]
+    arguments += ["--test-cases", "a", "b", "--annotated", "a"]
+    return main([*arguments, *more])
+
+
+def test_the_command_measures_all_protocols_with_one_model(patients, tmp_path, model_file, capsys):
+    options = ["--methods", "fastproto", "prototypes", "registration", "--slices", "2"]
+    options += ["--classes", "liver", "3", "--model", str(model_file)]
+    assert command(patients, tmp_path, *options) == 0
     printed = capsys.readouterr().out
     for words in ("EP1", "EP2", "Whole volumes", "fastproto: network + prior", "HD95"):
         assert words in printed
     for row in ("prototypes: network", "registration: box", "registration: affine"):
         assert row in printed
-    assert main(arguments) == 0
+    assert command(patients, tmp_path, *options) == 0
     assert capsys.readouterr().out == printed
     units = lines(tmp_path)
     assert len(units) == 2 * 3 + 1
@@ -291,16 +267,16 @@ def test_the_command_measures_all_protocols_with_one_model(
 
 
 @pytest.mark.slow
-def test_the_command_trains_a_fold(patients, tmp_path, capsys) -> None:
-    arguments = ["crossval", "--data", str(patients), "--out", str(tmp_path), "--device", "cpu"]
-    arguments += ["--test-cases", "a", "b", "--annotated", "a", "--classes", "liver"]
-    arguments += ["--methods", "fastproto", "--protocols", "ep2", "--set", "steps=1", "batch=1"]
-    assert main([*arguments, "image_size=32", "encoder=resnet18"]) == 0
+def test_the_command_trains_a_fold(patients, tmp_path):
+    options = ["--classes", "liver", "--methods", "fastproto", "--protocols", "ep2"]
+    options += ["--set", "steps=1", "batch=1", "image_size=32", "encoder=resnet18"]
+    assert command(patients, tmp_path, *options) == 0
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["training"]["steps"] == 1
     assert list(summary["training_minutes"]) == ["test"]
 
 
-def test_the_command_says_what_there_is(capsys) -> None:
-    assert main(["crossval", "--data", "d", "--out", "o", "--z-margin", "x"]) == 2
-    assert "--z-margin" in capsys.readouterr().err
+def test_the_command_says_what_there_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["crossval", "--data", "d", "--out", "o", "--z-margin", "x"])
+    assert "--z-margin: found 'x'; allowed: a whole number, or all" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -11,16 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastproto import errors
 from fastproto.data.phantom import ORGANS, make_patient, write_phantom
 from fastproto.data.volume import Volume, write_volume
-from fastproto.errors import (
-    ArgumentError,
-    DatasetError,
-    GeometryError,
-    InputError,
-    LabelError,
-    OutputError,
-)
 from fastproto.evaluation import evaluate_case, evaluate_folder
 from fastproto.evaluation.metrics import METRICS, dice
 
@@ -46,7 +40,7 @@ def by_organ(rows: list[dict]) -> dict[str, dict]:
     return {row["organ"]: row for row in rows}
 
 
-def test_rows_hold_the_metrics_of_each_organ() -> None:
+def test_rows_hold_the_metrics_of_each_organ():
     prediction, truth = pair()
     rows = by_organ(evaluate_case(prediction, truth, NAMES, nsd_tolerance=1.0))
     assert list(rows) == list(NAMES.values())
@@ -64,20 +58,17 @@ def test_rows_hold_the_metrics_of_each_organ() -> None:
     assert math.isnan(rows["aorta"]["dice"])
 
 
-def test_labels_choose_what_is_measured() -> None:
-    prediction, truth = pair()
-    rows = evaluate_case(prediction, truth, {2: "spleen"})
-    assert [row["label"] for row in rows] == [2]
-
-
 @pytest.mark.parametrize(
     ("margin", "first", "last"), [(0, 2, 6), (1, 1, 7), (2, 0, 8), (50, 0, 10), (None, 0, 10)]
 )
-def test_z_margin_counts_the_slices_of_the_organ_in_the_truth(
-    margin: int | None, first: int, last: int
-) -> None:
+def test_z_margin_counts_the_slices_of_the_organ_in_the_truth(margin, first, last):
     prediction, truth = pair()
-    row = evaluate_case(prediction, truth, {1: "liver"}, z_margin=margin)[0]
+    chosen = {1: "liver", 2: "spleen", 3: "kidney"}
+    rows = by_organ(evaluate_case(prediction, truth, chosen, z_margin=margin))
+    assert [row["label"] for row in rows.values()] == [1, 2, 3]
+    assert rows["spleen"]["status"] == "missed"
+    assert rows["kidney"]["status"] == ("spurious" if margin is None else "absent")
+    row = rows["liver"]
     a, b = (prediction.array == 1)[first:last], (truth.array == 1)[first:last]
     assert row["dice"] == dice(a, b)
     assert row["prediction_ml"] == pytest.approx(a.sum() * 6 / 1000)
@@ -85,53 +76,47 @@ def test_z_margin_counts_the_slices_of_the_organ_in_the_truth(
         assert row[metric.name] == pytest.approx(metric(a, b, SPACING[::-1]))
 
 
-def test_z_margin_counts_nothing_for_an_organ_absent_in_the_truth() -> None:
-    rows = by_organ(evaluate_case(*pair(), NAMES, z_margin=3))
-    assert rows["kidney"]["status"] == "absent"
-    assert rows["spleen"]["status"] == "missed"
-
-
 @pytest.mark.parametrize("orientation", ["LPS", "RAI", "PSR", "SAL"])
-def test_z_margin_runs_along_the_patient_however_the_axes_are_stored(orientation: str) -> None:
+def test_z_margin_runs_along_the_patient_however_the_axes_are_stored(orientation):
     """The same patient stored differently gives the same numbers, up to the order of sums."""
-    _, truth = make_patient(0, shape=(12, 48, 48), orientation=orientation)
+    labels = {1: "liver", 4: "left kidney"}
     _, reference = make_patient(0, shape=(12, 48, 48), orientation="LPS")
-    everywhere = [
-        Volume(np.where(v.array == 4, 4, 1).astype(np.uint8), v.spacing, v.origin, v.direction)
+    _, truth = make_patient(0, shape=(12, 48, 48), orientation=orientation)
+    rows, expected = (
+        evaluate_case(
+            dataclasses.replace(v, array=np.where(v.array == 4, 4, 1).astype(np.uint8)),
+            *(v, labels),
+            z_margin=1,
+        )
         for v in (truth, reference)
-    ]
-    rows = evaluate_case(everywhere[0], truth, {1: "liver", 4: "left kidney"}, z_margin=1)
-    expected = evaluate_case(everywhere[1], reference, {1: "liver", 4: "left kidney"}, z_margin=1)
+    )
     slices = np.flatnonzero((reference.array == 1).any(axis=(1, 2)))
-    start, stop = max(slices[0] - 1, 0), slices[-1] + 2
-    in_range = everywhere[1].array[start:stop]
+    counted = reference.array[max(slices[0] - 1, 0) : slices[-1] + 2] != 4
     voxel_ml = np.prod(reference.spacing) / 1000
-    assert rows[0]["prediction_ml"] == pytest.approx(np.sum(in_range == 1) * voxel_ml)
+    assert rows[0]["prediction_ml"] == pytest.approx(np.sum(counted) * voxel_ml)
     assert rows[1]["dice"] == 1
     for row, other in zip(rows, expected, strict=True):
         for metric in METRICS:
             assert row[metric.name] == pytest.approx(other[metric.name], abs=1e-6)
 
 
-def test_other_grids_and_bad_arguments_are_refused() -> None:
+def test_other_grids_and_bad_arguments_are_refused():
     prediction, truth = pair()
-    for other in (
-        volume(prediction.array[:-1]),
-        volume(prediction.array, spacing=(1.5, 1.5, 4.0)),
-        volume(prediction.array, origin=(0.0, 0.0, 30.0)),
+    array = prediction.array
+    for other, labels, options, error, message in (
+        (volume(array[:-1]), NAMES, {}, errors.GeometryError, "voxels"),
+        (volume(array, spacing=(1.5, 1.5, 4.0)), NAMES, {}, errors.GeometryError, "voxels"),
+        (volume(array, origin=(0.0, 0.0, 30.0)), NAMES, {}, errors.GeometryError, "voxels"),
+        (Volume(array / 2, SPACING), NAMES, {}, errors.LabelError, "integers"),
+        (prediction, {}, {}, errors.ArgumentError, "labels"),
+        (prediction, {0: "background"}, {}, errors.ArgumentError, "labels"),
+        (prediction, {"1": "liver"}, {}, errors.ArgumentError, "labels"),
+        (prediction, NAMES, {"z_margin": -1}, errors.ArgumentError, "z_margin"),
+        (prediction, NAMES, {"z_margin": 1.5}, errors.ArgumentError, "z_margin"),
+        (prediction, NAMES, {"nsd_tolerance": -1.0}, errors.ArgumentError, "tolerance"),
     ):
-        with pytest.raises(GeometryError):
-            evaluate_case(other, truth, NAMES)
-    with pytest.raises(LabelError):
-        evaluate_case(Volume(prediction.array / 2, SPACING), truth, NAMES)
-    for labels in ({}, {0: "background"}, {"1": "liver"}):
-        with pytest.raises(ArgumentError, match="labels"):
-            evaluate_case(prediction, truth, labels)
-    for margin in (-1, 1.5):
-        with pytest.raises(ArgumentError, match="z_margin"):
-            evaluate_case(prediction, truth, NAMES, z_margin=margin)
-    with pytest.raises(ArgumentError, match="tolerance"):
-        evaluate_case(prediction, truth, NAMES, nsd_tolerance=-1.0)
+        with pytest.raises(error, match=message):
+            evaluate_case(other, truth, labels, **options)
 
 
 @pytest.fixture
@@ -148,7 +133,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "predicted", tmp_path / "truth"
 
 
-def test_report_averages_over_patients_and_organs(folders: tuple[Path, Path]) -> None:
+def test_report_averages_over_patients_and_organs(folders):
     report = evaluate_folder(*folders, labels=NAMES)
     organs = by_organ(report.per_organ())
     first = 2 * 320 / (400 + 480)
@@ -168,9 +153,21 @@ def test_report_averages_over_patients_and_organs(folders: tuple[Path, Path]) ->
     assert report.not_predicted == ["c"]
     assert report.not_compared == ["a_extra"]
     assert report.spacing == {"a": SPACING, "b": SPACING}
+    text = report.to_text()
+    lines = text.splitlines()
+    liver, spleen = (
+        next(line for line in lines if line.startswith(organ)) for organ in ("liver", "spleen")
+    )
+    assert "0.864 ± 0.193" in liver
+    assert spleen.split()[1:5] == ["2", "2", "0", "0.000"]
+    assert any(line.startswith("mean of organs") for line in lines)
+    assert "every slice" in lines[0]
+    for words in ("NSD @ 2 mm", "no prediction for: c", "no truth for: a_extra"):
+        assert words in text
+    assert "nan" not in text
 
 
-def test_json_is_complete_and_strict(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_json_is_complete_and_strict(folders, tmp_path):
     report = evaluate_folder(*folders, labels=NAMES, nsd_tolerance=3.0, z_margin=1)
     report.write_json(tmp_path / "report.json")
 
@@ -187,37 +184,16 @@ def test_json_is_complete_and_strict(folders: tuple[Path, Path], tmp_path: Path)
     assert len(content["rows"]) == 8
     assert content["rows"][1]["hd95"] is None
     assert content["organs"][0]["dice"]["mean"] == report.per_organ()[0]["dice"]["mean"]
-    with pytest.raises(OutputError):
+    with pytest.raises(errors.OutputError):
         report.write_json(tmp_path)
 
 
-def test_text_shows_organs_patients_definitions_and_gaps(folders: tuple[Path, Path]) -> None:
-    text = evaluate_folder(*folders, labels=NAMES).to_text()
-    lines = text.splitlines()
-    liver = next(line for line in lines if line.startswith("liver"))
-    assert "0.864 ± 0.193" in liver
-    spleen = next(line for line in lines if line.startswith("spleen"))
-    assert spleen.split()[1:5] == ["2", "2", "0", "0.000"]
-    assert any(line.startswith("mean of organs") for line in lines)
-    assert "NSD @ 2 mm" in text
-    assert "every slice" in lines[0]
-    assert "no prediction for: c" in text
-    assert "no truth for: a_extra" in text
-    assert "nan" not in text
-
-
-def test_unknown_labels_are_reported(folders: tuple[Path, Path]) -> None:
+def test_labels_without_a_name_and_files_of_any_name(folders):
     report = evaluate_folder(*folders, labels={1: "liver", 2: "spleen"})
     assert report.unknown_labels == {"a": [3]}
     assert "a: the prediction has labels without a name: 3" in report.to_text()
-
-
-def test_without_names_the_labels_of_the_truth_are_measured(folders: tuple[Path, Path]) -> None:
-    report = evaluate_folder(*folders)
-    assert [entry["organ"] for entry in report.per_organ()] == ["label 1", "label 2"]
-
-
-def test_single_files_are_compared_whatever_their_names(folders: tuple[Path, Path]) -> None:
+    unnamed = evaluate_folder(*folders)  # the labels of the truth
+    assert [entry["organ"] for entry in unnamed.per_organ()] == ["label 1", "label 2"]
     predicted, truth = folders
     report = evaluate_folder(predicted / "a_extra.nii.gz", truth / "a.nii.gz", labels=NAMES)
     assert [row["case"] for row in report.rows] == ["a_extra"] * 4
@@ -226,7 +202,7 @@ def test_single_files_are_compared_whatever_their_names(folders: tuple[Path, Pat
     assert {row["case"] for row in one.rows} == {"a"}
 
 
-def test_a_data_set_names_its_organs(tmp_path: Path) -> None:
+def test_a_data_set_names_its_organs(tmp_path):
     root = write_phantom(tmp_path / "set", patients=2, shape=(8, 32, 32))
     shutil.copytree(root / "labels", tmp_path / "predicted")
     for truth in (root, root / "labels"):
@@ -240,21 +216,22 @@ def test_a_data_set_names_its_organs(tmp_path: Path) -> None:
     assert not chosen.unknown_labels
 
 
-def test_nothing_to_compare_is_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_nothing_to_compare_is_an_error(folders, tmp_path):
     predicted, truth = folders
-    with pytest.raises(DatasetError):
-        evaluate_folder(tmp_path / "nowhere", truth)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(DatasetError):
-        evaluate_folder(empty, truth)
-    shutil.copy(truth / "a.nii.gz", predicted / "b.nii.gz")
-    with pytest.raises(DatasetError, match=r"two files for b"):
-        evaluate_folder(predicted, truth)
-    blank = np.zeros((10, 20, 20))
-    write_volume(tmp_path / "blank.nii.gz", blank.astype(np.uint8), like=volume(blank))
-    with pytest.raises(LabelError):
-        evaluate_folder(truth / "a.nii.gz", tmp_path / "blank.nii.gz")
-    (empty / "a.nii.gz").write_bytes(b"no image")
-    with pytest.raises(InputError):
-        evaluate_folder(empty, truth)
+    empty, bad, twice = (tmp_path / name for name in ("empty", "bad", "twice"))
+    for folder in (empty, bad, twice):
+        folder.mkdir()
+    (bad / "a.nii.gz").write_bytes(b"no image")
+    for name in ("b.nii.gz", "b.nrrd"):
+        shutil.copy(predicted / "b.nrrd", twice / name)
+    blank = volume(np.zeros((10, 20, 20)))
+    write_volume(tmp_path / "blank.nii.gz", blank.array, like=blank)
+    for prediction, true, error, message in (
+        (tmp_path / "nowhere", truth, errors.DatasetError, "nowhere"),
+        (empty, truth, errors.DatasetError, "no label map"),
+        (twice, truth, errors.DatasetError, "two files for b"),
+        (truth / "a.nii.gz", tmp_path / "blank.nii.gz", errors.LabelError, "no voxel above 0"),
+        (bad, truth, errors.InputError, r"a\.nii\.gz"),
+    ):
+        with pytest.raises(error, match=message):
+            evaluate_folder(prediction, true)

@@ -17,7 +17,7 @@ from fastproto.data import Preprocessing, Volume
 from fastproto.evaluation import methods
 from fastproto.evaluation.methods import Example, LearnedNetwork, make_method, trained_on
 from fastproto.evaluation.metrics import dice
-from fastproto.evaluation.settings import VIEWS
+from fastproto.evaluation.settings import VIEWS, MethodOptions
 from fastproto.nn import PrototypeNet
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation import load_model
@@ -53,16 +53,8 @@ class GreyModel(nn.Module):
         return torch.stack([torch.zeros_like(near), near], dim=2)
 
 
-def learned_by_grey(example: Example) -> tuple[LearnedNetwork, GreyModel]:
-    learned = object.__new__(LearnedNetwork)  # without registering: EP1 needs no task but for this
-    learned.model, learned.example, learned.view = GreyModel(), example, "body"
-    preprocessing = Preprocessing("ct", 64, mean=0.0, std=100.0, crop=False)
-    learned.task = SimpleNamespace(preprocessing=preprocessing)
-    return learned, learned.model
-
-
 @pytest.mark.parametrize("axes", ["LPS", "RAI", "PSR"])
-def test_slices_are_segmented_from_one_slice_in_any_orientation(example, axes) -> None:
+def test_slices_are_segmented_from_one_slice_in_any_orientation(example, axes):
     def turned(volume: Volume) -> Volume:
         image = sitk.GetImageFromArray(volume.array)
         image.SetSpacing(volume.spacing)
@@ -70,37 +62,34 @@ def test_slices_are_segmented_from_one_slice_in_any_orientation(example, axes) -
         grid = (image.GetSpacing(), image.GetOrigin(), image.GetDirection())
         return Volume(sitk.GetArrayFromImage(image), *grid)
 
-    learned, network = learned_by_grey(example)
+    learned = object.__new__(LearnedNetwork)  # without registering: EP1 needs no task but for this
+    learned.model, learned.example = GreyModel(), example
+    learned.options = MethodOptions(view="body")
+    preprocessing = Preprocessing("ct", 64, mean=0.0, std=100.0, crop=False)
+    learned.task = SimpleNamespace(preprocessing=preprocessing)
     scan, truth = map(turned, make_patient(1))
-    found = learned.slice_segmenter(scan, 3)(6, [3, 5, 8, 9])
-    masks = example.masks(truth, 3)
-    assert found.dtype == bool
-    assert dice(found, masks[[3, 5, 8, 9]]) > 0.9
-    assert len(network.examples) == 1
-    assert network.examples[0].shape == (1, 64, 64)
+    segment, masks = learned.slice_segmenter(scan, 3), example.masks(truth, 3)
+    for support in (5, 6, 8):
+        found = segment(support, [3, 5, 8, 9])
+        assert found.dtype == bool
+        assert dice(found, masks[[3, 5, 8, 9]]) > 0.9
+    # The slices given are all that EP1 knows.
+    assert [given.shape for given in learned.model.examples] == [(1, 64, 64)] * 3
+    assert all(given.any() for given in learned.model.examples)
 
 
-def test_the_slices_given_are_all_that_ep1_knows(example) -> None:
-    learned, network = learned_by_grey(example)
-    segment = learned.slice_segmenter(make_patient(1)[0], 1)
-    for support in (1, 3, 6):
-        segment(support, list(range(10)))
-    assert [masks.any().item() for masks in network.examples] == [True] * 3
-    assert len(network.examples) == 3
-
-
-def test_ep1_sees_the_organ_or_the_body_and_no_label(example, model) -> None:
+def test_ep1_sees_the_organ_or_the_body_and_no_label(example, model):
     scan, _ = make_patient(1)
     sides = {}
     for view in VIEWS:
-        learned = LearnedNetwork(model, example, view=view, slices=2)
+        learned = LearnedNetwork(model, example, MethodOptions(view=view, slices=2))
         sides[view] = learned._view(scan, 2).view.side
         found = learned.slice_segmenter(scan, 2)(5, [4, 5])
         assert found.shape == (2, 24, 28)
     assert sides["organ"] < sides["body"]
 
 
-def test_registration_carries_the_organs_over_by_every_kind(example) -> None:
+def test_registration_carries_the_organs_over_by_every_kind(example):
     scan, truth = make_patient(2)
     found = make_method("registration", None)(example).segment(scan)
     assert list(found) == list(KINDS)
@@ -112,40 +101,32 @@ def test_registration_carries_the_organs_over_by_every_kind(example) -> None:
     assert dice(onto_itself["box"] == 2, example.label.array == 2) > 0.95
 
 
-def test_network_and_prior_share_the_networks_evidence(example, model, monkeypatch) -> None:
-    calls = []
-    gather = methods.gather
-    monkeypatch.setattr(methods, "gather", lambda *args: calls.append(1) or gather(*args))
+def test_network_and_prior_share_the_networks_evidence_and_the_prior(example, model, monkeypatch):
+    calls: list[str] = []
+
+    gather, locate = methods.gather, methods.locate
+    monkeypatch.setattr(methods, "gather", lambda *args: calls.append("gather") or gather(*args))
+    monkeypatch.setattr(methods, "locate", lambda *args: calls.append(args[2]) or locate(*args))
     scan, _ = make_patient(1)
     found = make_method("fastproto", model, slices=2)(example).segment(scan)
     assert list(found) == ["network + prior", "network"]
-    assert len(calls) == 1
     assert not np.array_equal(*found.values())
-
-
-def test_a_prior_is_found_once_for_each_scan(example, model, monkeypatch) -> None:
-    calls = []
-    locate = methods.locate
-    monkeypatch.setattr(methods, "locate", lambda *args: calls.append(args[2]) or locate(*args))
-    scan, _ = make_patient(1)
-    for name in ("fastproto", "registration"):
-        make_method(name, model, slices=2)(example).segment(scan)
-    assert sorted(calls) == sorted(KINDS)
+    make_method("registration", model)(example).segment(scan)
+    assert sorted(calls) == sorted([*KINDS, "gather"])  # a prior is found once for each scan
     make_method("registration", model)(example).segment(make_patient(2)[0])
-    assert len(calls) == 2 * len(KINDS)
+    assert len(calls) == 2 * len(KINDS) + 1
 
 
-def test_prototypes_are_the_same_encoder_without_a_decoder(example, model) -> None:
-    learned = make_method("prototypes", model, slices=2)(example)
+def test_prototypes_are_the_same_encoder_without_a_decoder(example, model):
+    learned = make_method("prototypes", model, slices=2, prior="box")(example)
     assert isinstance(learned.model, PrototypeNet)
     assert learned.model.encoder is model.encoder
     scan, _ = make_patient(1)
-    found = learned.segment(scan)
-    assert list(found) == ["network + prior", "network"]
+    assert list(learned.segment(scan)) == ["network + prior", "network"]
     assert learned.slice_segmenter(scan, 1)(3, [2, 3, 4]).shape == (3, 24, 28)
 
 
-def test_one_scan_trains_all_of_a_fresh_network(example, model) -> None:
+def test_one_scan_trains_all_of_a_fresh_network(example, model):
     before = model.fingerprint()
     trained = trained_on(model, example, steps=1, slices=2)
     assert model.fingerprint() == before
@@ -159,7 +140,7 @@ def test_one_scan_trains_all_of_a_fresh_network(example, model) -> None:
     assert again.fingerprint() == trained.fingerprint()
 
 
-def test_adaptation_is_for_whole_volumes_alone(example, model, monkeypatch) -> None:
+def test_adaptation_is_for_whole_volumes_alone(example, model, monkeypatch):
     seen = {}
 
     def register(network, *args, adapt, **options):
@@ -176,7 +157,7 @@ def test_adaptation_is_for_whole_volumes_alone(example, model, monkeypatch) -> N
     assert seen == {"steps": 0}
 
 
-def test_masks_follow_the_plane(example) -> None:
+def test_masks_follow_the_plane(example):
     coronal = dataclasses.replace(example, plane="coronal")
     assert example.masks(example.label, 1).shape == (10, 24, 28)
     assert coronal.masks(example.label, 1).shape == (24, 10, 28)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +63,7 @@ def monai_values(
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("tolerance", [0.0, 0.7, 2.0])
-def test_equals_monai_on_random_masks(spacing: tuple[float, ...], tolerance: float) -> None:
+def test_equals_monai_on_random_masks(spacing, tolerance):
     for seed in range(32):
         a, b = random_pair(seed)
         assert a.any()
@@ -74,7 +73,7 @@ def test_equals_monai_on_random_masks(spacing: tuple[float, ...], tolerance: flo
 
 
 @pytest.mark.data
-def test_equals_monai_on_real_organs(test_data: Path) -> None:
+def test_equals_monai_on_real_organs(test_data):
     """Organs of one brain against those of another, which overlap roughly."""
     folder = test_data / "ixi_brain_mr" / "labels"
     first, second = (read_label(path) for path in sorted(folder.glob("*.nii.gz"))[:2])
@@ -86,12 +85,12 @@ def test_equals_monai_on_real_organs(test_data: Path) -> None:
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.7, 2.9), (3.0, 0.5, 0.5)])
-def test_area_of_all_256_surface_elements_equals_monais(spacing: tuple[float, ...]) -> None:
+def test_area_of_all_256_surface_elements_equals_monais(spacing):
     table, _ = create_table_neighbour_code_to_surface_area(spacing)
     np.testing.assert_allclose(_surface_areas(spacing), table.numpy(), rtol=1e-6)
 
 
-def test_boxes_shifted_along_one_axis() -> None:
+def test_masks_shifted_along_one_axis():
     a, b = np.zeros((2, 4, 30, 30), dtype=bool)
     a[:, 5:15, 5:15] = True
     b[:, 5:15, 8:18] = True
@@ -100,27 +99,17 @@ def test_boxes_shifted_along_one_axis() -> None:
     assert hd95(a, b, spacing=spacing) == pytest.approx(6.0)
     assert nsd(a, b, spacing=spacing, nsd_tolerance=6.0) == 1.0
     assert nsd(a, b, spacing=spacing, nsd_tolerance=5.9) < 1.0
-
-
-def test_a_distance_equal_to_the_tolerance_is_within_it() -> None:
-    """3 * 0.7 is larger than 2.1 in float64."""
     a, b = np.zeros((2, 12, 12, 12), dtype=bool)
-    a[2, 3, 3] = True
-    b[5, 3, 3] = True
+    a[2, 3, 3] = b[5, 3, 3] = True  # a distance equal to the tolerance, but 3 * 0.7 > 2.1
     assert nsd(a, b, spacing=(0.7, 1.0, 1.0), nsd_tolerance=2.1) == 1.0
 
 
-def test_a_metric_alone_equals_that_of_all_together() -> None:
-    a, b = random_pair(3)
-    options = {"spacing": (5.0, 1.5, 1.4), "nsd_tolerance": 1.5}
-    assert measured(a, b, **options) == tuple(metric(a, b, **options) for metric in METRICS)
-
-
-def test_empty_masks() -> None:
-    empty = np.zeros((4, 5, 6), dtype=bool)
-    some = empty.copy()
+def test_empty_and_full_masks():
+    empty, some, full = np.zeros((3, 4, 5, 6), dtype=bool)
     some[1:3, 2, 2:4] = True
+    full[:] = True  # with a surface at the edge
     spacing = (1.0, 1.0, 1.0)
+    assert measured(full, full, spacing) == (1.0, 0.0, 0.0, 1.0)
     assert all(math.isnan(value) for value in measured(empty, empty, spacing))
     for pair in ((empty, some), (some, empty)):
         found = dict(zip(METRICS, measured(*pair, spacing), strict=True))
@@ -129,20 +118,13 @@ def test_empty_masks() -> None:
         assert math.isnan(found[assd])
 
 
-def test_full_volume_has_a_surface_at_its_edge() -> None:
-    full = np.ones((3, 4, 5), dtype=bool)
-    assert measured(full, full, (1, 1, 1)) == (1.0, 0.0, 0.0, 1.0)
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(1, 10_000),
     factor=st.sampled_from([0.5, 2.0, 4.0]),
     pad=st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 3),
 )
-def test_symmetric_and_indifferent_to_place_and_unit(
-    seed: int, factor: float, pad: tuple[tuple[int, int], ...]
-) -> None:
+def test_symmetric_and_indifferent_to_place_and_unit(seed, factor, pad):
     a, b = random_pair(seed)
     assume(a.any() and b.any())  # the rules for empty masks have a test of their own
     spacing = np.array([3.0, 1.0, 1.5])
@@ -154,29 +136,34 @@ def test_symmetric_and_indifferent_to_place_and_unit(
     assert measured(a, a, spacing) == (1.0, 0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
-def test_zeros_and_ones_of_any_type_are_a_mask(dtype: type) -> None:
+def test_zeros_and_ones_of_any_type_are_a_mask_and_a_metric_alone_equals_that_of_all():
     a, b = random_pair(5)
-    assert dice(a.astype(dtype), b) == dice(a, b)
-    assert dice(torch.from_numpy(a), torch.from_numpy(b)) == dice(a, b)
+    options = {"spacing": (5.0, 1.5, 1.4), "nsd_tolerance": 1.5}
+    expected = measured(a, b, **options)
+    assert tuple(metric(a, b, **options) for metric in METRICS) == expected
+    for other in (*map(a.astype, (np.uint8, np.int64, np.float32)), torch.from_numpy(a)):
+        assert measured(other, b, **options) == expected
+
+
+CUBE = np.zeros((2, 2, 2))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "subject"),
+    ("prediction", "truth", "options", "subject"),
     [
-        ((np.zeros((2, 3, 4)), np.zeros((2, 3, 5))), {}, "prediction and truth"),
-        ((np.zeros((3, 4)), np.zeros((3, 4))), {}, "prediction and truth"),
-        ((np.full((2, 2, 2), 3), np.zeros((2, 2, 2))), {}, "prediction"),
-        ((np.zeros((2, 2, 2)), np.full((2, 2, 2), 0.5)), {}, "truth"),
-        ((np.zeros((2, 2, 2)), np.full((2, 2, 2), np.nan)), {}, "truth"),
-        ((np.zeros((2, 2, 2)),) * 2, {"spacing": (1, 1)}, "spacing"),
-        ((np.zeros((2, 2, 2)),) * 2, {"spacing": (1, 0, 1)}, "spacing"),
-        ((np.zeros((2, 2, 2)),) * 2, {"spacing": (1, np.nan, 1)}, "spacing"),
-        ((np.zeros((2, 2, 2)),) * 2, {"nsd_tolerance": -1.0}, "nsd_tolerance"),
-        ((np.zeros((2, 2, 2)),) * 2, {"nsd_tolerance": np.inf}, "nsd_tolerance"),
+        (np.zeros((2, 3, 4)), np.zeros((2, 3, 5)), {}, "prediction and truth"),
+        (np.zeros((3, 4)), np.zeros((3, 4)), {}, "prediction and truth"),
+        (CUBE + 3, CUBE, {}, "prediction"),
+        (CUBE, CUBE + 0.5, {}, "truth"),
+        (CUBE, CUBE + np.nan, {}, "truth"),
+        (CUBE, CUBE, {"spacing": (1, 1)}, "spacing"),
+        (CUBE, CUBE, {"spacing": (1, 0, 1)}, "spacing"),
+        (CUBE, CUBE, {"spacing": (1, np.nan, 1)}, "spacing"),
+        (CUBE, CUBE, {"nsd_tolerance": -1.0}, "nsd_tolerance"),
+        (CUBE, CUBE, {"nsd_tolerance": np.inf}, "nsd_tolerance"),
     ],
 )
-def test_bad_arguments_are_named(arguments: tuple, options: dict, subject: str) -> None:
+def test_bad_arguments_are_named(prediction, truth, options, subject):
     with pytest.raises(ArgumentError) as error:
-        measured(*arguments, **{"spacing": (1.0, 1.0, 1.0)} | options)
+        measured(prediction, truth, **{"spacing": (1.0, 1.0, 1.0)} | options)
     assert error.value.subject == subject
