@@ -6,7 +6,6 @@
 #include "../../../csrc/cuda/common/platform.h"
 
 using namespace fastproto::cuda;
-using emulator::run;
 
 extern "C" {
 

@@ -58,6 +58,13 @@ def ready() -> None:
     emulator.load()
 
 
+@pytest.fixture(scope="session")
+def gpu() -> ModuleType:
+    """support.emulator with its library loaded."""
+    ready()
+    return emulator
+
+
 def refusal(family: str, problem: Problem, dtype: torch.dtype) -> str | None:
     """What the plan says where a family does not take a problem."""
     last = problem.layout == "channels_last"

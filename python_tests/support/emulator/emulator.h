@@ -8,10 +8,12 @@
 
 namespace fastproto::cuda {
 
+using namespace emulator;
+
 template <auto Kernel, class... Params>
 const char* launch(const Grid& grid, const Params&... params) {
-  return emulator::run(grid.blocks, grid.threads, grid.cluster, grid.shared_bytes,
-                       [&] { Kernel(params...); });
+  return run(grid.blocks, grid.threads, grid.cluster, grid.shared_bytes,
+             [&] { Kernel(params...); });
 }
 
 }  // namespace fastproto::cuda

@@ -5,26 +5,24 @@
 
 #include "ptx.h"
 
-namespace fastproto::cuda {
+namespace fastproto::cuda::emulator {
 
 // ---------------------------------------------------------------- clusters
 
-inline int cluster_rank() { return emulator::self().block->rank; }
+inline int cluster_rank() { return self().block->rank; }
 inline void sync_cluster() {
-  if (!emulator::collect("sync_cluster", nullptr)) return;
-  emulator::Machine& machine = *emulator::current->machine;
-  emulator::meet(machine.cluster_meeting, machine.alive_threads(), true, "sync_cluster", 0);
+  if (!collect("sync_cluster", nullptr)) return;
+  Machine& machine = *current->machine;
+  meet(machine.cluster_meeting, machine.alive_threads(), true, "sync_cluster", 0);
 }
 
 // Addresses of the cluster's window: the rank + 1 from bit 24 up, then the offset in its block.
 inline uint32_t peer_address(const void* p, int rank) {
-  emulator::Lane& lane = emulator::self();
+  Lane& lane = self();
   if (rank < 0 || rank >= lane.machine->cluster)
-    emulator::fail("peer_address: rank ", rank, " in a cluster of ", lane.machine->cluster);
-  return emulator::shared_offset("peer_address", p, 1, 1) | uint32_t(rank + 1) << 24;
+    fail("peer_address: rank ", rank, " in a cluster of ", lane.machine->cluster);
+  return shared_offset("peer_address", p, 1, 1) | uint32_t(rank + 1) << 24;
 }
-
-namespace emulator {
 
 inline uint8_t* peer_memory(const char* what, uint32_t address, int bytes) {
   interrupt();
@@ -43,22 +41,20 @@ inline uint8_t* peer_memory(const char* what, uint32_t address, int bytes) {
   return block.shared + offset;
 }
 
-}  // namespace emulator
-
 inline void store_peer(uint32_t address, uint32_t x) {
-  memcpy(emulator::peer_memory("store_peer", address, 4), &x, 4);
+  memcpy(peer_memory("store_peer", address, 4), &x, 4);
 }
 inline void store_peer(uint32_t address, const Vector16& v) {
-  memcpy(emulator::peer_memory("store_peer", address, 16), v.x, 16);
+  memcpy(peer_memory("store_peer", address, 16), v.x, 16);
 }
 inline uint32_t load_peer(uint32_t address) {
   uint32_t x;
-  memcpy(&x, emulator::peer_memory("load_peer", address, 4), 4);
+  memcpy(&x, peer_memory("load_peer", address, 4), 4);
   return x;
 }
 inline Vector16 load_peer_16(uint32_t address) {
   Vector16 v;
-  memcpy(v.x, emulator::peer_memory("load_peer_16", address, 16), 16);
+  memcpy(v.x, peer_memory("load_peer_16", address, 16), 16);
   return v;
 }
 
@@ -85,8 +81,6 @@ void registers_fewer() {
 }
 
 // ---------------------------------------------------------------- mbarriers
-
-namespace emulator {
 
 constexpr int kMaxCount = (1 << 20) - 1;  // of arrivals and of bytes
 
@@ -143,43 +137,36 @@ inline void arrive(const char* what, Barrier* barrier, int bytes) {
   update_barrier(what, *current->block, barrier_offset(what, barrier), 1, bytes);
 }
 
-}  // namespace emulator
-
 inline void barrier_init(Barrier* barrier, int count) {
-  const uint32_t offset = emulator::shared_offset("barrier_init", barrier, 8, 8);
-  if (count < 1 || count > emulator::kMaxCount) emulator::fail("barrier_init: count ", count);
-  emulator::Block& block = *emulator::current->block;
-  if (emulator::is_barrier(block, offset))
-    emulator::fail("barrier_init: a second one of the barrier at ", offset);
+  const uint32_t offset = shared_offset("barrier_init", barrier, 8, 8);
+  if (count < 1 || count > kMaxCount) fail("barrier_init: count ", count);
+  Block& block = *current->block;
+  if (is_barrier(block, offset)) fail("barrier_init: a second one of the barrier at ", offset);
   block.barriers.push_back(offset);
-  block.unfenced_inits.push_back(emulator::current->thread);
-  emulator::barrier_at(block, offset) = {0, unsigned(count), unsigned(count), 0};
+  block.unfenced_inits.push_back(current->thread);
+  barrier_at(block, offset) = {0, unsigned(count), unsigned(count), 0};
 }
-inline void barrier_init_fence() {
-  std::erase(emulator::self().block->unfenced_inits, emulator::current->thread);
-}
-inline void barrier_arrive(Barrier* barrier) { emulator::arrive("barrier_arrive", barrier, 0); }
+inline void barrier_init_fence() { std::erase(self().block->unfenced_inits, current->thread); }
+inline void barrier_arrive(Barrier* barrier) { arrive("barrier_arrive", barrier, 0); }
 inline void barrier_arrive_expect(Barrier* barrier, int bytes) {
-  if (bytes < 0) emulator::fail("barrier_arrive_expect: ", bytes, " bytes");
-  emulator::arrive("barrier_arrive_expect", barrier, bytes);
+  if (bytes < 0) fail("barrier_arrive_expect: ", bytes, " bytes");
+  arrive("barrier_arrive_expect", barrier, bytes);
 }
 // mbarrier.try_wait.parity: "the phase parity indicates the parity of either the current phase or
 // the immediately preceding phase": true for the preceding one alone. So it is looked at again
 // before going on: a waiter that sleeps through two phases stays.
 inline void barrier_wait(Barrier* barrier, int parity) {
-  emulator::interrupt();
-  const uint32_t offset = emulator::barrier_offset("barrier_wait", barrier);
-  if (parity != 0 && parity != 1) emulator::fail("barrier_wait: parity ", parity);
-  emulator::Lane& lane = *emulator::current;
-  while (int(emulator::barrier_at(*lane.block, offset).phase) == parity) {
+  interrupt();
+  const uint32_t offset = barrier_offset("barrier_wait", barrier);
+  if (parity != 0 && parity != 1) fail("barrier_wait: parity ", parity);
+  Lane& lane = *current;
+  while (int(barrier_at(*lane.block, offset).phase) == parity) {
     lane.block->barrier_waiters.push_back(&lane);
-    emulator::suspend(lane, "barrier_wait", int(offset), parity);
+    suspend(lane, "barrier_wait", int(offset), parity);
   }
 }
 
 // ---------------------------------------------------------------- TMA
-
-namespace emulator {
 
 // A tensor map, as make_tensor_map packs it.
 struct BoxMap {
@@ -192,16 +179,13 @@ struct BoxMap {
 };
 static_assert(sizeof(BoxMap) <= sizeof(TensorMap) && std::is_trivially_copyable_v<BoxMap>);
 
-}  // namespace emulator
-
 // With the demands of cuTensorMapEncodeTiled.
 inline const char* make_tensor_map(TensorMap* map, MapType, int rank, const void* data,
                                    const uint64_t* sizes, const uint64_t* strides,
                                    const uint32_t* box) {
   if (rank < 1 || rank > 5) return "tensor map: the rank is 1 to 5";
   if (uintptr_t(data) % 16 != 0) return "tensor map: the data must be 16-byte aligned";
-  emulator::BoxMap m = {
-      emulator::BoxMap::kMagic, rank, static_cast<uint8_t*>(const_cast<void*>(data)), {}, {}, {}};
+  BoxMap m = {BoxMap::kMagic, rank, static_cast<uint8_t*>(const_cast<void*>(data)), {}, {}, {}};
   for (int d = 0; d < 5; ++d) {
     m.sizes[d] = d < rank ? sizes[d] : 1;
     m.strides[d] = d == 0 ? 2 : d < rank ? strides[d - 1] : 0;
@@ -220,8 +204,6 @@ inline const char* make_tensor_map(TensorMap* map, MapType, int rank, const void
   memcpy(map->opaque, &m, sizeof m);
   return nullptr;
 }
-
-namespace emulator {
 
 // The 128-byte swizzle ("Swizzling modes"): bits 4 to 6 of the shared address, the 16-byte piece of
 // a 128-byte row, XOR bits 7 to 9, the row.
@@ -245,7 +227,7 @@ struct BoxCopy {
     for (uint32_t side : map.box) bytes *= int(side);
     // The pattern of the swizzle repeats every 1024 bytes; a box of whole repetitions starts there.
     shared = shared_offset(what, memory, bytes, bytes % 1024 == 0 ? 1024 : 128);
-    note_writes(*current);
+    block->proxies.note(current->thread);
     check_fenced(what, shared, bytes);
   }
 
@@ -268,58 +250,48 @@ struct BoxCopy {
       }
     }
   }
-  void written() const {
-    if (block->proxies.started()) block->proxies.written(shared, bytes);
-  }
 };
 
-}  // namespace emulator
-
 inline void prefetch_map(const TensorMap*) {}
-inline void fence_async() {
-  emulator::Lane& lane = emulator::self();
-  if (lane.block->proxies.started()) lane.block->proxies.fence(lane.thread);
-}
+inline void fence_async() { self().block->proxies.fence(current->thread); }
 
 template <class... At>
 void tma_load(void* to, const TensorMap* map, Barrier* barrier, At... at) {
-  const emulator::BoxCopy copy("tma_load", map, to, at...);
-  const uint32_t offset = emulator::barrier_offset("tma_load", barrier);
-  emulator::Machine& machine = *emulator::current->machine;
+  const BoxCopy copy("tma_load", map, to, at...);
+  const uint32_t offset = barrier_offset("tma_load", barrier);
+  Machine& machine = *current->machine;
   if (const auto& inits = copy.block->unfenced_inits; !inits.empty())
-    emulator::fail("tma_load: thread ", inits[0],
-                   " has run barrier_init and no barrier_init_fence");
+    fail("tma_load: thread ", inits[0], " has run barrier_init and no barrier_init_fence");
   // Some take much longer than the others: those behind them come first.
   const uint32_t most = machine.random() && machine.draw(8) == 0 ? 1 << 17 : 256;
   const uint64_t due = machine.step + (machine.random() ? machine.draw(most) : 64);
-  memset(to, emulator::kPoison, size_t(copy.bytes));
-  copy.written();
-  machine.loads.push_back({due, [copy, offset] {
-                             copy.for_each([](uint8_t* shared, const uint8_t* global) {
-                               const uint8_t zeros[2] = {};
-                               memcpy(shared, global != nullptr ? global : zeros, 2);
-                             });
-                             copy.written();
-                             // "complete-tx": all bytes of the box count, those outside of the
-                             // tensor too.
-                             emulator::update_barrier("tma_load", *copy.block, offset, 0,
-                                                      -copy.bytes);
-                           }});
+  memset(to, kPoison, size_t(copy.bytes));
+  copy.block->proxies.written(copy.shared, copy.bytes);
+  const auto complete = [copy, offset] {
+    copy.for_each([](uint8_t* shared, const uint8_t* global) {
+      const uint8_t zeros[2] = {};
+      memcpy(shared, global != nullptr ? global : zeros, 2);
+    });
+    copy.block->proxies.written(copy.shared, copy.bytes);
+    // "complete-tx": all bytes of the box count, those outside of the tensor too.
+    update_barrier("tma_load", *copy.block, offset, 0, -copy.bytes);
+  };
+  machine.loads.push_back({due, complete});
 }
 // Shared memory is read when a wait completes the group: what overwrites it before is seen.
 inline void tma_store(const TensorMap* map, const void* from, int x, int y, int z) {
-  const emulator::BoxCopy copy("tma_store", map, from, x, y, z);
-  emulator::current->stores.add([copy] {
+  const BoxCopy copy("tma_store", map, from, x, y, z);
+  current->stores.add([copy] {
     copy.for_each([](const uint8_t* shared, uint8_t* global) {
       if (global != nullptr) memcpy(global, shared, 2);
     });
   });
 }
-inline void tma_store_commit() { emulator::self().stores.commit(); }
+inline void tma_store_commit() { self().stores.commit(); }
 template <int Pending>
 void tma_store_wait() {
-  emulator::interrupt();
-  emulator::self().stores.wait(Pending);
+  interrupt();
+  self().stores.wait(Pending);
 }
 
-}  // namespace fastproto::cuda
+}  // namespace fastproto::cuda::emulator

@@ -107,12 +107,12 @@ def load() -> autograd.OpPair:
     """Build the library if need be, and register its ops."""
     kernels = sorted(SOURCES.glob("cuda/*/instantiations/*.cu"))
     library = build("fastproto_emulated", [SOURCES / "api" / "proto_attention_cuda.cpp", *kernels])
-    name = "fastproto_emulated::proto_attention_"
-    pair = autograd.library_pair("native", f"{name}fwd", f"{name}bwd")
-    for op in ("proto_attention_fwd", "proto_attention_bwd"):
-        schema = str(getattr(torch.ops.fastproto, op).default._schema)
-        torch.library.define(f"fastproto_emulated::{op}", schema[schema.index("(") :])
+    names = [f"fastproto_emulated::proto_attention_{part}" for part in ("fwd", "bwd")]
+    for name in names:
+        schema = str(autograd.op(name.replace("_emulated", ""))._schema)
+        torch.library.define(name, schema[schema.index("(") :])
     torch.ops.load_library(library)
+    pair = autograd.library_pair("native", *names)
     torch.library.register_fake(pair.forward, functools.partial(native.fake_forward, True))
     torch.library.register_fake(pair.backward, native.fake_backward)
     autograd.register(pair)

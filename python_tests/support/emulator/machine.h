@@ -238,13 +238,9 @@ inline Lane* next_lane(Machine& machine, Warp* here) {
   }
 }
 
-inline void note_writes(const Lane& lane) {
-  if (lane.block->proxies.started()) lane.block->proxies.note(lane.thread);
-}
 // TMA or WGMMA is about to use these bytes of the block's shared memory.
 inline void check_fenced(const char* what, uint32_t offset, int bytes) {
-  const Proxies& proxies = current->block->proxies;
-  const int writer = proxies.started() ? proxies.unfenced(offset, bytes) : Proxies::kNobody;
+  const int writer = current->block->proxies.unfenced(offset, bytes);
   if (writer != Proxies::kNobody)
     fail(what, ": thread ", writer, " wrote to the ", bytes, " bytes of shared memory at ", offset,
          " and has run no fence_async");
@@ -253,7 +249,7 @@ inline void check_fenced(const char* what, uint32_t offset, int bytes) {
 // Lets others run, until somebody makes this lane runnable.
 inline void run_others(Lane& lane) {
   Machine& machine = *lane.machine;
-  note_writes(lane);
+  lane.block->proxies.note(lane.thread);
   Lane* next = next_lane(machine, lane.warp);
   if (next == &lane) return;
   current = next;

@@ -8,29 +8,27 @@
 
 #include "machine.h"
 
-namespace fastproto::cuda {
+namespace fastproto::cuda::emulator {
 
 // ---------------------------------------------------------------- threads
 
-inline int thread_index() { return emulator::self().thread; }
+inline int thread_index() { return self().thread; }
 inline int thread_index_again() { return thread_index(); }
-inline int block_index() { return emulator::self().block->index; }
-inline int grid_size() { return emulator::self().machine->grid; }
-inline int lane_index() { return emulator::self().lane; }
-inline int warp_index() { return emulator::self().thread / emulator::kWarpThreads; }
+inline int block_index() { return self().block->index; }
+inline int grid_size() { return self().machine->grid; }
+inline int lane_index() { return self().lane; }
+inline int warp_index() { return self().thread / kWarpThreads; }
 
-inline uint8_t* shared_memory() { return emulator::self().block->shared; }
+inline uint8_t* shared_memory() { return self().block->shared; }
 
 inline void sync_block() {
-  if (!emulator::collect("sync_block", nullptr)) return;
-  emulator::Block& block = *emulator::current->block;
-  emulator::meet(block.meetings[0], block.alive_threads, true, "sync_block", 0);
+  if (!collect("sync_block", nullptr)) return;
+  Block& block = *current->block;
+  meet(block.meetings[0], block.alive_threads, true, "sync_block", 0);
 }
 inline void sync_warp() {
-  emulator::together("sync_warp", nullptr, [] {});
+  together("sync_warp", nullptr, [] {});
 }
-
-namespace emulator {
 
 inline void meet_some(const char* what, int id, int threads, bool waits) {
   int arguments[2] = {id, threads};
@@ -49,31 +47,27 @@ inline void meet_some(const char* what, int id, int threads, bool waits) {
   meet(meeting, threads, waits, "sync_some", id);
 }
 
-}  // namespace emulator
-
-inline void sync_some(int id, int threads) { emulator::meet_some("sync_some", id, threads, true); }
-inline void arrive_some(int id, int threads) {
-  emulator::meet_some("arrive_some", id, threads, false);
-}
+inline void sync_some(int id, int threads) { meet_some("sync_some", id, threads, true); }
+inline void arrive_some(int id, int threads) { meet_some("arrive_some", id, threads, false); }
 
 // ---------------------------------------------------------------- numbers
 
 inline float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float shuffle_xor(float x, int mask) {
-  const int from = (emulator::self().lane ^ mask) & 31;
-  return bits_to_float(emulator::gather("shuffle_xor", float_to_bits(x))[from]);
+  const int from = (self().lane ^ mask) & 31;
+  return bits_to_float(gather("shuffle_xor", float_to_bits(x))[from]);
 }
 inline float shuffle(float x, int lane) {
-  return bits_to_float(emulator::gather("shuffle", float_to_bits(x))[lane & 31]);
+  return bits_to_float(gather("shuffle", float_to_bits(x))[lane & 31]);
 }
 inline int shuffle(int x, int lane) {
-  return int(emulator::gather("shuffle of int", uint32_t(x))[lane & 31]);
+  return int(gather("shuffle of int", uint32_t(x))[lane & 31]);
 }
 inline uint32_t ballot(bool x) {
-  const uint32_t* votes = emulator::gather("ballot", x);
+  const uint32_t* votes = gather("ballot", x);
   uint32_t result = 0;
-  for (int i = 0; i < emulator::kWarpThreads; ++i) result |= votes[i] << i;
+  for (int i = 0; i < kWarpThreads; ++i) result |= votes[i] << i;
   return result;
 }
 
@@ -81,18 +75,14 @@ inline float infinity() { return bits_to_float(0x7f800000u); }
 inline float not_a_number() { return bits_to_float(0x7fffffffu); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
-namespace emulator {
-
 // .ftz: subnormal numbers are zeros of the same sign.
 inline float flush(float x) {
   const uint32_t bits = float_to_bits(x);
   return (bits & 0x7f800000u) == 0 ? bits_to_float(bits & 0x80000000u) : x;
 }
 
-}  // namespace emulator
-
-inline float exp2_fast(float x) { return emulator::flush(std::exp2(emulator::flush(x))); }
-inline float log2_fast(float x) { return emulator::flush(std::log2(emulator::flush(x))); }
+inline float exp2_fast(float x) { return flush(std::exp2(flush(x))); }
+inline float log2_fast(float x) { return flush(std::log2(flush(x))); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
@@ -149,37 +139,34 @@ inline float to_tf32(float x) {
 
 inline uint32_t shared_address(const void* p) {
   // One past the end is the address of an empty piece.
-  return emulator::shared_offset("shared_address", p, 0, 1);
+  return shared_offset("shared_address", p, 0, 1);
 }
 
 // The bytes move when a wait completes their group; until then the place is poisoned.
 inline void copy_async_16(void* to, const void* from, int valid) {
-  emulator::shared_offset("copy_async_16", to, 16, 16);
+  shared_offset("copy_async_16", to, 16, 16);
   if (uintptr_t(from) % 16 != 0)
-    emulator::fail("copy_async_16: global address ", from, " is not a multiple of 16");
-  if (valid < 0 || valid > 16) emulator::fail("copy_async_16: ", valid, " valid bytes");
-  memset(to, emulator::kPoison, 16);
-  emulator::current->copies.add([to, from, valid] {
+    fail("copy_async_16: global address ", from, " is not a multiple of 16");
+  if (valid < 0 || valid > 16) fail("copy_async_16: ", valid, " valid bytes");
+  memset(to, kPoison, 16);
+  current->copies.add([to, from, valid] {
     memset(to, 0, 16);
     if (valid > 0) memcpy(to, from, size_t(valid));
   });
 }
-inline void copy_async_commit() { emulator::self().copies.commit(); }
+inline void copy_async_commit() { self().copies.commit(); }
 template <int Pending>
 void copy_async_wait() {
-  emulator::interrupt();
-  emulator::self().copies.wait(Pending);
+  interrupt();
+  self().copies.wait(Pending);
 }
 
 inline Vector16 load_global_16(const void* from) {
-  if (uintptr_t(from) % 16 != 0)
-    emulator::fail("load_global_16: address ", from, " is not a multiple of 16");
+  if (uintptr_t(from) % 16 != 0) fail("load_global_16: address ", from, " is not a multiple of 16");
   Vector16 v;
   memcpy(v.x, from, 16);
   return v;
 }
-
-namespace emulator {
 
 struct MatrixArguments {
   uint32_t* r;
@@ -202,33 +189,28 @@ void move_matrices(const char* what, bool transpose, MatrixArguments mine, const
   });
 }
 
-}  // namespace emulator
-
 template <bool Transpose>
 void load_matrix(uint32_t (&r)[4], const void* row) {
-  emulator::shared_offset("load_matrix", row, 16, 16);
+  shared_offset("load_matrix", row, 16, 16);
   auto* from = static_cast<uint8_t*>(const_cast<void*>(row));
-  emulator::move_matrices(Transpose ? "load_matrix<true>" : "load_matrix<false>", Transpose,
-                          {r, from},
-                          [](int, const uint8_t* memory, uint8_t* reg) { memcpy(reg, memory, 2); });
+  move_matrices(Transpose ? "load_matrix<true>" : "load_matrix<false>", Transpose, {r, from},
+                [](int, const uint8_t* memory, uint8_t* reg) { memcpy(reg, memory, 2); });
 }
 template <bool Transpose>
 void store_matrix(void* row, const uint32_t (&r)[4]) {
-  emulator::shared_offset("store_matrix", row, 16, 16);
-  emulator::move_matrices(Transpose ? "store_matrix<true>" : "store_matrix<false>", Transpose,
-                          {const_cast<uint32_t*>(r), static_cast<uint8_t*>(row)},
-                          [](int lane, uint8_t* memory, const uint8_t* reg) {
-                            memcpy(memory, reg, 2);
-                            emulator::Block& block = *emulator::current->block;
-                            if (block.proxies.started())
-                              block.proxies.written(uint32_t(memory - block.shared), 2,
-                                                    emulator::current->warp->lanes[lane].thread);
-                          });
+  shared_offset("store_matrix", row, 16, 16);
+  move_matrices(Transpose ? "store_matrix<true>" : "store_matrix<false>", Transpose,
+                {const_cast<uint32_t*>(r), static_cast<uint8_t*>(row)},
+                [](int lane, uint8_t* memory, const uint8_t* reg) {
+                  memcpy(memory, reg, 2);
+                  Block& block = *current->block;
+
+                  block.proxies.written(uint32_t(memory - block.shared), 2,
+                                        current->warp->lanes[lane].thread);
+                });
 }
 
 // ---------------------------------------------------------------- mma.sync
-
-namespace emulator {
 
 // Two numbers in a register that every processor has.
 typedef double Pair __attribute__((vector_size(16)));
@@ -283,21 +265,18 @@ void mma(const char* what, float* c, const uint32_t* a, const uint32_t* b, const
   });
 }
 
-}  // namespace emulator
-
 template <class T>
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t b[2] = {b0, b1};
-  emulator::mma<2>(std::is_same_v<T, half> ? "mma_16816<half>" : "mma_16816<bf16>", c, a, b,
-                   [](uint32_t x, int part) { return to_float(T{uint16_t(x >> 16 * part)}); });
+  mma<2>(std::is_same_v<T, half> ? "mma_16816<half>" : "mma_16816<bf16>", c, a, b,
+         [](uint32_t x, int part) { return to_float(T{uint16_t(x >> 16 * part)}); });
 }
 inline void mma_1688_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
   uint32_t as[4];
   memcpy(as, a, sizeof as);
   const uint32_t b[2] = {float_to_bits(b0), float_to_bits(b1)};
   // The unit does not read the low 13 bits of a float.
-  emulator::mma<1>("mma_1688_tf32", c, as, b,
-                   [](uint32_t x, int) { return bits_to_float(x & ~0x1fffu); });
+  mma<1>("mma_1688_tf32", c, as, b, [](uint32_t x, int) { return bits_to_float(x & ~0x1fffu); });
 }
 
-}  // namespace fastproto::cuda
+}  // namespace fastproto::cuda::emulator

@@ -76,7 +76,7 @@ inline void lane_main() {
   } catch (...) {
     fail("exception");
   }
-  note_writes(*lane);
+  lane->block->proxies.note(lane->thread);
   end_lane(*lane);
   Lane* next = next_lane(machine, lane->warp);
   current = next;

@@ -5,14 +5,12 @@
 
 #include "hopper.h"
 
-namespace fastproto::cuda {
+namespace fastproto::cuda::emulator {
 
 inline uint64_t matrix_descriptor(const void* start, int leading, int stride) {
   return (uint64_t(shared_address(start) & 0x3ffff) >> 4) | (uint64_t(leading >> 4) << 16) |
          (uint64_t(stride >> 4) << 32) | (uint64_t(1) << 62);
 }
-
-namespace emulator {
 
 // PTX ISA "Matrix descriptor": bits 0-13 the start address, 16-29 the leading dimension byte
 // offset, 32-45 the stride dimension byte offset, all without their low four bits; 49-51 the base
@@ -90,11 +88,6 @@ struct Product {
   }
 };
 
-inline void check_operand(const char* what, const Operand& operand, int first, int count) {
-  if (!current->block->proxies.started()) return;
-  for_pieces(operand, first, count,
-             [what](int, int, uint32_t offset) { check_fenced(what, offset, 16); });
-}
 inline void check_untouched(const float* c, int count) {
   for (int i = 0; i < count; ++i)
     if (float_to_bits(c[i]) != ~0u)
@@ -177,7 +170,8 @@ inline void begin_product(const Product& p) {
     if (other.a != p.a || other.b != p.b || other.add != p.add)
       fail("Wgmma: lanes of a warp have different descriptors");
   }
-  note_writes(*current);
+  warp.block->proxies.note(current->thread);
+  const auto check = [&p](int, int, uint32_t offset) { check_fenced(p.what, offset, 16); };
   std::vector<double> a;
   if (p.a_registers != nullptr) {
     for (int i = 0; i < 16 * 16; ++i) {  // the fragment of mma_16816
@@ -186,9 +180,9 @@ inline void begin_product(const Product& p) {
       a.push_back(p.number(registers[row / 8 + k / 8 * 2] >> 16 * (k % 2)));
     }
   } else {
-    check_operand(p.what, p.decode_a(), warp.index % 4 * 16, 16);
+    for_pieces(p.decode_a(), warp.index % 4 * 16, 16, check);
   }
-  check_operand(p.what, p.decode_b(), 0, p.columns);
+  for_pieces(p.decode_b(), 0, p.columns, check);
   // All four warps of the warpgroup run the same products in the same order.
   auto& products = warp.block->products[warp.index / 4];
   const Signature signature{p.what, p.a, p.b, p.add};
@@ -202,14 +196,12 @@ inline void begin_product(const Product& p) {
   warp.products.add([p, accumulator, a] { complete_product(p, accumulator, a); });
 }
 
-}  // namespace emulator
-
 inline void wgmma_begin() {
-  emulator::together("wgmma_begin", nullptr, [] { ++emulator::current->warp->fences; });
+  together("wgmma_begin", nullptr, [] { ++current->warp->fences; });
 }
 inline void wgmma_commit() {
-  emulator::together("wgmma_commit", nullptr, [] {
-    emulator::Lane& lane = *emulator::current;
+  together("wgmma_commit", nullptr, [] {
+    Lane& lane = *current;
     lane.warp->products.commit();
     // In random order some happen at once: operands that had not come yet are seen.
     if (lane.machine->random() && lane.machine->draw(2) == 0) lane.warp->products.wait(0);
@@ -218,8 +210,7 @@ inline void wgmma_commit() {
 // Else the products happen here, as late as they may: operands overwritten too early are seen.
 template <int Pending>
 void wgmma_wait() {
-  emulator::together("wgmma_wait", nullptr,
-                     [] { emulator::current->warp->products.wait(Pending); });
+  together("wgmma_wait", nullptr, [] { current->warp->products.wait(Pending); });
 }
 template <int Count>
 void wgmma_hold(float (&)[Count]) {}
@@ -239,13 +230,12 @@ struct Wgmma {
 
  private:
   static void run_product(float* c, const uint32_t* a_registers, uint64_t a, uint64_t b, int add) {
-    static const std::string name =
-        emulator::text("Wgmma<", std::is_same_v<T, half> ? "half" : "bf16", ", ", Columns, ", ",
-                       TransposeA, ", ", TransposeB, ">");
-    emulator::Product mine{name.c_str(), Columns, TransposeA, TransposeB, std::is_same_v<T, half>,
-                           c, a_registers, a, b, add};
-    emulator::together(mine.what, &mine, [&mine] { emulator::begin_product(mine); });
+    static const std::string name = text("Wgmma<", std::is_same_v<T, half> ? "half" : "bf16", ", ",
+                                         Columns, ", ", TransposeA, ", ", TransposeB, ">");
+    Product mine{name.c_str(), Columns, TransposeA, TransposeB, std::is_same_v<T, half>, c,
+                 a_registers,  a,       b,          add};
+    together(mine.what, &mine, [&mine] { begin_product(mine); });
   }
 };
 
-}  // namespace fastproto::cuda
+}  // namespace fastproto::cuda::emulator
