@@ -81,51 +81,7 @@ struct Call {
   Tensor feat, protos, offsets;
   Problem problem;
 
-  Call(const Tensor& feat_, const Tensor& protos_, const Tensor& offsets_,
-       const std::optional<Tensor>& temperature_tensor, double temperature, double eps, bool concat,
-       bool tf32)
-      : device(feat_) {
-    check_inputs(feat_, protos_, offsets_, eps);
-    const bool has_tensor = temperature_tensor.has_value();
-    if (has_tensor)
-      check_temperature_tensor(*temperature_tensor, feat_);
-    else
-      FP_CHECK(temperature > 0, "temperature: found ", temperature, "; allowed: a number above 0.");
-    chip = device.chip();
-    const std::optional<DType> found = dtype_of(feat_);
-    FP_CHECK(found.has_value() && *found != DType::kFloat64,
-             "feat: found another dtype; allowed on CUDA: float32, bfloat16, float16.");
-    dtype = *found;
-    const int64_t episodes = feat_.size(0), queries = feat_.size(1), dim = feat_.size(2);
-    const int64_t ways = (offsets_.size(0) - 1) / episodes, pixels = feat_.size(3) * feat_.size(4);
-    const int64_t total = protos_.size(0);
-    // Before sizes become 32-bit; what fits into a grid is the plan's to say.
-    for (const int64_t size : {episodes * queries * ways, dim, pixels, total})
-      FP_CHECK(size <= INT32_MAX, "found a size of ", size, "; allowed: at most ", INT32_MAX, ".");
-
-    channels_last = is_channels_last(feat_);
-    feat = walkable(feat_, channels_last);
-    protos = dense(protos_, false);
-    offsets = dense(offsets_, false);
-    // The bound |c| <= 1 instead: float16's smallest number is 6e-8, and a tensor's value is
-    // unknown.
-    constexpr double kSmallestBounded = 2.0 / 60;
-    problem = {
-        .episodes = int32_t(episodes),
-        .queries = int32_t(queries),
-        .ways = int32_t(ways),
-        .dim = int32_t(dim),
-        .pixels = int32_t(pixels),
-        .total = int32_t(total),
-        .concat = concat,
-        .running_max = dtype == DType::kFloat16 || has_tensor || temperature < kSmallestBounded,
-        .precision = tf32 ? Float32Precision::kTf32 : Float32Precision::kTf32x3,
-        .eps = float(eps),
-        .temperature = float(temperature),
-        .temperature_tensor = has_tensor ? temperature_tensor->data_ptr() : nullptr,
-        .temperature_is_double =
-            has_tensor && temperature_tensor->scalar_type() == ScalarType::Double};
-  }
+  explicit Call(const Tensor& tensor) : device(tensor) {}
 
   int64_t images() const { return int64_t(problem.episodes) * problem.queries; }
   bool is_empty() const { return images() * problem.pixels == 0; }
@@ -183,6 +139,52 @@ struct Call {
   }
 };
 
+Call prepare(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
+             const std::optional<Tensor>& temperature_tensor, double temperature, double eps,
+             bool concat, bool tf32) {
+  Call c(feat);
+  check_inputs(feat, protos, offsets, eps);
+  const bool has_tensor = temperature_tensor.has_value();
+  if (has_tensor)
+    check_temperature_tensor(*temperature_tensor, feat);
+  else
+    FP_CHECK(temperature > 0, "temperature: found ", temperature, "; allowed: a number above 0.");
+  c.chip = c.device.chip();
+  const std::optional<DType> found = dtype_of(feat);
+  FP_CHECK(found.has_value() && *found != DType::kFloat64,
+           "feat: found another dtype; allowed on CUDA: float32, bfloat16, float16.");
+  c.dtype = *found;
+  const int64_t episodes = feat.size(0), queries = feat.size(1), dim = feat.size(2);
+  const int64_t ways = (offsets.size(0) - 1) / episodes, pixels = feat.size(3) * feat.size(4);
+  const int64_t total = protos.size(0);
+  // Before sizes become 32-bit; what fits into a grid is the plan's to say.
+  for (const int64_t size : {episodes * queries * ways, dim, pixels, total})
+    FP_CHECK(size <= INT32_MAX, "found a size of ", size, "; allowed: at most ", INT32_MAX, ".");
+
+  c.channels_last = is_channels_last(feat);
+  c.feat = walkable(feat, c.channels_last);
+  c.protos = dense(protos, false);
+  c.offsets = dense(offsets, false);
+  // The bound |c| <= 1 instead: float16's smallest number is 6e-8, and a tensor's value is unknown.
+  constexpr double kSmallestBounded = 2.0 / 60;
+  c.problem = {
+      .episodes = int32_t(episodes),
+      .queries = int32_t(queries),
+      .ways = int32_t(ways),
+      .dim = int32_t(dim),
+      .pixels = int32_t(pixels),
+      .total = int32_t(total),
+      .concat = concat,
+      .running_max = c.dtype == DType::kFloat16 || has_tensor || temperature < kSmallestBounded,
+      .precision = tf32 ? Float32Precision::kTf32 : Float32Precision::kTf32x3,
+      .eps = float(eps),
+      .temperature = float(temperature),
+      .temperature_tensor = has_tensor ? temperature_tensor->data_ptr() : nullptr,
+      .temperature_is_double =
+          has_tensor && temperature_tensor->scalar_type() == ScalarType::Double};
+  return c;
+}
+
 // ---------------------------------------------------------------- the ops
 
 template <class Params>
@@ -195,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor proto
                                                        std::optional<Tensor> temperature_tensor,
                                                        double temperature, double eps, bool concat,
                                                        bool save_for_backward, bool tf32) {
-  const Call c(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
+  const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
   const int64_t dim = c.problem.dim;
   Tensor out = c.new_stack(concat ? 2 * dim : dim);
   Tensor agg = save_for_backward ? c.new_stack(dim) : torch::stable::new_empty(feat, {0});
@@ -244,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                                                        Tensor agg, Tensor stats, double temperature,
                                                        double eps, bool concat, bool needs_protos,
                                                        bool needs_temperature, bool tf32) {
-  const Call c(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
+  const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
   const Problem& s = c.problem;
   check_rank(grad_out, "grad_out", 6, "[E, Q, K, 2D or D, H, W]");
   check_rank(agg, "agg", 6,

@@ -11,9 +11,8 @@ namespace fastproto::cuda::emulator {
 
 inline int cluster_rank() { return self().block->rank; }
 inline void sync_cluster() {
-  if (!collect("sync_cluster", nullptr)) return;
-  Machine& machine = *current->machine;
-  meet(machine.cluster_meeting, machine.alive_threads(), true, "sync_cluster", 0);
+  Machine& machine = *self().machine;
+  sync_all("sync_cluster", machine.cluster_meeting, machine.alive_threads());
 }
 
 // Addresses of the cluster's window: the rank + 1 from bit 24 up, then the offset in its block.
@@ -263,8 +262,8 @@ void tma_load(void* to, const TensorMap* map, Barrier* barrier, At... at) {
   if (const auto& inits = copy.block->unfenced_inits; !inits.empty())
     fail("tma_load: thread ", inits[0], " has run barrier_init and no barrier_init_fence");
   // Some take much longer than the others: those behind them come first.
-  const uint32_t most = machine.random() && machine.draw(8) == 0 ? 1 << 17 : 256;
-  const uint64_t due = machine.step + (machine.random() ? machine.draw(most) : 64);
+  const uint32_t most = machine.random && machine.draw(8) == 0 ? 1 << 17 : 256;
+  const uint64_t due = machine.step + (machine.random ? machine.draw(most) : 64);
   memset(to, kPoison, size_t(copy.bytes));
   copy.block->proxies.written(copy.shared, copy.bytes);
   const auto complete = [copy, offset] {

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <random>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -141,7 +142,8 @@ struct Load {
 
 struct Machine {
   int grid = 0, cluster = 0, threads = 0;
-  uint64_t random_state = 0;  // 0: the fixed order
+  bool random = false;  // or in the fixed order
+  std::minstd_rand generator;
   bool checks_proxies = false;
   Operation body;
   Fiber host;
@@ -153,13 +155,7 @@ struct Machine {
   std::vector<Load> loads;
   std::string error;
 
-  bool random() const { return random_state != 0; }
-  uint32_t draw(uint32_t below) {  // xorshift64*
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return uint32_t(((random_state * 0x2545f4914f6cdd1dull) >> 32) * below >> 32);
-  }
+  uint32_t draw(uint32_t below) { return uint32_t(generator()) / 8 % below; }
   int alive_threads() const {
     int alive = 0;
     for (const Block& block : blocks) alive += block.alive_threads;
@@ -230,7 +226,7 @@ inline Lane* next_lane(Machine& machine, Warp* here) {
   ++machine.step;
   for (;;) {
     complete_loads(machine);
-    Lane* lane = machine.random() ? random_lane(machine, here) : first_lane(machine, here);
+    Lane* lane = machine.random ? random_lane(machine, here) : first_lane(machine, here);
     if (lane != nullptr || machine.loads.empty()) return lane;
     // Time passes until the next load.
     const auto earlier = [](const Load& a, const Load& b) { return a.due < b.due; };
@@ -266,7 +262,7 @@ inline void suspend(Lane& lane, const char* waits, int detail0 = 0, int detail1 
 
 // In random order: a place where another lane may run first.
 inline void interrupt() {
-  if (self().machine->random()) run_others(*current);
+  if (self().machine->random) run_others(*current);
 }
 
 // ---------------------------------------------------------------- operations of a whole warp
@@ -286,7 +282,7 @@ inline bool collect(const char* operation, void* arguments) {
   Warp& warp = *lane.warp;
   if (warp.arrived == 0)
     warp.operation = operation;
-  else if (strcmp(warp.operation, operation) != 0)
+  else if (warp.operation != operation && strcmp(warp.operation, operation) != 0)
     fail("lanes of a warp call different operations: ", operation, " here, ", warp.operation,
          " before");
   warp.arguments[lane.lane] = arguments;
@@ -334,6 +330,11 @@ inline void meet(Meeting& meeting, int expected, bool waits, const char* what, i
     warp.lanes[i].detail[0] = id;
   }
   suspend(*current, what, id);
+}
+
+// All that have not ended meet.
+inline void sync_all(const char* what, Meeting& meeting, int alive) {
+  if (collect(what, nullptr)) meet(meeting, alive, true, what, 0);
 }
 
 // ---------------------------------------------------------------- shared memory

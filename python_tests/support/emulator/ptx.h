@@ -22,9 +22,7 @@ inline int warp_index() { return self().thread / kWarpThreads; }
 inline uint8_t* shared_memory() { return self().block->shared; }
 
 inline void sync_block() {
-  if (!collect("sync_block", nullptr)) return;
-  Block& block = *current->block;
-  meet(block.meetings[0], block.alive_threads, true, "sync_block", 0);
+  sync_all("sync_block", self().block->meetings[0], self().block->alive_threads);
 }
 inline void sync_warp() {
   together("sync_warp", nullptr, [] {});

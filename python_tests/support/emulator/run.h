@@ -176,7 +176,9 @@ inline const char* run(int blocks, int threads, int cluster, int shared_bytes, O
   machine.grid = blocks;
   machine.cluster = cluster;
   machine.threads = threads;
-  machine.random_state = uint64_t(setting("FASTPROTO_EMULATE_SEED")) * 0x9e3779b97f4a7c15ull;
+  const auto seed = unsigned(setting("FASTPROTO_EMULATE_SEED"));
+  machine.random = seed != 0;
+  machine.generator.seed(seed * 0x9e3779b9u);
   machine.checks_proxies = setting("FASTPROTO_EMULATE_PROXIES") != 0;
   machine.body = std::move(body);
   for (int block = 0; error.empty() && block < blocks; block += cluster)

@@ -204,7 +204,7 @@ inline void wgmma_commit() {
     Lane& lane = *current;
     lane.warp->products.commit();
     // In random order some happen at once: operands that had not come yet are seen.
-    if (lane.machine->random() && lane.machine->draw(2) == 0) lane.warp->products.wait(0);
+    if (lane.machine->random && lane.machine->draw(2) == 0) lane.warp->products.wait(0);
   });
 }
 // Else the products happen here, as late as they may: operands overwritten too early are seen.
