@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -184,10 +183,9 @@ def test_matrices_loaded_and_stored(gpu: ctypes.CDLL, transpose: int) -> None:
     registers = np.empty((32, 4), np.uint32)
     back = np.empty_like(matrices)
     assert call(gpu, "matrices", transpose, matrices, registers, back) == ""
-    for lane, m in itertools.product(range(32), range(4)):
-        g, i = divmod(lane, 4)
-        matrix = (matrices[m].T if transpose else matrices[m]).astype(int)
-        assert registers[lane, m] == matrix[g, 2 * i] | matrix[g, 2 * i + 1] << 16
+    fragments = matrices.swapaxes(1, 2) if transpose else matrices  # a pair of numbers a lane
+    pairs = np.ascontiguousarray(fragments).view(np.uint32).reshape(4, 32)
+    np.testing.assert_array_equal(registers, pairs.T)
     np.testing.assert_array_equal(back, matrices)
 
 
@@ -220,15 +218,11 @@ def test_block_barrier_counts_those_who_have_not_ended(gpu: ctypes.CDLL) -> None
 
 POWERS = 2.0 ** np.arange(8, dtype=np.float32).repeat(8)[:, None].repeat(64, 1)
 RANK = np.arange(8) % 4
+PULLED = RANK + 10 * ((RANK + 3) % 4 + 3) + 100 * (RANK + 1)
 EXCHANGES = {  # what the kernel fills, and with what arguments
     "pass": (np.r_[np.zeros(32), 5 * np.arange(96) + 10].astype(np.float32), (5,)),
     "ring": (POWERS.sum(0), (np.ascontiguousarray(to_bits(POWERS, "bf16")), 8)),
-    "clusters": (
-        np.r_[[10] * 4, [26] * 4, RANK + 10 * ((RANK + 3) % 4 + 3) + 100 * (RANK + 1)].astype(
-            np.int32
-        ),
-        (8,),
-    ),
+    "clusters": (np.r_[[10] * 4, [26] * 4, PULLED].astype(np.int32), (8,)),
 }
 
 

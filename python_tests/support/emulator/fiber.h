@@ -14,14 +14,7 @@
 
 // The address sanitizer finds what kernels read and write outside of their tensors, but has to be
 // told of other stacks.
-#if defined(__SANITIZE_ADDRESS__)
-#define FP_EMULATOR_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define FP_EMULATOR_ASAN 1
-#endif
-#endif
-#ifdef FP_EMULATOR_ASAN
+#ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -56,13 +49,13 @@ class Fiber {
     bottom_ = bottom;
     size_ = size;
     entry_ = entry;
-#ifdef FP_EMULATOR_ASAN
+#ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(bottom, size);
 #endif
   }
   // `host` is who made the first switch of all.
   static void entered([[maybe_unused]] Fiber& host) {
-#ifdef FP_EMULATOR_ASAN
+#ifdef __SANITIZE_ADDRESS__
     const void* bottom;
     size_t size;
     __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
@@ -73,12 +66,12 @@ class Fiber {
 #endif
   }
   __attribute__((noinline, no_sanitize("address"))) void switch_to(Fiber& next) {
-#ifdef FP_EMULATOR_ASAN
+#ifdef __SANITIZE_ADDRESS__
     void* kept;
     __sanitizer_start_switch_fiber(&kept, next.bottom_, next.size_);
 #endif
     if (__builtin_setjmp(place_) == 0) next.resume();
-#ifdef FP_EMULATOR_ASAN
+#ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(kept, nullptr, nullptr);
 #endif
   }

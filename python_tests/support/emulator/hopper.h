@@ -275,7 +275,7 @@ void tma_load(void* to, const TensorMap* map, Barrier* barrier, At... at) {
     // "complete-tx": all bytes of the box count, those outside of the tensor too.
     update_barrier("tma_load", *copy.block, offset, 0, -copy.bytes);
   };
-  machine.loads.push_back({due, complete});
+  machine.loads.emplace(due, complete);
 }
 // Shared memory is read when a wait completes the group: what overwrites it before is seen.
 inline void tma_store(const TensorMap* map, const void* from, int x, int y, int z) {

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <sstream>
 #include <string>
@@ -135,11 +136,6 @@ struct Block {
   std::vector<Signature> products[kMaxThreads / 128];
 };
 
-struct Load {
-  uint64_t due;  // the step from which on it may happen
-  Operation complete;
-};
-
 struct Machine {
   int grid = 0, cluster = 0, threads = 0;
   bool random = false;  // or in the fixed order
@@ -152,7 +148,7 @@ struct Machine {
   std::vector<Block> blocks;
   Meeting cluster_meeting;
   uint64_t step = 0;
-  std::vector<Load> loads;
+  std::multimap<uint64_t, Operation> loads;  // by the step from which on they may happen
   std::string error;
 
   uint32_t draw(uint32_t below) { return uint32_t(generator()) / 8 % below; }
@@ -213,24 +209,14 @@ inline Lane* random_lane(Machine& machine, Warp* warp) {
   return warp->lanes + __builtin_ctz(from != 0 ? from : warp->runnable);
 }
 
-inline void complete_loads(Machine& machine) {
-  std::erase_if(machine.loads, [&machine](const Load& load) {
-    if (load.due > machine.step) return false;
-    load.complete();
-    return true;
-  });
-}
-
 // The lane to run next; null: none can.
 inline Lane* next_lane(Machine& machine, Warp* here) {
-  ++machine.step;
-  for (;;) {
-    complete_loads(machine);
+  auto& loads = machine.loads;
+  for (++machine.step;; machine.step = loads.begin()->first) {  // time passes until the next load
+    while (!loads.empty() && loads.begin()->first <= machine.step)
+      loads.extract(loads.begin()).mapped()();
     Lane* lane = machine.random ? random_lane(machine, here) : first_lane(machine, here);
-    if (lane != nullptr || machine.loads.empty()) return lane;
-    // Time passes until the next load.
-    const auto earlier = [](const Load& a, const Load& b) { return a.due < b.due; };
-    machine.step = std::min_element(machine.loads.begin(), machine.loads.end(), earlier)->due;
+    if (lane != nullptr || loads.empty()) return lane;
   }
 }
 
