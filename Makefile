@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.safetensors')
-CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES))
+CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES)) \
+  $(shell find python_tests -name '*.cpp' -o -name '*.h')
 
 .PHONY: install develop demo test test-parts test-whole test-interpreted sanitize bench docs gpu-check lint format clean
 

@@ -2,14 +2,9 @@
 // proto_attention on CUDA: check, allocate, plan, launch. Nothing here reads a tensor's values,
 // which would be to wait for the device: kernels answer those that make no sense with NaN.
 //
-// With FASTPROTO_EMULATE the same for CPU tensors, as ops of another library, on the emulated
-// kernels (python_tests/support/emulator.py).
-#ifndef FASTPROTO_EMULATE
-#include <cuda_runtime.h>
-#endif
-
+// Compiled for GPUs, and for their emulation (python_tests/support/emulator): as ops of CPU
+// tensors.
 #include <cstdlib>
-#include <mutex>
 #include <optional>
 #include <tuple>
 
@@ -18,7 +13,6 @@
 #include "checks.h"
 #include "device.h"
 #include "layout.h"
-#include "schemas.h"
 
 namespace fastproto::cuda {
 namespace {
@@ -28,50 +22,14 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "proto_attention";
 
-// ---------------------------------------------------------------- the device
-
-struct Chip {
-  int capability, multiprocessors, shared_memory;
-};
-
-#ifdef FASTPROTO_EMULATE
-
-// What the emulation pretends to be: an H200, or a chip of the capability that is asked for.
-Chip chip_of(const Tensor&) {
-  const char* asked = std::getenv("FASTPROTO_EMULATE_CAPABILITY");
-  const int capability = asked != nullptr ? std::atoi(asked) : 90;
-  return capability == 90 ? Chip{90, 132, 227 * 1024} : Chip{capability, 108, 163 * 1024};
-}
-
-#else
-
-Chip chip_of(const Tensor& tensor) {
-  constexpr int kMost = 64;
-  static std::once_flag once[kMost];
-  static Chip chips[kMost];
-  const int device = tensor.get_device_index();
-  FP_CHECK(device >= 0 && device < kMost, "found device ", device, "; allowed: 0 to ", kMost - 1,
-           ".");
-  std::call_once(once[device], [device] {
-    const auto ask = [device](cudaDeviceAttr attribute) {
-      int value = 0;
-      const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
-      FP_CHECK(error == cudaSuccess, "device ", device, ": ", cudaGetErrorString(error), ".");
-      return value;
-    };
-    chips[device] = {
-        10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor),
-        ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
-  });
-  return chips[device];
-}
-
-#endif
-
 #ifdef FASTPROTO_SM90
 constexpr bool kHasSm90 = true;
+#define FP_LAUNCHER(plan, name)                                                                   \
+  ((plan).kernel == Kernel::kSm90Latency || (plan).kernel == Kernel::kSm90Throughput ? sm90::name \
+                                                                                     : sm80::name)
 #else
 constexpr bool kHasSm90 = false;
+#define FP_LAUNCHER(plan, name) sm80::name
 #endif
 
 // ---------------------------------------------------------------- arguments
@@ -116,30 +74,62 @@ Dense dense_maps(const Tensor& maps, bool channels_last) {
 
 // What both ops make of their arguments.
 struct Call {
+  OnDevice device;
   Chip chip;
   DType dtype;
   bool channels_last;  // all maps of the call
   Tensor feat, protos, offsets;
-  Strided feat_strides;
   Problem problem;
 
-  const int32_t* starts() const { return static_cast<const int32_t*>(offsets.data_ptr()); }
+  explicit Call(const Tensor& tensor) : device(tensor) {}
+
   int64_t images() const { return int64_t(problem.episodes) * problem.queries; }
-  int64_t maps() const { return images() * problem.ways; }
   bool is_empty() const { return images() * problem.pixels == 0; }
 
+  // The flat tensor that the forward leaves for the backward: lse, query, protos.
+  int64_t lse_size() const { return images() * problem.ways * problem.pixels; }
+  int64_t protos_size() const { return 2 * int64_t(problem.total); }
+  int64_t statistics_size() const {
+    return lse_size() + 2 * images() * problem.pixels + protos_size();
+  }
+  Statistics statistics_at(const Tensor& stats) const {
+    float* data = static_cast<float*>(stats.data_ptr());
+    return {data + statistics_size() - protos_size(), data + lse_size(), data};
+  }
+  // New maps [E, Q, K, channels, H, W].
+  Tensor new_stack(int64_t channels) const {
+    return new_maps(
+        feat,
+        {problem.episodes, problem.queries, problem.ways, channels, feat.size(3), feat.size(4)},
+        channels_last);
+  }
+  Tensor new_floats(int64_t count) const {
+    return torch::stable::new_empty(feat, {count}, ScalarType::Float);
+  }
+
+  // What both passes are told alike.
+  template <class Params>
+  Params params() const {
+    Params p = {};
+    p.problem = problem;
+    p.feat = strided(feat, channels_last);
+    p.protos = protos.data_ptr();
+    p.offsets = static_cast<const int32_t*>(offsets.data_ptr());
+    return p;
+  }
   // `tma_ok`: see Request.
   Plan plan(bool save, bool tma_ok) const {
+    const Problem& p = problem;
     const Request request{chip.capability,
                           chip.multiprocessors,
                           chip.shared_memory,
                           dtype,
-                          problem.episodes,
-                          problem.queries,
-                          problem.ways,
-                          problem.dim,
-                          problem.pixels,
-                          problem.total,
+                          p.episodes,
+                          p.queries,
+                          p.ways,
+                          p.dim,
+                          p.pixels,
+                          p.total,
                           save,
                           tma_ok,
                           kHasSm90};
@@ -152,17 +142,18 @@ struct Call {
 Call prepare(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
              const std::optional<Tensor>& temperature_tensor, double temperature, double eps,
              bool concat, bool tf32) {
+  Call c(feat);
   check_inputs(feat, protos, offsets, eps);
-  if (temperature_tensor.has_value())
+  const bool has_tensor = temperature_tensor.has_value();
+  if (has_tensor)
     check_temperature_tensor(*temperature_tensor, feat);
   else
     FP_CHECK(temperature > 0, "temperature: found ", temperature, "; allowed: a number above 0.");
-  Call c;
-  c.chip = chip_of(feat);
-  const std::optional<DType> dtype = dtype_of(feat);
-  FP_CHECK(dtype.has_value() && *dtype != DType::kFloat64,
+  c.chip = c.device.chip();
+  const std::optional<DType> found = dtype_of(feat);
+  FP_CHECK(found.has_value() && *found != DType::kFloat64,
            "feat: found another dtype; allowed on CUDA: float32, bfloat16, float16.");
-  c.dtype = *dtype;
+  c.dtype = *found;
   const int64_t episodes = feat.size(0), queries = feat.size(1), dim = feat.size(2);
   const int64_t ways = (offsets.size(0) - 1) / episodes, pixels = feat.size(3) * feat.size(4);
   const int64_t total = protos.size(0);
@@ -174,82 +165,48 @@ Call prepare(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
   c.feat = walkable(feat, c.channels_last);
   c.protos = dense(protos, false);
   c.offsets = dense(offsets, false);
-  c.feat_strides = strided(c.feat, c.channels_last);
-  Problem& p = c.problem;
-  p = {};
-  p.episodes = int32_t(episodes);
-  p.queries = int32_t(queries);
-  p.ways = int32_t(ways);
-  p.dim = int32_t(dim);
-  p.pixels = int32_t(pixels);
-  p.total = int32_t(total);
-  p.concat = concat;
   // The bound |c| <= 1 instead: float16's smallest number is 6e-8, and a tensor's value is unknown.
   constexpr double kSmallestBounded = 2.0 / 60;
-  p.running_max = c.dtype == DType::kFloat16 || temperature_tensor.has_value() ||
-                  temperature < kSmallestBounded;
-  p.precision = tf32 ? Float32Precision::kTf32 : Float32Precision::kTf32x3;
-  p.eps = float(eps);
-  p.temperature = float(temperature);
-  if (temperature_tensor.has_value()) {
-    p.temperature_tensor = temperature_tensor->data_ptr();
-    p.temperature_is_double = temperature_tensor->scalar_type() == ScalarType::Double;
-  }
+  c.problem = {
+      .episodes = int32_t(episodes),
+      .queries = int32_t(queries),
+      .ways = int32_t(ways),
+      .dim = int32_t(dim),
+      .pixels = int32_t(pixels),
+      .total = int32_t(total),
+      .concat = concat,
+      .running_max = c.dtype == DType::kFloat16 || has_tensor || temperature < kSmallestBounded,
+      .precision = tf32 ? Float32Precision::kTf32 : Float32Precision::kTf32x3,
+      .eps = float(eps),
+      .temperature = float(temperature),
+      .temperature_tensor = has_tensor ? temperature_tensor->data_ptr() : nullptr,
+      .temperature_is_double =
+          has_tensor && temperature_tensor->scalar_type() == ScalarType::Double};
   return c;
 }
 
-// The flat tensor that the forward leaves for the backward.
-struct StatisticsLayout {
-  int64_t lse, query, protos;
-  explicit StatisticsLayout(const Call& c)
-      : lse(c.maps() * c.problem.pixels),
-        query(2 * c.images() * c.problem.pixels),
-        protos(2 * int64_t(c.problem.total)) {}
-  int64_t total() const { return lse + query + protos; }
-  Statistics at(const Tensor& stats) const {
-    float* data = static_cast<float*>(stats.data_ptr());
-    return {data + lse + query, data + lse, data};
-  }
-};
-
-#ifdef FASTPROTO_SM90
-bool is_sm90(Kernel kernel) {
-  return kernel == Kernel::kSm90Latency || kernel == Kernel::kSm90Throughput;
-}
-#define FP_LAUNCH(function, plan, ...) \
-  (is_sm90((plan).kernel) ? sm90::function(__VA_ARGS__) : sm80::function(__VA_ARGS__))
-#else
-#define FP_LAUNCH(function, plan, ...) sm80::function(__VA_ARGS__)
-#endif
-
 // ---------------------------------------------------------------- the ops
+
+template <class Params>
+void launch(const char* (*launcher)(const Params&, DType, const KernelPlan&, void*),
+            const Params& p, const Call& c, const KernelPlan& plan, const char* kernel) {
+  check_launch(launcher(p, c.dtype, plan, c.device.stream()), kOp, kernel);
+}
 
 std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor protos, Tensor offsets,
                                                        std::optional<Tensor> temperature_tensor,
                                                        double temperature, double eps, bool concat,
                                                        bool save_for_backward, bool tf32) {
-  const OnDevice device(feat);
   const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
-  const Problem& s = c.problem;
-  const StatisticsLayout layout(c);
-
-  const auto new_stack = [&](int64_t channels) {
-    return new_maps(feat, {s.episodes, s.queries, s.ways, channels, feat.size(3), feat.size(4)},
-                    c.channels_last);
-  };
-  Tensor out = new_stack(concat ? 2 * int64_t(s.dim) : s.dim);
-  Tensor agg = save_for_backward ? new_stack(s.dim) : torch::stable::new_empty(feat, {0});
-  Tensor stats =
-      torch::stable::new_empty(feat, {save_for_backward ? layout.total() : 0}, ScalarType::Float);
-  ForwardParams p = {};
-  p.problem = s;
-  p.feat = c.feat_strides;
-  p.protos = c.protos.data_ptr();
-  p.offsets = c.starts();
+  const int64_t dim = c.problem.dim;
+  Tensor out = c.new_stack(concat ? 2 * dim : dim);
+  Tensor agg = save_for_backward ? c.new_stack(dim) : torch::stable::new_empty(feat, {0});
+  Tensor stats = c.new_floats(save_for_backward ? c.statistics_size() : 0);
+  auto p = c.params<ForwardParams>();
   p.out = dense_maps(out, c.channels_last);
   if (save_for_backward) {
     p.agg = dense_maps(agg, c.channels_last);
-    p.statistics = layout.at(stats);
+    p.statistics = c.statistics_at(stats);
   }
   const Plan plan = c.plan(save_for_backward, sm90::vectors_apply(p));
   const bool has_stats = plan.stats.kernel != Kernel::kNone;
@@ -257,14 +214,14 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor proto
   // handed out to another stream before this one is done with it.
   std::optional<Tensor> room;
   if (has_stats && !save_for_backward) {
-    room = torch::stable::new_empty(feat, {layout.protos}, ScalarType::Float);
+    room = c.new_floats(c.protos_size());
     p.statistics.protos = static_cast<float*>(room->data_ptr());
   }
-  void* const stream = device.stream();
-  if (has_stats) check_launch(sm80::launch_proto_stats(p, c.dtype, stream), kOp, "proto_stats");
+  if (has_stats)
+    check_launch(sm80::launch_proto_stats(p, c.dtype, c.device.stream()), kOp, "proto_stats");
   if (!c.is_empty())
-    check_launch(FP_LAUNCH(launch_forward, plan.forward, p, c.dtype, plan.forward, stream), kOp,
-                 kernel_name(plan.forward.kernel));
+    launch(FP_LAUNCHER(plan.forward, launch_forward), p, c, plan.forward,
+           kernel_name(plan.forward.kernel));
   return {out, agg, stats};
 }
 
@@ -289,10 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                                                        Tensor agg, Tensor stats, double temperature,
                                                        double eps, bool concat, bool needs_protos,
                                                        bool needs_temperature, bool tf32) {
-  const OnDevice device(feat);
   const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
   const Problem& s = c.problem;
-  const StatisticsLayout layout(c);
   check_rank(grad_out, "grad_out", 6, "[E, Q, K, 2D or D, H, W]");
   check_rank(agg, "agg", 6,
              "[E, Q, K, D, H, W]: the forward must be called with save_for_backward");
@@ -303,70 +258,50 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                 channels = (concat ? 2 : 1) * int64_t(s.dim);
   FP_CHECK(has_sizes(grad_out, {s.episodes, s.queries, s.ways, channels, height, width}) &&
                has_sizes(agg, {s.episodes, s.queries, s.ways, s.dim, height, width}) &&
-               has_sizes(stats, {layout.total()}),
+               has_sizes(stats, {c.statistics_size()}),
            "grad_out, agg, stats: found other sizes; allowed: those of the forward.");
   FP_CHECK(!needs_temperature || temperature_tensor.has_value(),
            "needs_temperature: found true without a tensor; allowed: with one.");
 
-  Tensor grad_feat =
-      new_maps(feat, {s.episodes, s.queries, s.dim, feat.size(3), feat.size(4)}, c.channels_last);
+  Tensor grad_feat = new_maps(feat, {s.episodes, s.queries, s.dim, height, width}, c.channels_last);
   Tensor grad_protos = torch::stable::new_empty(
       protos, needs_protos ? std::vector<int64_t>{s.total, s.dim} : std::vector<int64_t>{0});
+  Tensor grad_temperature = c.new_floats(0);
   if (c.is_empty()) {  // no pixel: no gradient
     if (needs_protos) torch::stable::zero_(grad_protos);
-    return {grad_feat, grad_protos,
-            needs_temperature ? torch::stable::new_zeros(*temperature_tensor, {1})
-                              : torch::stable::new_empty(feat, {0}, ScalarType::Float)};
+    if (needs_temperature) grad_temperature = torch::stable::new_zeros(*temperature_tensor, {1});
+    return {grad_feat, grad_protos, grad_temperature};
   }
 
   const Tensor grad = walkable(grad_out, c.channels_last);
   const Tensor saved = dense(agg, c.channels_last), statistics = dense(stats, false);
-  BackwardParams p = {};
-  p.problem = s;
-  p.feat = c.feat_strides;
+  const Tensor delta = c.new_floats(c.lse_size());
+  auto p = c.params<BackwardParams>();
   p.grad_out = strided(grad, c.channels_last);
-  p.protos = c.protos.data_ptr();
-  p.offsets = c.starts();
-  p.statistics = layout.at(statistics);
+  p.statistics = c.statistics_at(statistics);
   p.agg = dense_maps(saved, c.channels_last);
+  p.delta = static_cast<float*>(delta.data_ptr());
   p.grad_feat = dense_maps(grad_feat, c.channels_last);
   p.grad_protos = needs_protos ? grad_protos.data_ptr() : nullptr;
   const Plan plan =
       c.plan(true, sm90::backward_query_applies(p) && sm90::backward_protos_applies(p));
-  const Tensor delta = torch::stable::new_empty(feat, {layout.lse}, ScalarType::Float);
-  p.delta = static_cast<float*>(delta.data_ptr());
+  const KernelPlan &query = plan.backward_query, &rows = plan.backward_protos;
   std::optional<Tensor> terms;
   if (needs_temperature) {
-    const int tiles = plan.backward_query.blocks / plan.backward_query.slices;
-    terms = torch::stable::new_empty(feat, {tiles}, ScalarType::Float);
+    terms = c.new_floats(query.blocks / query.slices);
     p.temperature_terms = static_cast<float*>(terms->data_ptr());
   }
-
-  void* const stream = device.stream();
-  check_launch(FP_LAUNCH(launch_backward_query, plan.backward_query, p, c.dtype,
-                         plan.backward_query, stream),
-               kOp, "backward_query");
+  launch(FP_LAUNCHER(query, launch_backward_query), p, c, query, "backward_query");
   if (needs_protos && s.total > 0)
-    check_launch(FP_LAUNCH(launch_backward_protos, plan.backward_protos, p, c.dtype,
-                           plan.backward_protos, stream),
-                 kOp, "backward_protos");
-  return {grad_feat, grad_protos,
-          needs_temperature ? temperature_gradient(*terms, *temperature_tensor)
-                            : torch::stable::new_empty(feat, {0}, ScalarType::Float)};
+    launch(FP_LAUNCHER(rows, launch_backward_protos), p, c, rows, "backward_protos");
+  if (needs_temperature) grad_temperature = temperature_gradient(*terms, *temperature_tensor);
+  return {grad_feat, grad_protos, grad_temperature};
 }
 
 }  // namespace
 }  // namespace fastproto::cuda
 
-#ifdef FASTPROTO_EMULATE
-STABLE_TORCH_LIBRARY(fastproto_emulated, m) {
-  m.def(fastproto::kProtoAttentionFwd);
-  m.def(fastproto::kProtoAttentionBwd);
-}
-STABLE_TORCH_LIBRARY_IMPL(fastproto_emulated, CPU, m) {
-#else
 STABLE_TORCH_LIBRARY_IMPL(fastproto, CUDA, m) {
-#endif
   m.impl("proto_attention_fwd", TORCH_BOX(&fastproto::cuda::proto_attention_fwd));
   m.impl("proto_attention_bwd", TORCH_BOX(&fastproto::cuda::proto_attention_bwd));
 }

@@ -159,10 +159,8 @@ def budgets(kernels: Iterable[Kernel], sources: Path) -> dict[str, Budget]:
     wanted = sorted({kernel.traits for kernel in kernels if kernel.traits})
     headers = [
         path
-        for folder in ("common", "sm80", "sm90")
+        for folder in ("sm80", "sm90")
         for path in sorted((sources / "cuda" / folder).glob("*.cuh"))
-        # Those are included by platform.h, which decides for the emulation.
-        if path.name not in ("ptx.cuh",)
     ]
     lines = [
         "#define FASTPROTO_EMULATE",
@@ -190,7 +188,8 @@ def budgets(kernels: Iterable[Kernel], sources: Path) -> dict[str, Budget]:
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "budgets.cpp", Path(folder) / "budgets"
         source.write_text("\n".join(lines), encoding="utf-8")
-        options = ["-std=gnu++20", "-O0", "-w", "-pthread"]
+        emulator = Path(__file__).parent / "emulator"
+        options = ["-std=gnu++20", "-O0", "-w", "-pthread", f"-I{emulator}"]
         _output([*compiler.split(), *options, source, "-o", program])
         report = _output([program])
     found = {}

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Instructions of sm_90a alone: clusters, mbarriers, TMA, warpgroup matrix products (WGMMA). As
-// ptx.cuh; the emulation has the same names. Included by the kernels of csrc/cuda/sm90.
+// ptx.cuh. An mbarrier's phase ends when `count` arrivals and the announced bytes have come.
 #pragma once
 
-#include "platform.h"
-
-#ifndef FASTPROTO_EMULATE
+#include "ptx.cuh"
 
 namespace fastproto::cuda {
 
@@ -86,10 +84,6 @@ FP_DEVICE void registers_fewer() {
 
 // ---------------------------------------------------------------- mbarriers
 
-// In shared memory. A phase ends when `count` arrivals and the announced bytes have come.
-struct Barrier {
-  uint64_t state;
-};
 FP_DEVICE void barrier_init(Barrier* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
                : "memory");
@@ -124,10 +118,6 @@ FP_DEVICE void barrier_wait(Barrier* barrier, int parity) {
 
 // ---------------------------------------------------------------- TMA
 
-// A CUtensorMap, made by make_tensor_map in launch.h; a kernel parameter (__grid_constant__).
-struct alignas(64) TensorMap {
-  uint64_t opaque[16];
-};
 FP_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -286,5 +276,3 @@ FP_WGMMA_ALL(half, "f16")
 #undef FP_WGMMA_C256
 
 }  // namespace fastproto::cuda
-
-#endif  // FASTPROTO_EMULATE

@@ -3,44 +3,13 @@
 // (null: none), which csrc/api turns into an exception.
 #pragma once
 
-#ifndef FASTPROTO_EMULATE
 #include <cuda.h>
-#endif
 
 #include <atomic>
 
-#include "hopper.cuh"
+#include "platform.h"
 
 namespace fastproto::cuda {
-
-struct Grid {
-  int blocks;
-  int threads;
-  int shared_bytes;
-  int cluster = 1;
-  void* stream = nullptr;  // a cudaStream_t
-};
-
-// Which type a tensor map moves; both have two bytes.
-enum class MapType : int { kBFloat16, kFloat16 };
-
-#ifdef FASTPROTO_EMULATE
-
-template <auto Kernel, class... Params>
-const char* launch(const Grid& grid, const Params&... params) {
-  return emulator::run(grid.blocks, grid.threads, grid.cluster, grid.shared_bytes,
-                       [&] { Kernel(params...); });
-}
-
-// Sizes and boxes innermost first; strides in bytes, of dimensions 1 and up. 128-byte swizzle (the
-// box is 128 bytes wide at most), zeros outside.
-inline const char* make_tensor_map(TensorMap* map, MapType, int rank, const void* data,
-                                   const uint64_t* sizes, const uint64_t* strides,
-                                   const uint32_t* box) {
-  return emulator::make_tensor_map(map, rank, data, sizes, strides, box);
-}
-
-#else
 
 // Blocks start in clusters of `cluster` neighbours. The kernel may use grid.shared_bytes of dynamic
 // shared memory; the permission is asked for once per device and kernel.
@@ -109,7 +78,5 @@ inline const char* make_tensor_map(TensorMap* map, MapType type, int rank, const
   // Not about the tensor: an earlier kernel's failure, say. The numbers are those of the runtime.
   return cudaGetErrorString(cudaError_t(result));
 }
-
-#endif
 
 }  // namespace fastproto::cuda

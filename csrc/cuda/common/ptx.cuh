@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instructions the kernels are written in, one function each (PTX ISA 8.x; the section is named
-// where the operands' layout matters). csrc/cuda/emulator/primitives.h has the same names.
+// where the operands' layout matters). Kernels include platform.h.
 //
 // Fragments of mma (PTX ISA "Matrix fragments for mma.m16n8k16 / .m16n8k8"), g = lane / 4,
 // i = lane % 4:
@@ -10,7 +10,7 @@
 //   b[1] = (i+4, g) C float  [16][8]   c[0..1] = (g, 2i..2i+1)  c[2..3] = (g+8, 2i..2i+1)
 #pragma once
 
-#include <cstdint>
+#include "platform.h"
 
 namespace fastproto::cuda {
 
@@ -142,9 +142,6 @@ FP_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-struct alignas(16) Vector16 {
-  uint32_t x[4];
-};
 // 16 aligned bytes of global memory; not read again, so not kept in the L1 cache.
 FP_DEVICE Vector16 load_global_16(const void* from) {
   Vector16 v;

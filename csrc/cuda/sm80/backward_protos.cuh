@@ -11,7 +11,6 @@
 // 16 rows: P 16 and half the registers; float32, 16 rows: P 32 + F 32 + dO 32 + 8 KiB.
 #pragma once
 
-#include "../common/launch.h"
 #include "tiles.cuh"
 
 namespace fastproto::cuda::sm80 {

@@ -8,7 +8,6 @@
 // stage + 7 KiB. dF in 32 registers.
 #pragma once
 
-#include "../common/launch.h"
 #include "tiles.cuh"
 
 namespace fastproto::cuda::sm80 {

@@ -18,7 +18,6 @@
 //   float32, 16 rows   F 32 + P 64 a stage + W 2 KiB; G in 32 registers
 #pragma once
 
-#include "../common/launch.h"
 #include "tiles.cuh"
 
 namespace fastproto::cuda::sm80 {

@@ -3,7 +3,6 @@
 // Budget: 8 warps, no shared memory, few registers; bytes = N_total D.
 #pragma once
 
-#include "../common/launch.h"
 #include "tiles.cuh"
 
 namespace fastproto::cuda::sm80 {

@@ -2,19 +2,9 @@
 // What the WGMMA kernels share: boxes of shared memory, rings of them, launch bounds.
 #pragma once
 
-#include "../common/hopper.cuh"
-#include "../common/launch.h"
 #include "../common/math.cuh"
 #include "../dispatch.h"
 #include "forward.h"
-
-#ifndef FP_LAUNCH_BOUNDS
-#ifdef FASTPROTO_EMULATE
-#define FP_LAUNCH_BOUNDS(threads, blocks)
-#else
-#define FP_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#endif
-#endif
 
 namespace fastproto::cuda::sm90 {
 

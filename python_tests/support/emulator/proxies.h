@@ -18,16 +18,14 @@ namespace fastproto::cuda::emulator {
 
 class Proxies {
  public:
-  static constexpr int16_t kNobody = -1;
+  static constexpr int kNobody = -1;
 
-  // What lies there belongs to nobody.
+  // What lies there belongs to nobody. Without a start nothing is noticed.
   void start(const uint8_t* shared, int bytes) {
     shared_ = shared;
     seen_.assign(shared, shared + bytes);
     writer_.assign(size_t(bytes), kNobody);
   }
-  void stop() { shared_ = nullptr; }
-  bool started() const { return shared_ != nullptr; }
 
   // What has changed was written by `thread`.
   void note(int thread) {
@@ -45,18 +43,19 @@ class Proxies {
   // The thread's fence.proxy.async.
   void fence(int thread) {
     note(thread);
-    std::replace(writer_.begin(), writer_.end(), int16_t(thread), kNobody);
+    std::replace(writer_.begin(), writer_.end(), int16_t(thread), int16_t(kNobody));
   }
   // Something is known to have written there, whether bytes changed or not: the async proxy
   // (kNobody), or an instruction of a thread.
   void written(uint32_t offset, int bytes, int thread = kNobody) {
+    if (shared_ == nullptr) return;
     memcpy(&seen_[offset], shared_ + offset, size_t(bytes));
     std::fill_n(writer_.begin() + offset, bytes, int16_t(thread));
   }
   // A thread that wrote there and has run no fence since.
   int unfenced(uint32_t offset, int bytes) const {
-    for (int i = 0; i < bytes; ++i)
-      if (writer_[offset + size_t(i)] != kNobody) return writer_[offset + size_t(i)];
+    for (size_t i = offset; shared_ != nullptr && i < offset + size_t(bytes); ++i)
+      if (writer_[i] != kNobody) return writer_[i];
     return kNobody;
   }
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend without a GPU: its kernels run lane by lane on the CPU.
 
-The sources of ``libfastproto_cuda`` are compiled as C++ against ``csrc/cuda/emulator`` and become
-ops of CPU tensors, ``fastproto_emulated::proto_attention_fwd`` and ``_bwd``. Slow, and exact in
-what matters: who reads what, when, rounded how. Needs a source checkout and a C++ compiler.
+The sources of ``libfastproto_cuda`` are compiled as C++ against the headers of this folder and
+become ops of CPU tensors, ``fastproto_emulated::proto_attention_fwd`` and ``_bwd``. Slow, and exact
+in what matters: who reads what, when, rounded how. Needs a C++ compiler.
 
 The environment is read at each call: FASTPROTO_CUDA_KERNELS forces a family of kernels,
 FASTPROTO_EMULATE_CAPABILITY says which chip it is (90, an H200, unless set), FASTPROTO_EMULATE_SEED
@@ -23,6 +23,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ from fastproto import functional
 from fastproto.op import autograd, native
 from support.environment import environment
 
+HEADERS = Path(__file__).parent
+SOURCES = HEADERS.parents[2] / "csrc"
 _FLAGS = (
     "-std=gnu++20",
     "-O2",
@@ -41,85 +44,53 @@ _FLAGS = (
     "-fvisibility=hidden",
     "-Wno-unknown-pragmas",
     "-DFASTPROTO_EMULATE",
+    "-DFASTPROTO_SM90",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 
 
-class EmulatorError(RuntimeError):
-    """The emulated library cannot be built here."""
+def compiler() -> str | None:
+    """The C++ compiler that is used: CXX, g++ or clang++."""
+    wanted = os.environ.get("CXX", "g++").split()[:1]
+    return next(filter(shutil.which, (*wanted, "g++", "clang++")), None)
 
 
-def sources() -> Path:
-    """Root of the source checkout: around this package, or around the current folder.
+def build(name: str, units: Sequence[Path], extra: Sequence[str] = ()) -> Path:
+    """Compile a library against the emulator, or find it compiled from the same sources.
 
-    Raises:
-        EmulatorError: There is none.
-    """
-    for start in (Path(__file__).resolve().parents[2], *(Path.cwd() / "x").parents):
-        if (start / "csrc" / "cuda" / "emulator" / "cuda.h").is_file():
-            return start
-    raise EmulatorError(
-        "the emulator is built from fastproto's sources: found none around "
-        f"{Path(__file__).parent} or {Path.cwd()}; run from a source checkout"
-    )
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX", "").split() or ["g++"])[0], "g++", "clang++":
-        if shutil.which(name):
-            return name
-    raise EmulatorError("the emulator needs a C++ compiler: found neither CXX, g++ nor clang++")
-
-
-def has_sm90() -> bool:
-    """Whether the sources hold kernels for Hopper."""
-    return any(sources().glob("csrc/cuda/sm90/instantiations/*.cu"))
-
-
-@functools.cache
-def build() -> Path:
-    """Compile the emulated library, or find it compiled from the same sources.
+    Args:
+        name: Of the library, in ``build/emulator``.
+        units: Its C++ files.
+        extra: More flags of the compiler.
 
     Raises:
-        EmulatorError: No sources, no compiler, or it does not compile; says which.
+        RuntimeError: It does not compile; with what the compiler says.
     """
-    root, compiler = sources(), _compiler()
-    torch_folder = Path(torch.__file__).parent
-    flags = [*_FLAGS, *(["-DFASTPROTO_SM90"] if has_sm90() else [])]
-    flags += ["-isystem", str(torch_folder / "include")]
+    tool, torch_folder = compiler() or "c++", Path(torch.__file__).parent
+    flags = [*_FLAGS, *extra, f"-I{HEADERS}", "-isystem", str(torch_folder / "include")]
     if os.environ.get("FASTPROTO_SANITIZE") == "1":  # as in setup.py; `make sanitize`
         flags += ["-fsanitize=address", "-O1", "-g1"]
-    units = sorted(
-        file
-        for pattern in (
-            "csrc/api/*_cuda.cpp",
-            "csrc/cuda/emulator/*.cpp",
-            "csrc/cuda/**/instantiations/*.cu",
-        )
-        for file in root.glob(pattern)
-    )
-    state = hashlib.sha256(repr((compiler, flags, torch.__version__)).encode())
-    for file in sorted((root / "csrc").rglob("*")):
-        if file.is_file() and file.parent.name not in ("cpu", "bindings", "template"):
-            state.update(str(file.relative_to(root)).encode())
-            state.update(file.read_bytes())
-    folder = root / "build" / "emulator"
-    library = folder / f"libfastproto_emulated-{state.hexdigest()[:16]}.so"
+    state = hashlib.sha256(repr((tool, flags, torch.__version__)).encode())
+    for file in (*units, *sorted(SOURCES.rglob("*.*h")), *sorted(HEADERS.rglob("*.h"))):
+        if file.parent.name not in ("cpu", "template"):
+            state.update(str(file).encode() + file.read_bytes())
+    folder = SOURCES.parent / "build" / "emulator"
+    library = folder / f"lib{name}-{state.hexdigest()[:16]}.so"
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = [Path(scratch) / f"{index}.o" for index in range(len(units))]
+        objects = [str(Path(scratch) / f"{index}.o") for index in range(len(units))]
 
-        def compile_unit(unit: Path, to: Path) -> None:
-            _run([compiler, *flags, "-x", "c++", "-c", str(unit), "-o", str(to)])
+        def compile_unit(unit: Path, to: str) -> None:
+            _run([tool, *flags, "-x", "c++", "-c", str(unit), "-o", to])
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_unit, units, objects))
         linked = Path(scratch) / library.name
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-pthread"]
-        _run([compiler, *flags, "-shared", "-o", str(linked), *map(str, objects), *libraries])
-        for old in folder.glob("libfastproto_emulated-*.so"):
+        _run([tool, *flags, "-shared", "-o", str(linked), *objects, *libraries])
+        for old in folder.glob(f"lib{name}-*.so"):
             old.unlink(missing_ok=True)
         linked.replace(library)
     return library
@@ -128,15 +99,20 @@ def build() -> Path:
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise EmulatorError(f"the emulator does not compile: {' '.join(command)}\n{result.stderr}")
+        raise RuntimeError(f"the emulator does not compile: {' '.join(command)}\n{result.stderr}")
 
 
 @functools.cache
 def load() -> autograd.OpPair:
     """Build the library if need be, and register its ops."""
-    torch.ops.load_library(build())
-    name = "fastproto_emulated::proto_attention_"
-    pair = autograd.library_pair("native", f"{name}fwd", f"{name}bwd")
+    kernels = sorted(SOURCES.glob("cuda/*/instantiations/*.cu"))
+    library = build("fastproto_emulated", [SOURCES / "api" / "proto_attention_cuda.cpp", *kernels])
+    names = [f"fastproto_emulated::proto_attention_{part}" for part in ("fwd", "bwd")]
+    for name in names:
+        schema = str(autograd.op(name.replace("_emulated", ""))._schema)
+        torch.library.define(name, schema[schema.index("(") :])
+    torch.ops.load_library(library)
+    pair = autograd.library_pair("native", *names)
     torch.library.register_fake(pair.forward, functools.partial(native.fake_forward, True))
     torch.library.register_fake(pair.backward, native.fake_backward)
     autograd.register(pair)
