@@ -20,7 +20,7 @@ import torch
 
 from fastproto.data.geometry import PLANES, FieldOfView, ImageAxis, canonical, view_of_axes
 from fastproto.data.geometry import linear_weights as linear_weights
-from fastproto.data.intensity import CT_WINDOW, body_box, normalisation
+from fastproto.data.intensity import CT_WINDOW, body_box, clipped_moments, normalisation
 from fastproto.data.intensity import body_mask as body_mask
 from fastproto.data.intensity import guess_modality as guess_modality
 from fastproto.data.volume import Volume, blocks, check_same_grid
@@ -60,22 +60,13 @@ class Preprocessing:
             found=repr(image_size),
             allowed="an integer above 0",
         )
+        given = [value is not None and math.isfinite(value) for value in (mean, std)]
         require(
-            modality == "ct" or (mean, std) == (None, None),
+            all(given) and std > 0 if modality == "ct" else (mean, std) == (None, None),
             "mean, std",
             found=f"{mean, std}",
-            allowed="None for MR: each volume has its own",
-        )
-        require(
-            modality == "mr"
-            or (
-                (mean is not None and math.isfinite(mean))
-                and (std is not None and math.isfinite(std) and std > 0)
-            ),
-            "mean, std",
-            found=f"{mean, std}",
-            allowed="two finite numbers for CT, std above 0",
-            fix='Compute them from the training set with Preprocessing.fit(volumes, "ct").',
+            allowed="two finite numbers for CT, std above 0; None for MR: each volume has its own",
+            fix='For CT, compute them from the training set with Preprocessing.fit(volumes, "ct").',
         )
 
     @classmethod
@@ -97,22 +88,15 @@ class Preprocessing:
         """
         if modality != "ct":
             return cls(modality, image_size, crop=crop, plane=plane)
-        count, total, squares = 0, 0.0, 0.0
-        for volume in volumes:
-            for block in blocks(volume.array):
-                values = np.clip(block, *CT_WINDOW, dtype=np.float64)
-                count += values.size
-                total += values.sum()
-                squares += np.square(values).sum()
-        mean = total / count if count else 0.0
-        variance = squares / count - mean**2 if count else 0.0
+        parts = (block for volume in volumes for block in blocks(volume.array))
+        count, mean, variance = clipped_moments(parts, *CT_WINDOW)
         require(
-            not variance < 1e-6,
+            variance >= 1e-6,
             "volumes",
             found=f"{count} voxels, all of {mean:g} HU after clipping to {CT_WINDOW}",
             allowed="CT volumes in Hounsfield units",
         )
-        return cls(modality, image_size, float(mean), math.sqrt(variance), crop, plane)
+        return cls(modality, image_size, mean, math.sqrt(variance), crop, plane)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON takes them."""
@@ -187,19 +171,17 @@ class PreparedVolume:
         self._rows = ImageAxis(rows, self.spacing[1], view.row, self.pixel_size, size)
         self._columns = ImageAxis(columns, self.spacing[2], view.column, self.pixel_size, size)
 
-    def at(self, view: FieldOfView) -> PreparedVolume:
-        """The same volume, seen elsewhere; nothing is computed again."""
+    def at(self, view: FieldOfView, image_size: int | None = None) -> PreparedVolume:
+        """The same volume, seen elsewhere or in another size; nothing is computed again."""
+        size = image_size or self.image_size
         other = copy.copy(self)
-        other._look(self.preprocessing, view)
+        other._look(dataclasses.replace(self.preprocessing, image_size=size), view)
         return other
 
     def at_most_native(self) -> PreparedVolume:
         """The same view at an image size that makes no pixel finer than the scan's own."""
         native = math.ceil(self.view.side / min(self.spacing[1:]) - 1e-6)
-        other = copy.copy(self)
-        size = max(1, min(native, self.image_size))
-        other._look(dataclasses.replace(self.preprocessing, image_size=size), self.view)
-        return other
+        return self.at(self.view, max(1, min(native, self.image_size)))
 
     def __len__(self) -> int:
         return self.shape[0]
