@@ -163,22 +163,14 @@ def check_same_grid(a: Volume, b: Volume) -> None:
     Raises:
         GeometryError: Different sizes, or a corner that differs by over 5 % of a voxel.
     """
-    sizes = [" x ".join(map(str, volume.array.shape[::-1])) for volume in (a, b)]
-    require(
-        sizes[0] == sizes[1],
-        b.name,
-        error=GeometryError,
-        found=f"{sizes[1]} voxels",
-        allowed=f"the grid of {a.name} ({sizes[0]} voxels)",
-        fix="Resample one onto the grid of the other.",
-    )
     distance = np.abs(_corners(a) - _corners(b)).max()
     require(
-        distance <= _GRID_TOLERANCE * min(*a.spacing, *b.spacing),
+        a.array.shape == b.array.shape
+        and distance <= _GRID_TOLERANCE * min(*a.spacing, *b.spacing),
         b.name,
         error=GeometryError,
-        found=lambda: f"voxels up to {distance:.3g} mm away from those of {a.name} ({_grid(b)})",
-        allowed=_grid(a),
+        found=f"{_grid(b)}; its corners lie up to {distance:.3g} mm away",
+        allowed=f"the grid of {a.name}, {_grid(a)}",
         fix="Resample one onto the grid of the other.",
     )
 
@@ -268,7 +260,6 @@ def _corners(volume: Volume) -> np.ndarray:
 
 
 def _grid(volume: Volume) -> str:
-    def listed(name: str) -> str:
-        return ", ".join(f"{number:.6g}" for number in getattr(volume, name))
-
-    return ", ".join(f"{name} ({listed(name)})" for name in ("spacing", "origin", "direction"))
+    fields = volume.array.shape[::-1], volume.spacing, volume.origin, volume.direction
+    listed = ("(" + ", ".join(f"{number:.6g}" for number in field) + ")" for field in fields)
+    return "{} voxels, spacing {}, origin {}, direction {}".format(*listed)

@@ -14,12 +14,11 @@ from fastproto.data.intensity import upper_value
 from fastproto.errors import ArgumentError
 
 
-def test_ct_is_clipped_and_normalised():
-    array = np.array([-1000, -125, 10, 110, 275, 3000], np.int16).reshape(1, 1, 6)
-    array = np.repeat(array, 6, axis=1)
-    images = Preprocessing("ct", 6, 10.0, 100.0, crop=False).prepare(Volume(array)).images(0, 1)
-    expected = torch.tensor([-1.35, -1.35, 0, 1, 2.65, 2.65])
-    torch.testing.assert_close(images[0, 0], expected.expand(6, 6))
+def test_ct_is_clipped_and_normalised_and_padded_with_air():
+    array = np.tile(np.array([-1000, -125, 10, 110, 275, 3000], np.int16), (1, 10, 1))
+    images = Preprocessing("ct", 10, 10.0, 100.0, crop=False).prepare(Volume(array)).images(0, 1)
+    expected = torch.tensor([-1.35, -1.35, -1.35, -1.35, 0, 1, 2.65, 2.65, -1.35, -1.35])
+    torch.testing.assert_close(images[0, 0], expected.expand(10, 10))
 
 
 def test_mr_zscore_after_clipping_the_top():
@@ -48,9 +47,6 @@ def test_fit_is_mean_and_deviation_of_all_clipped_voxels():
     assert fitted.mean == pytest.approx(pooled.mean())
     assert fitted.std == pytest.approx(pooled.std())
     assert (fitted.image_size, fitted.plane) == (64, "coronal")
-
-
-def test_fit_leaves_mr_volumes_alone():
     assert Preprocessing.fit(iter([]), "mr", 64) == Preprocessing("mr", 64)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from scipy.ndimage import gaussian_filter
 
 from fastproto.data import (
     PreparedVolume,
@@ -116,13 +118,6 @@ class TestFieldOfView:
         assert height == pytest.approx(40, abs=4.1)
         assert width == pytest.approx(40, abs=1.1)
 
-    def test_padding_is_as_dark_as_air(self):
-        array = np.full((2, 10, 4), 200, np.int16)
-        images = Preprocessing(**CT, image_size=20, crop=False).prepare(Volume(array)).images(0, 2)
-        assert torch.allclose(images[..., :6], torch.tensor(-1.35))
-        assert torch.allclose(images[..., 6:14], torch.tensor(1.9))
-        assert torch.allclose(images[..., 14:], torch.tensor(-1.35))
-
     def test_resampling_is_bilinear(self):
         """A ramp stays a ramp when it is enlarged."""
         array = np.tile(np.arange(8, dtype=np.float32) * 10, (1, 8, 1))
@@ -146,18 +141,13 @@ class TestFieldOfView:
         array = np.full((10, 100, 120), air, np.int16)
         array[2:8, 30:70, 40:90] = 40 if modality == "ct" else 500
         array[:, 90:92, 20:100] = 60 if modality == "ct" else 600
+        array[:, 30:70, 60:66] = air  # between the legs
         prepared = Preprocessing(**fields, image_size=60).prepare(Volume(array))
         assert prepared.pixel_size == pytest.approx((50 + 2 * 5) / 60)
         images = prepared.images(4, 5)[0, 0]
-        assert (images[10:50, 5:55] > images.min() + 0.5).all()
+        assert (images[10:50, 5:24] > images.min() + 0.5).all()
+        assert (images[10:50, 32:55] > images.min() + 0.5).all()
         assert (images[11:49, :4] == images.min()).all()
-
-    def test_both_legs_stay(self):
-        array = np.full((6, 60, 100), -1000, np.int16)
-        array[:, 20:40, 10:30] = 40
-        array[:, 20:40, 60:78] = 40
-        prepared = Preprocessing(**CT, image_size=78).prepare(Volume(array))
-        assert prepared.pixel_size == pytest.approx((68 + 2 * 5) / 78)
 
     @pytest.mark.parametrize("dtype", [np.int16, np.float32])
     def test_without_foreground_the_whole_slice_stays(self, dtype: type):
@@ -183,10 +173,7 @@ class TestLabelsAndBack:
     def test_labels_survive_the_round_trip(
         self, code: str, size: tuple, image_size: int, plane: str
     ):
-        rng = np.random.default_rng(0)
-        blobs = sitk.GetArrayFromImage(
-            sitk.SmoothingRecursiveGaussian(sitk.GetImageFromArray(rng.normal(size=size)), 3.0)
-        )
+        blobs = gaussian_filter(np.random.default_rng(0).normal(size=size), 3.0)
         truth = np.digitize(blobs, np.quantile(blobs, [0.5, 0.8])).astype(np.uint8)
         image = sitk.GetImageFromArray(truth)
         image.SetSpacing((1.0, 1.2, 1.7))
@@ -205,22 +192,6 @@ class TestLabelsAndBack:
         np.testing.assert_allclose(restored.sum(1), 1, atol=1e-5)
         back = prepared.to_volume_array(restored.argmax(1))
         assert (back == stored.array).mean() > 0.99
-
-    def test_left_stays_left(self):
-        """A label in one corner of a PSR volume comes back to exactly that corner."""
-        array = np.zeros((12, 14, 10), np.uint8)
-        array[:4, :5, :3] = 1
-        direction = (0, 0, -1, 1, 0, 0, 0, 1, 0)
-        stored = Volume(array, (2, 1.5, 1), (5, 6, 7), direction)
-        prepared = Preprocessing("mr", 64, crop=False).prepare(stored)
-        labels = prepared.labels(stored)
-        # Stored x is posterior, y superior, z right: low (z, y, x) is left, inferior, anterior.
-        where = torch.nonzero(labels).float().mean(0)
-        assert where[0] < len(prepared) / 2
-        assert where[1] < 32 < where[2]
-        restored = prepared.restore(one_hot(labels, 2), 0, len(prepared))
-        back = prepared.to_volume_array(restored.argmax(1).astype(np.uint8))
-        np.testing.assert_array_equal(back, array)
 
     def test_outside_the_field_of_view_is_background(self):
         array = np.full((2, 40, 80), -1000, np.int16)
@@ -304,8 +275,9 @@ class TestSettings:
             Preprocessing.from_dict(fields)
 
 
-@pytest.mark.parametrize("fields", [CT, {"modality": "mr"}])
-@pytest.mark.parametrize("direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (0, 0, -1, 1, 0, 0, 0, 1, 0)])
+@pytest.mark.parametrize(("fields", "direction"), [
+    (CT, (1, 0, 0, 0, 1, 0, 0, 0, 1)), ({"modality": "mr"}, (0, 0, -1, 1, 0, 0, 0, 1, 0)),
+])  # fmt: skip
 def test_memory_is_flat_in_the_number_of_slices(fields: dict, direction: tuple):
     """200 slices of 512 x 512 int16 are 100 MB; preparing and iterating takes far less on top."""
     volume = Volume(np.zeros((200, 512, 512), np.int16), direction=direction)
@@ -325,22 +297,12 @@ def test_memory_is_flat_in_the_number_of_slices(fields: dict, direction: tuple):
 
 @pytest.mark.data
 class TestRealScans:
-    def test_psr_brain_comes_out_lps(self, test_data: Path):
-        case = open_dataset(test_data / "ixi_brain_mr").cases[0]
-        scan = read_volume(case.image)
-        oriented = sitk.DICOMOrient(sitk.ReadImage(str(case.image)), "LPS")
-        seen = canonical(scan)
-        np.testing.assert_array_equal(seen.array, sitk.GetArrayViewFromImage(oriented))
-        np.testing.assert_allclose(seen.origin, oriented.GetOrigin(), atol=1e-6)
-        np.testing.assert_allclose(seen.direction, oriented.GetDirection(), atol=1e-6)
-
     @pytest.mark.parametrize(("folder", "modality"), [
         ("ixi_brain_mr", "mr"), ("openkbp_hn_ct", "ct"), ("msd_hippocampus_mr", "mr"),
     ])  # fmt: skip
     def test_labels_survive_the_round_trip(self, test_data: Path, folder: str, modality: str):
         dataset = open_dataset(test_data / folder)
-        case = dataset.cases[1]
-        scan, truth = read_volume(case.image), read_label(case.label)
+        scan, truth = read_volume(dataset.cases[1].image), read_label(dataset.cases[1].label)
         prepared = Preprocessing.fit([scan], modality, 256).prepare(scan)
         labels = prepared.labels(truth)
         classes = max(dataset.labels) + 1
@@ -354,31 +316,16 @@ class TestRealScans:
             a, b = back == label, truth.array == label
             assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.98
 
-    def test_hippocampus_of_every_intensity_range(self, test_data: Path):
-        maxima = []
-        for case in open_dataset(test_data / "msd_hippocampus_mr").cases:
-            scan = read_volume(case.image)
-            maxima.append(float(scan.array.max()))
-            prepared = Preprocessing("mr", 64, crop=False).prepare(scan)
-            images = prepared.images(0, len(prepared))
-            assert torch.isfinite(images).all()
-            assert images.abs().max() < 8
-            assert 0.6 < images.std() < 1.6
-        assert max(maxima) > 1000 * min(maxima)
-
     def test_dicom_series_with_its_nifti_segmentation(self, test_data: Path):
         """The segmentation is stored with rows the other way round: bone must lie on bone."""
         folder = test_data / "dicom" / "totalseg_ct_jpeg2000"
         scan, label = read_volume(folder / "series"), read_label(folder / "seg.nii.gz")
         prepared = Preprocessing.fit([scan], "ct").prepare(scan)
         labels, images = prepared.labels(label), prepared.images(0, len(prepared))[:, 0]
-        names = (folder / "seg_labels.csv").read_text().splitlines()
-        bones = [
-            int(line.split(",")[0])
-            for line in names
-            if any(bone in line for bone in ("vertebrae", "rib_", "hip_", "femur", "sacrum"))
-        ]
-        inside = torch.isin(labels, torch.tensor(bones, dtype=labels.dtype))
+        lines = (folder / "seg_labels.csv").read_text().splitlines()
+        bones = [line for line in lines if re.search("vertebrae|rib_|hip_|femur|sacrum", line)]
+        numbers = [int(line.split(",")[0]) for line in bones]
+        inside = torch.isin(labels, torch.tensor(numbers, dtype=labels.dtype))
         assert inside.any()
         assert torch.isfinite(images).all()
         assert images[inside].mean() > images[(labels > 0) & ~inside].mean() + 0.5

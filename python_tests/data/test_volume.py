@@ -192,13 +192,3 @@ class TestWriting:
         assert path.read_bytes() == old
         assert list(tmp_path.iterdir()) == [path]
         assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.data
-def test_real_volumes_and_their_labels(test_data: Path):
-    for folder in ("ixi_brain_mr", "openkbp_hn_ct", "msd_hippocampus_mr"):
-        for path in sorted((test_data / folder / "images").iterdir())[:4]:
-            scan = read_volume(path)
-            label = read_label(test_data / folder / "labels" / path.name)
-            check_same_grid(scan, label)
-            assert check_labels(label)

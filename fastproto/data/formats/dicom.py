@@ -18,7 +18,6 @@ import SimpleITK as sitk
 
 from fastproto.data.formats.checks import Voxels, check_axes, require_geometry, require_volume
 from fastproto.data.formats.simpleitk import quiet, reading
-from fastproto.errors import VolumeError
 
 _MODALITY = "0008|0060"
 _SERIES_UID = "0020|000e"
@@ -151,21 +150,20 @@ def _choose_series(folder: Path, slices: list[_Slice], series: str | None) -> li
     found: dict[str, list[_Slice]] = {}
     for item in slices:
         found.setdefault(item.series, []).append(item)
-    if series is None and len(found) == 1:
-        return slices
-    if series in found:
-        return found[series]
+    uid = slices[0].series if series is None and len(found) == 1 else series
     listing = "; ".join(
         f"{uid or '(no UID)'}: {len(items)} {items[0].modality or 'DICOM'} slices of "
         f"{items[0].size[1]} x {items[0].size[0]}"
         for uid, items in sorted(found.items())
     )
-    raise VolumeError(
+    require_volume(
+        uid in found,
         folder,
         found=f"{len(found)} series ({listing})",
         allowed="one series, or the series of the given UID",
         fix="Name one by its UID, or put it into a folder of its own.",
     )
+    return found[str(uid)]
 
 
 def _common_axes(folder: Path, slices: Sequence[_Slice]) -> tuple[np.ndarray, np.ndarray]:
@@ -178,6 +176,7 @@ def _common_axes(folder: Path, slices: Sequence[_Slice]) -> tuple[np.ndarray, np
         allowed="slices of one size",
         fix=_MOVE_OTHERS,
     )
+    first = slices[0]
     for item in slices:
         numbers = np.concatenate([item.position, item.axes.ravel(), item.pixel_spacing])
         require_geometry(
@@ -187,8 +186,6 @@ def _common_axes(folder: Path, slices: Sequence[_Slice]) -> tuple[np.ndarray, np
             allowed="slices that say where they lie and how large their pixels are",
             fix=_EXPORT_AGAIN,
         )
-    first = slices[0]
-    for item in slices:
         require_geometry(
             np.allclose(item.axes, first.axes, rtol=0, atol=_ORIENTATION_TOLERANCE),
             folder,
