@@ -60,9 +60,10 @@ class Preprocessing:
             found=repr(image_size),
             allowed="an integer above 0",
         )
-        given = [value is not None and math.isfinite(value) for value in (mean, std)]
+        given = [value for value in (mean, std) if value is not None and math.isfinite(value)]
+        for_ct = len(given) == 2 and given[1] > 0
         require(
-            all(given) and std > 0 if modality == "ct" else (mean, std) == (None, None),
+            for_ct if modality == "ct" else (mean, std) == (None, None),
             "mean, std",
             found=f"{mean, std}",
             allowed="two finite numbers for CT, std above 0; None for MR: each volume has its own",

@@ -229,15 +229,14 @@ def _integer_labels(volume: Volume) -> np.ndarray:
     labels = np.empty(array.shape, dtype)
     for block, target in zip(blocks(array), blocks(labels), strict=True):
         target[...] = rounded = np.rint(block)
-        off = np.abs(block - rounded) > _LABEL_TOLERANCE
-        require(
-            not off.any(),
-            volume.name,
-            error=LabelError,
-            found=lambda values=block[off]: f"the fractional label {values[0]:g}",
-            allowed="integers of 0 and above",
-            fix="Is it an intensity or probability image? Resample labels by nearest voxel.",
-        )
+        fractional = block[np.abs(block - rounded) > _LABEL_TOLERANCE]
+        if fractional.size:
+            raise LabelError(
+                volume.name,
+                found=f"the fractional label {fractional[0]:g}",
+                allowed="integers of 0 and above",
+                fix="Is it an intensity or probability image? Resample labels by nearest voxel.",
+            )
     return labels
 
 

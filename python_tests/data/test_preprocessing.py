@@ -219,19 +219,12 @@ class TestLabelsAndBack:
     def test_label_stored_with_other_axes(self, lps_image: sitk.Image):
         """A DICOM series and its NIfTI segmentation differ by flips of the same voxels."""
         scan = volume_of(lps_image)
-        mask = sitk.Cast(lps_image > 100, sitk.sitkUInt8)
+        mask = sitk.Cast(lps_image > 100, sitk.sitkUInt16) * 1000
         prepared = Preprocessing("mr", 32).prepare(scan)
         same = prepared.labels(volume_of(mask))
         flipped = prepared.labels(volume_of(sitk.DICOMOrient(mask, "RSA")))
-        assert same.any()
+        assert (same.dtype, same.max()) == (torch.int64, 1000)
         assert torch.equal(same, flipped)
-
-    def test_large_labels(self):
-        array = np.zeros((2, 8, 8), np.uint16)
-        array[0, 4, 4] = 1000
-        labels = Preprocessing("mr", 8, crop=False).prepare(Volume(array)).labels(Volume(array))
-        assert labels.dtype == torch.int64
-        assert labels.max() == 1000
 
     @pytest.mark.parametrize(("error", "words", "call"), [
         (GeometryError, "", lambda p: p.labels(Volume(np.zeros((2, 8, 9), np.uint8)))),

@@ -14,7 +14,7 @@ import gzip
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -40,11 +40,12 @@ _COLOURS = (128, 2304)
 _CHUNK_BYTES = 1 << 22
 _HEADER_BYTES = 348
 # Of nifti1.h in the NIfTI-1.1 standard, what is used here: type and offset.
-_FIELDS = np.dtype({
+_LAYOUT: Any = {
     "sizeof_hdr": ("i4", 0), "dim": ("8i2", 40), "datatype": ("i2", 70), "pixdim": ("8f4", 76),
     "vox_offset": ("f4", 108), "scaling": ("2f4", 112), "form_codes": ("2i2", 252),
     "qform": ("6f4", 256), "sform": ("(3,4)f4", 280), "magic": ("S4", 344),
-})  # fmt: skip
+}  # fmt: skip
+_FIELDS = np.dtype(_LAYOUT)
 
 _Stream = IO[bytes] | gzip.GzipFile
 
