@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fastproto.data.preprocessing import guess_modality
+from fastproto.data.intensity import guess_modality
 from fastproto.data.volume import READABLE, read_volume, volume_suffix, without_suffix
 from fastproto.errors import DatasetError, LabelError, require
 

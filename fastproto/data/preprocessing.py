@@ -19,10 +19,7 @@ import numpy as np
 import torch
 
 from fastproto.data.geometry import PLANES, FieldOfView, ImageAxis, canonical, view_of_axes
-from fastproto.data.geometry import linear_weights as linear_weights
 from fastproto.data.intensity import CT_WINDOW, body_box, clipped_moments, normalisation
-from fastproto.data.intensity import body_mask as body_mask
-from fastproto.data.intensity import guess_modality as guess_modality
 from fastproto.data.volume import Volume, blocks, check_same_grid
 from fastproto.errors import LabelError, require
 

@@ -140,7 +140,7 @@ class TestFieldOfView:
         air = -1000 if modality == "ct" else 0
         array = np.full((10, 100, 120), air, np.int16)
         array[2:8, 30:70, 40:90] = 40 if modality == "ct" else 500
-        array[:, 90:92, 20:100] = 60 if modality == "ct" else 600
+        array[:, 90, 20:100] = 60 if modality == "ct" else 600
         array[:, 30:70, 60:66] = air  # between the legs
         prepared = Preprocessing(**fields, image_size=60).prepare(Volume(array))
         assert prepared.pixel_size == pytest.approx((50 + 2 * 5) / 60)
