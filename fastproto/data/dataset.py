@@ -71,13 +71,9 @@ class Dataset:
         by_name |= {str(number): number for number in self.labels}
         labels = list(labels)
         unknown = ", ".join(repr(label) for label in labels if str(label) not in by_name)
-        require(
-            not unknown,
-            self.root,
-            error=LabelError,
-            found=f"no label {unknown}",
-            allowed=", ".join(f"{number} {name}" for number, name in sorted(self.labels.items())),
-        )
+        known = ", ".join(f"{number} {name}" for number, name in sorted(self.labels.items()))
+        if unknown:
+            raise LabelError(self.root, found=f"no label {unknown}", allowed=known)
         return [by_name[str(label)] for label in labels]
 
 
@@ -222,12 +218,8 @@ def _nnunet_cases(root: Path, file: Path, fields: Mapping[str, Any]) -> list[Cas
             cases.append(Case(_case_id(image).removesuffix("_0000"), image, label))
     _check_unique(file, "training", cases)
     expected = fields.get("numTraining", len(cases))
-    _require(
-        expected == len(cases),
-        file,
-        found=f"numTraining = {expected} and {len(cases)} images in imagesTr",
-        allowed="as many images as numTraining says",
-    )
+    found = f"numTraining = {expected} and {len(cases)} images in imagesTr"
+    _require(expected == len(cases), file, found=found, allowed="as many images as it says")
     return cases
 
 
@@ -273,11 +265,6 @@ def _find(folder: Path, id_: str) -> Path | None:
     paths = [folder / f"{id_}{suffix}" for suffix in READABLE]
     found = [path for path in paths if path.is_file()]
     found += [folder / id_] if (folder / id_).is_dir() else []
-    names = ", ".join(path.name for path in found)
-    _require(
-        len(found) <= 1,
-        folder,
-        found=f"several files of case {id_!r} ({names})",
-        allowed="one file per case",
-    )
+    several = f"several files of case {id_!r} ({', '.join(path.name for path in found)})"
+    _require(len(found) <= 1, folder, found=several, allowed="one file per case")
     return found[0] if found else None

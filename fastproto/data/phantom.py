@@ -134,12 +134,9 @@ def _check_arguments(
 ) -> None:
     require(modality in ("ct", "mr"), "modality", found=repr(modality), allowed='"ct" or "mr"')
     _check_number("seed", seed, 0)
-    require(
-        len(shape) == 3 and shape[0] >= 8 and min(shape[1:]) >= 32,
-        "shape",
-        found=repr(tuple(shape)),
-        allowed="(slices, rows, columns) with at least 8 slices of 32 x 32",
-    )
+    large = len(shape) == 3 and shape[0] >= 8 and min(shape[1:]) >= 32
+    allowed = "(slices, rows, columns) with at least 8 slices of 32 x 32"
+    require(large, "shape", found=repr(tuple(shape)), allowed=allowed)
     letters = "LPS" if orientation is None else orientation
     require(
         len(letters) == 3 and all(set(letters) & set(ends) for ends in ("LR", "AP", "IS")),

@@ -51,12 +51,8 @@ class Preprocessing:
         modality, image_size, mean, std = self.modality, self.image_size, self.mean, self.std
         require(modality in ("ct", "mr"), "modality", found=repr(modality), allowed='"ct" or "mr"')
         require(self.plane in PLANES, "plane", found=repr(self.plane), allowed=", ".join(PLANES))
-        require(
-            isinstance(image_size, int) and image_size >= 1,
-            "image_size",
-            found=repr(image_size),
-            allowed="an integer above 0",
-        )
+        whole = isinstance(image_size, int) and image_size >= 1
+        require(whole, "image_size", found=repr(image_size), allowed="an integer above 0")
         given = [value for value in (mean, std) if value is not None and math.isfinite(value)]
         for_ct = len(given) == 2 and given[1] > 0
         require(
@@ -108,12 +104,9 @@ class Preprocessing:
             ArgumentError: Missing, unknown or unusable fields.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        require(
-            "modality" in fields and known.issuperset(fields),
-            "preprocessing",
-            found=lambda: f"fields {sorted(fields)}",
-            allowed=f"{sorted(known)}",
-        )
+        usable = "modality" in fields and known.issuperset(fields)
+        found = f"fields {sorted(fields)}"
+        require(usable, "preprocessing", found=found, allowed=f"{sorted(known)}, with a modality")
         return cls(**fields)
 
     def prepare(self, volume: Volume, view: FieldOfView | None = None) -> PreparedVolume:
@@ -277,12 +270,8 @@ class PreparedVolume:
     def to_volume_array(self, array: np.ndarray) -> np.ndarray:
         """[..., n, h, w] in canonical orientation -> [..., Z, Y, X] in the axes of the file."""
         order, flips = view_of_axes(self.volume.direction, self.preprocessing.plane)
-        require(
-            array.shape[-3:] == self.shape,
-            "array",
-            found=f"shape {array.shape}",
-            allowed=f"(..., {self.shape})",
-        )
+        fits = array.shape[-3:] == self.shape
+        require(fits, "array", found=f"shape {array.shape}", allowed=f"(..., {self.shape})")
         leading = array.ndim - 3
         stored = [*range(leading), *(leading + axis for axis in np.argsort(order))]
         index: Any = (..., *flips)
@@ -294,9 +283,6 @@ class PreparedVolume:
         return array.transpose(order)[flips]
 
     def _check_range(self, start: int, stop: int) -> None:
-        require(
-            0 <= start <= stop <= len(self),
-            "start, stop",
-            found=f"{start}, {stop}",
-            allowed=f"a range within 0 to {len(self)}",
-        )
+        allowed = f"a range within 0 to {len(self)}"
+        inside = 0 <= start <= stop <= len(self)
+        require(inside, "start, stop", found=f"{start}, {stop}", allowed=allowed)

@@ -135,7 +135,7 @@ class TestFieldOfView:
         torch.testing.assert_close(middle, torch.full_like(middle, 20), atol=1e-3, rtol=0)
 
     @pytest.mark.parametrize("modality", ["ct", "mr"])
-    def test_crop_fits_the_body_and_leaves_the_table(self, modality: str):
+    def test_crop_fits_both_legs_and_leaves_the_table(self, modality: str):
         fields = CT if modality == "ct" else {"modality": "mr"}
         air = -1000 if modality == "ct" else 0
         array = np.full((10, 100, 120), air, np.int16)

@@ -210,14 +210,10 @@ def _common_axes(folder: Path, slices: Sequence[_Slice]) -> tuple[np.ndarray, np
 def _step(folder: Path, slices: Sequence[_Slice], normal: np.ndarray) -> float:
     """The distance of neighbouring slices in mm; they are sorted along ``normal``."""
     if len(slices) == 1:
-        thickness = slices[0].thickness
-        require_geometry(
-            np.isfinite(thickness) and thickness > 0,
-            slices[0].path,
-            found="one slice without SliceThickness",
-            allowed="a thickness",
-        )
-        return thickness
+        found = f"one slice of thickness {slices[0].thickness:g}"
+        usable = 0 < slices[0].thickness < np.inf
+        require_geometry(usable, slices[0].path, found=found, allowed="a SliceThickness above 0")
+        return slices[0].thickness
     positions = np.stack([item.position for item in slices])
     heights = positions @ normal
     steps = np.diff(heights)

@@ -40,12 +40,9 @@ def read(path: Path) -> Voxels:
         header = _header(path, file)
         sizes = header.get("DimSize", "").split()
         usable = all(word.isdecimal() and int(word) for word in sizes)
-        require_volume(
-            usable and 1 <= len(sizes) <= 10 and str(len(sizes)) == header.get("NDims"),
-            path,
-            found=f"NDims = {header.get('NDims')} and DimSize = {header.get('DimSize')}",
-            allowed="as many sizes above 0 as dimensions",
-        )
+        usable = usable and 1 <= len(sizes) <= 10 and str(len(sizes)) == header.get("NDims")
+        found = f"NDims = {header.get('NDims')} and DimSize = {header.get('DimSize')}"
+        require_volume(usable, path, found=found, allowed="as many sizes above 0 as dimensions")
         spacing = _numbers(path, header, "ElementSpacing", "ElementSize")
         check_spacing(path, spacing, "ElementSpacing")
         check_finite(path, "Offset", _numbers(path, header, "Offset", "Position", "Origin"))

@@ -137,23 +137,17 @@ def _header(path: Path, head: bytes) -> _Header:
         fix="Convert it, or copy it again: it may be damaged, truncated or of another format.",
     )
     dimensions, *size = fields["dim"].tolist()
-    require_volume(
-        1 <= dimensions <= 7, path, found=f"{dimensions} dimensions in the header", allowed="3"
-    )
-    datatype = int(fields["datatype"])
-    require_volume(
-        datatype in _DTYPES,
-        path,
-        found="colour voxels" if datatype in _COLOURS else f"voxels of NIfTI datatype {datatype}",
-        allowed="one integer or real number per voxel",
-    )
-    offset = float(fields["vox_offset"])
-    require_volume(
-        math.isfinite(offset) and offset >= _HEADER_BYTES,
-        path,
-        found=f"vox_offset {offset:g}",
-        allowed=f"at least {_HEADER_BYTES} (the header)",
-    )
+    datatype, offset = int(fields["datatype"]), float(fields["vox_offset"])
+    what = "colour" if datatype in _COLOURS else f"NIfTI datatype {datatype}"
+    scaling = "scl_slope {:g} and scl_inter {:g}".format(*fields["scaling"])
+    for usable, found, allowed in (
+        (1 <= dimensions <= 7, f"{dimensions} dimensions in the header", "3"),
+        (datatype in _DTYPES, f"voxels of {what}", "one integer or real number per voxel"),
+        (348 <= offset < math.inf, f"vox_offset {offset:g}", "at least 348 (the header)"),
+        # NaN is how some writers say "no scaling"; the readers, SimpleITK included, agree on that.
+        (not np.isinf(fields["scaling"]).any(), scaling, "finite intensity scaling"),
+    ):
+        require_volume(usable, path, found=found, allowed=allowed)
     shape = tuple(size[:dimensions])
     dtype = np.dtype(order + _DTYPES[datatype])
     end = int(offset) + math.prod(shape) * dtype.itemsize
@@ -165,13 +159,6 @@ def _check_header(path: Path, header: _Header) -> None:
     check_size(path, header.shape)
     pixdim = fields["pixdim"][1:4].astype(np.float64)
     check_spacing(path, pixdim, "voxel size (pixdim)")
-    # NaN is how some writers say "no scaling"; the readers, SimpleITK included, agree on that.
-    require_volume(
-        not np.isinf(fields["scaling"]).any(),
-        path,
-        found="scl_slope {:g} and scl_inter {:g}".format(*fields["scaling"]),
-        allowed="finite intensity scaling",
-    )
     uses_qform, uses_sform = fields["form_codes"] > 0
     check_finite(path, "the qform", fields["qform"] if uses_qform else ())
     if not uses_sform:
