@@ -227,11 +227,11 @@ class TestLabelsAndBack:
         assert torch.equal(same, flipped)
 
     @pytest.mark.parametrize(("error", "words", "call"), [
-        (GeometryError, "", lambda p: p.labels(Volume(np.zeros((2, 8, 9), np.uint8)))),
-        (GeometryError, "",
+        (GeometryError, "grid", lambda p: p.labels(Volume(np.zeros((2, 8, 9), np.uint8)))),
+        (GeometryError, "grid",
          lambda p: p.labels(Volume(np.zeros((2, 8, 8), np.uint8), spacing=(1, 1, 2)))),
-        (LabelError, "", lambda p: p.labels(Volume(np.zeros((2, 8, 8), np.float32)))),
-        (LabelError, "", lambda p: p.labels(Volume(np.full((2, 8, 8), -1, np.int16)))),
+        (LabelError, "float32", lambda p: p.labels(Volume(np.zeros((2, 8, 8), np.float32)))),
+        (LabelError, "-1", lambda p: p.labels(Volume(np.full((2, 8, 8), -1, np.int16)))),
         (ArgumentError, "slices", lambda p: p.restore(torch.zeros(2, 3, 8, 9), 0, 2)),
         (ArgumentError, "slices", lambda p: p.restore(torch.zeros(1, 3, 8, 8), 0, 2)),
         (ArgumentError, "slices", lambda p: p.restore(torch.zeros(2, 8, 8), 0, 2)),
