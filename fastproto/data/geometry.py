@@ -21,13 +21,7 @@ PLANES = {
 
 
 class FieldOfView(NamedTuple):
-    """A square in the slices of a volume.
-
-    Attributes:
-        row: Of its centre, in pixels of the canonical slice.
-        column: The same.
-        side: In mm.
-    """
+    """A square in the slices of a volume: its centre in canonical pixels, its side in mm."""
 
     row: float
     column: float
@@ -78,31 +72,22 @@ def linear_weights(positions: np.ndarray, length: int, step: float) -> torch.Ten
 def canonical(volume: Volume, plane: str = "axial") -> Volume:
     """The same voxels in canonical order, as a view of the array.
 
-    Oblique volumes take the nearest axes; nothing is resampled.
-
-    Args:
-        volume: Any orientation.
-        plane: "axial": slices towards superior, rows towards posterior, columns towards left (LPS).
-            "coronal": posterior, inferior, left. "sagittal": left, inferior, posterior.
+    Oblique volumes take the nearest axes; nothing is resampled. Slices, rows and columns grow as
+    ``PLANES`` says: in the axial plane towards superior, posterior and left (LPS).
     """
     order, flips = view_of_axes(volume.direction, plane)
-    axes = np.array(volume.direction).reshape(3, 3)
-    spacing, size = np.array(volume.spacing), np.array(volume.array.shape[::-1])
+    seen = volume.array.transpose(order)[flips]
+    stored = [2 - axis for axis in reversed(order)]
+    spacing = tuple(volume.spacing[axis] for axis in stored)
+    columns = np.array(volume.direction).reshape(3, 3)[:, stored]
     origin = np.array(volume.origin)
-    columns = []
-    for axis, flip in zip(reversed(order), reversed(flips), strict=True):
-        column = axes[:, 2 - axis]
+    for column, flip in enumerate(reversed(flips)):
         if flip.step == -1:
-            origin = origin + column * spacing[2 - axis] * (size[2 - axis] - 1)
-            column = -column
-        columns.append(column)
-    return Volume(
-        array=volume.array.transpose(order)[flips],
-        spacing=tuple(volume.spacing[2 - axis] for axis in reversed(order)),
-        origin=tuple(origin.tolist()),
-        direction=tuple(np.stack(columns, axis=1).ravel().tolist()),
-        path=volume.path,
-    )
+            last = seen.shape[2 - column] - 1
+            origin = origin + columns[:, column] * spacing[column] * last
+            columns[:, column] *= -1
+    direction = tuple(columns.ravel().tolist())
+    return Volume(seen, spacing, tuple(origin.tolist()), direction, volume.path)
 
 
 def view_of_axes(

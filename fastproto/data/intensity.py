@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -39,27 +40,31 @@ def normalisation(
         return (*CT_WINDOW, mean, 1 / std)
     low = float(array.min())
     high = upper_value(array, 1 - MR_CLIPPED_FRACTION)
-    # Sums relative to the lowest value: a constant volume gives a deviation of exactly 0.
-    total = squares = 0.0
-    for block in blocks(array):
-        values = np.clip(block, low, high, dtype=np.float64)
-        values -= low
+    # Relative to the lowest value: a constant volume gives a deviation of exactly 0.
+    _, mean, variance = clipped_moments(blocks(array), low, high, low)
+    return low, high, low + mean, 1 / math.sqrt(variance) if variance > 0 else 0.0
+
+
+def clipped_moments(
+    parts: Iterable[np.ndarray], low: float, high: float, origin: float = 0.0
+) -> tuple[int, float, float]:
+    """Number, mean and variance of all values, clipped to [low, high], less ``origin``."""
+    count, total, squares = 0, 0.0, 0.0
+    for part in parts:
+        values = np.clip(part, low, high, dtype=np.float64)
+        values -= origin
+        count += values.size
         total += values.sum()
         squares += np.square(values).sum()
-    mean = total / array.size
-    deviation = math.sqrt(max(squares / array.size - mean**2, 0.0))
-    return low, high, low + mean, 1 / deviation if deviation > 0 else 0.0
+    mean = total / max(count, 1)
+    return count, float(mean), max(float(squares / max(count, 1) - mean**2), 0.0)
 
 
 def upper_value(array: np.ndarray, fraction: float) -> float:
-    """The smallest value that ``fraction`` of the voxels do not exceed, exact in float32.
+    """The smallest value that ``fraction``, in (0, 1], of the voxels do not exceed, as float32.
 
     ``numpy.quantile(array, fraction, method="inverted_cdf")`` without the sorted copy: float32
     numbers, read as integers, keep their order, so two counts over 16 bits each find the value.
-
-    Args:
-        array: Finite numbers of any shape.
-        fraction: Within (0, 1].
     """
     rank = max(math.ceil(fraction * array.size), 1)
     found = 0

@@ -22,7 +22,7 @@ from fastproto._files import write_text
 from fastproto.data.phantom_anatomy import LABEL_OF_TISSUE, ORGANS, anatomy
 from fastproto.data.phantom_image import ct_image, mr_image
 from fastproto.data.volume import Volume, write_volume
-from fastproto.errors import ArgumentError, OutputError, require
+from fastproto.errors import OutputError, require
 
 _GENERATOR = "fastproto phantom"
 
@@ -58,9 +58,8 @@ def write_phantom(
         ArgumentError: An argument is out of range.
         OutputError: ``folder`` holds something else, or cannot be written.
     """
-    if not isinstance(patients, int) or patients < 1:
-        raise ArgumentError("patients", found=repr(patients), allowed="a whole number from 1")
     folder = Path(folder)
+    _check_number("patients", patients, 1)
     _check_arguments(modality, seed, shape, orientation)
     _remove_earlier(folder)
     cases = [f"{modality}_{index:03d}" for index in range(patients)]
@@ -99,7 +98,9 @@ def make_patient(
     anatomy_rng = np.random.default_rng([seed, index, 0])
     appearance_rng = np.random.default_rng([seed, index, 1 if modality == "ct" else 2])
     size = np.array(shape)
-    spacing = np.round(_field_of_view(anatomy_rng) / size, 3)  # (z, y, x), mm
+    width = anatomy_rng.uniform(350, 410)  # of the field of view, mm
+    extent = np.array([anatomy_rng.uniform(215, 265), width, width])
+    spacing = np.round(extent / size, 3)  # (z, y, x)
     tissue, light = anatomy(anatomy_rng, size, spacing)
     make = ct_image if modality == "ct" else mr_image
     image = make(appearance_rng, tissue, light, spacing)
@@ -109,12 +110,6 @@ def make_patient(
     stored = orientation or ("LPS", "RAS")[index % 2]
     image_volume = _store(image, spacing, origin, frame, stored)
     return image_volume, _store(LABEL_OF_TISSUE[tissue], spacing, origin, frame, stored)
-
-
-def _field_of_view(rng: np.random.Generator) -> np.ndarray:
-    """Extent in mm along (z, y, x); a pixel is square on a square grid."""
-    width = rng.uniform(350, 410)
-    return np.array([rng.uniform(215, 265), width, width])
 
 
 def _store(
@@ -138,38 +133,34 @@ def _check_arguments(
     modality: str, seed: int, shape: Sequence[int], orientation: str | None
 ) -> None:
     require(modality in ("ct", "mr"), "modality", found=repr(modality), allowed='"ct" or "mr"')
-    if not isinstance(seed, int) or seed < 0:
-        raise ArgumentError("seed", found=repr(seed), allowed="a whole number from 0")
+    _check_number("seed", seed, 0)
+    large = len(shape) == 3 and shape[0] >= 8 and min(shape[1:]) >= 32
+    allowed = "(slices, rows, columns) with at least 8 slices of 32 x 32"
+    require(large, "shape", found=repr(tuple(shape)), allowed=allowed)
+    letters = "LPS" if orientation is None else orientation
     require(
-        len(shape) == 3 and shape[0] >= 8 and min(shape[1:]) >= 32,
-        "shape",
-        found=repr(tuple(shape)),
-        allowed="(slices, rows, columns) with at least 8 slices of 32 x 32",
-    )
-    require(
-        orientation is None
-        or (
-            len(orientation) == 3
-            and all(len(set(orientation) & set(ends)) == 1 for ends in ("LR", "AP", "IS"))
-        ),
+        len(letters) == 3 and all(set(letters) & set(ends) for ends in ("LR", "AP", "IS")),
         "orientation",
         found=repr(orientation),
         allowed='one letter each of LR, AP and IS in any order, e.g. "LPS" or "PSR"',
     )
 
 
+def _check_number(name: str, number: object, least: int) -> None:
+    whole = isinstance(number, int) and number >= least
+    require(whole, name, found=repr(number), allowed=f"a whole number from {least}")
+
+
 def _remove_earlier(folder: Path) -> None:
     """Remove the files of an earlier phantom; raise if ``folder`` holds anything else."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(folder, found="a file", allowed="a folder to write to")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     description = folder / "dataset.json"
     require(
         description.is_file() and f'"{_GENERATOR}"' in description.read_text(errors="replace"),
         folder,
         error=OutputError,
-        found="a folder with other files in it",
+        found="a folder with other files in it" if folder.is_dir() else "a file",
         allowed="a new or empty folder, or an earlier phantom",
         fix="Choose another folder, so that nothing of yours is mixed with synthetic data.",
     )

@@ -63,11 +63,9 @@ TISSUES: dict[str, Tissue] = {
     "psoas muscles": Tissue(62, 6, 145, 15, 0.6),
 }
 TISSUE_INDEX = {name: index for index, name in enumerate(TISSUES)}
-LABEL_OF_TISSUE = np.zeros(len(TISSUES), dtype=np.uint8)
-for _label, _organ in ORGANS.items():
-    LABEL_OF_TISSUE[TISSUE_INDEX[_organ]] = _label
-for _part, _organ in (("disc", "spine"), ("stomach gas", "stomach")):
-    LABEL_OF_TISSUE[TISSUE_INDEX[_part]] = LABEL_OF_TISSUE[TISSUE_INDEX[_organ]]
+_LABELS = {organ: label for label, organ in ORGANS.items()}
+_LABELS |= {"disc": _LABELS["spine"], "stomach gas": _LABELS["stomach"]}
+LABEL_OF_TISSUE = np.array([_LABELS.get(name, 0) for name in TISSUES], dtype=np.uint8)
 
 
 def anatomy(

@@ -19,10 +19,7 @@ import numpy as np
 import torch
 
 from fastproto.data.geometry import PLANES, FieldOfView, ImageAxis, canonical, view_of_axes
-from fastproto.data.geometry import linear_weights as linear_weights
-from fastproto.data.intensity import CT_WINDOW, body_box, normalisation
-from fastproto.data.intensity import body_mask as body_mask
-from fastproto.data.intensity import guess_modality as guess_modality
+from fastproto.data.intensity import CT_WINDOW, body_box, clipped_moments, normalisation
 from fastproto.data.volume import Volume, blocks, check_same_grid
 from fastproto.errors import LabelError, require
 
@@ -54,28 +51,16 @@ class Preprocessing:
         modality, image_size, mean, std = self.modality, self.image_size, self.mean, self.std
         require(modality in ("ct", "mr"), "modality", found=repr(modality), allowed='"ct" or "mr"')
         require(self.plane in PLANES, "plane", found=repr(self.plane), allowed=", ".join(PLANES))
+        whole = isinstance(image_size, int) and image_size >= 1
+        require(whole, "image_size", found=repr(image_size), allowed="an integer above 0")
+        given = [value for value in (mean, std) if value is not None and math.isfinite(value)]
+        for_ct = len(given) == 2 and given[1] > 0
         require(
-            isinstance(image_size, int) and image_size >= 1,
-            "image_size",
-            found=repr(image_size),
-            allowed="an integer above 0",
-        )
-        require(
-            modality == "ct" or (mean, std) == (None, None),
+            for_ct if modality == "ct" else (mean, std) == (None, None),
             "mean, std",
             found=f"{mean, std}",
-            allowed="None for MR: each volume has its own",
-        )
-        require(
-            modality == "mr"
-            or (
-                (mean is not None and math.isfinite(mean))
-                and (std is not None and math.isfinite(std) and std > 0)
-            ),
-            "mean, std",
-            found=f"{mean, std}",
-            allowed="two finite numbers for CT, std above 0",
-            fix='Compute them from the training set with Preprocessing.fit(volumes, "ct").',
+            allowed="two finite numbers for CT, std above 0; None for MR: each volume has its own",
+            fix='For CT, compute them from the training set with Preprocessing.fit(volumes, "ct").',
         )
 
     @classmethod
@@ -97,22 +82,15 @@ class Preprocessing:
         """
         if modality != "ct":
             return cls(modality, image_size, crop=crop, plane=plane)
-        count, total, squares = 0, 0.0, 0.0
-        for volume in volumes:
-            for block in blocks(volume.array):
-                values = np.clip(block, *CT_WINDOW, dtype=np.float64)
-                count += values.size
-                total += values.sum()
-                squares += np.square(values).sum()
-        mean = total / count if count else 0.0
-        variance = squares / count - mean**2 if count else 0.0
+        parts = (block for volume in volumes for block in blocks(volume.array))
+        count, mean, variance = clipped_moments(parts, *CT_WINDOW)
         require(
-            not variance < 1e-6,
+            variance >= 1e-6,
             "volumes",
             found=f"{count} voxels, all of {mean:g} HU after clipping to {CT_WINDOW}",
             allowed="CT volumes in Hounsfield units",
         )
-        return cls(modality, image_size, float(mean), math.sqrt(variance), crop, plane)
+        return cls(modality, image_size, mean, math.sqrt(variance), crop, plane)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON takes them."""
@@ -126,12 +104,9 @@ class Preprocessing:
             ArgumentError: Missing, unknown or unusable fields.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        require(
-            "modality" in fields and known.issuperset(fields),
-            "preprocessing",
-            found=lambda: f"fields {sorted(fields)}",
-            allowed=f"{sorted(known)}",
-        )
+        usable = "modality" in fields and known.issuperset(fields)
+        found = f"fields {sorted(fields)}"
+        require(usable, "preprocessing", found=found, allowed=f"{sorted(known)}, with a modality")
         return cls(**fields)
 
     def prepare(self, volume: Volume, view: FieldOfView | None = None) -> PreparedVolume:
@@ -187,19 +162,17 @@ class PreparedVolume:
         self._rows = ImageAxis(rows, self.spacing[1], view.row, self.pixel_size, size)
         self._columns = ImageAxis(columns, self.spacing[2], view.column, self.pixel_size, size)
 
-    def at(self, view: FieldOfView) -> PreparedVolume:
-        """The same volume, seen elsewhere; nothing is computed again."""
+    def at(self, view: FieldOfView, image_size: int | None = None) -> PreparedVolume:
+        """The same volume, seen elsewhere or in another size; nothing is computed again."""
+        size = image_size or self.image_size
         other = copy.copy(self)
-        other._look(self.preprocessing, view)
+        other._look(dataclasses.replace(self.preprocessing, image_size=size), view)
         return other
 
     def at_most_native(self) -> PreparedVolume:
         """The same view at an image size that makes no pixel finer than the scan's own."""
         native = math.ceil(self.view.side / min(self.spacing[1:]) - 1e-6)
-        other = copy.copy(self)
-        size = max(1, min(native, self.image_size))
-        other._look(dataclasses.replace(self.preprocessing, image_size=size), self.view)
-        return other
+        return self.at(self.view, max(1, min(native, self.image_size)))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -297,12 +270,8 @@ class PreparedVolume:
     def to_volume_array(self, array: np.ndarray) -> np.ndarray:
         """[..., n, h, w] in canonical orientation -> [..., Z, Y, X] in the axes of the file."""
         order, flips = view_of_axes(self.volume.direction, self.preprocessing.plane)
-        require(
-            array.shape[-3:] == self.shape,
-            "array",
-            found=f"shape {array.shape}",
-            allowed=f"(..., {self.shape})",
-        )
+        fits = array.shape[-3:] == self.shape
+        require(fits, "array", found=f"shape {array.shape}", allowed=f"(..., {self.shape})")
         leading = array.ndim - 3
         stored = [*range(leading), *(leading + axis for axis in np.argsort(order))]
         index: Any = (..., *flips)
@@ -314,9 +283,6 @@ class PreparedVolume:
         return array.transpose(order)[flips]
 
     def _check_range(self, start: int, stop: int) -> None:
-        require(
-            0 <= start <= stop <= len(self),
-            "start, stop",
-            found=f"{start}, {stop}",
-            allowed=f"a range within 0 to {len(self)}",
-        )
+        allowed = f"a range within 0 to {len(self)}"
+        inside = 0 <= start <= stop <= len(self)
+        require(inside, "start, stop", found=f"{start}, {stop}", allowed=allowed)

@@ -16,8 +16,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from fastproto._files import atomic_write
-from fastproto.data.formats.common import check_orthonormal, reason
+from fastproto.data.formats.checks import blocks, check_voxels, require_volume
 from fastproto.data.formats.dicom import read_series
+from fastproto.data.formats.simpleitk import reading, reason
 from fastproto.data.formats.table import FORMATS, READABLE, WRITABLE
 from fastproto.errors import (
     ArgumentError,
@@ -32,7 +33,6 @@ from fastproto.errors import (
 # headers round to float32 or a few decimals, and that must not matter.
 _GRID_TOLERANCE = 0.05
 _LABEL_TOLERANCE = 1e-3
-_BLOCK_VOXELS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,21 +85,22 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         GeometryError: NaN, zero or negative spacing, a sheared or non-orthonormal direction.
     """
     path = Path(path)
-    if not path.exists():
-        raise VolumeError(path, found="no such file or folder", allowed="an existing volume")
-    try:
-        if path.is_dir():
-            voxels = read_series(path, series)
-        else:
-            voxels = FORMATS[_known_suffix(path)].read(path)
-        volume = Volume(*voxels, path=path)
-    except OSError as error:
-        raise VolumeError(
-            path, found=f"that it cannot be read ({error.strerror})", allowed="a readable file"
-        ) from error
-    _check_geometry(volume)
-    _check_finite(volume)
-    return volume
+    suffix = volume_suffix(path)
+    require_volume(
+        path.exists(), path, found="no such file or folder", allowed="an existing volume"
+    )
+    require_volume(
+        suffix or path.is_dir(),
+        path,
+        found="a file of unknown format",
+        allowed=f"{', '.join(READABLE)}, or a folder with a DICOM series",
+        fix="For DICOM, name the folder instead of one of its files.",
+    )
+    with reading(path):
+        folder = path.is_dir()
+        voxels = read_series(path, series) if folder else FORMATS[suffix or ""].read(path)
+    check_voxels(path, voxels)
+    return Volume(*voxels, path=path)
 
 
 def read_label(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
@@ -131,11 +132,10 @@ def check_labels(
     Raises:
         LabelError: The map is empty, or holds labels that ``names`` does not know.
     """
-    largest = int(label.array.max())
-    seen = np.zeros(largest + 1, dtype=bool)
+    seen = np.zeros(int(label.array.max()) + 1, dtype=bool)
     for block in blocks(label.array):
-        seen[block.ravel()] = True
-    present = [int(value) for value in np.flatnonzero(seen) if value]
+        seen[block] = True
+    present = (np.flatnonzero(seen[1:]) + 1).tolist()
     require(
         present or not needed,
         label.name,
@@ -163,22 +163,14 @@ def check_same_grid(a: Volume, b: Volume) -> None:
     Raises:
         GeometryError: Different sizes, or a corner that differs by over 5 % of a voxel.
     """
-    sizes = [" x ".join(map(str, volume.array.shape[::-1])) for volume in (a, b)]
-    require(
-        sizes[0] == sizes[1],
-        b.name,
-        error=GeometryError,
-        found=f"{sizes[1]} voxels",
-        allowed=f"the grid of {a.name} ({sizes[0]} voxels)",
-        fix="Resample one onto the grid of the other.",
-    )
     distance = np.abs(_corners(a) - _corners(b)).max()
     require(
-        distance <= _GRID_TOLERANCE * min(*a.spacing, *b.spacing),
+        a.array.shape == b.array.shape
+        and distance <= _GRID_TOLERANCE * min(*a.spacing, *b.spacing),
         b.name,
         error=GeometryError,
-        found=lambda: f"voxels up to {distance:.3g} mm away from those of {a.name} ({_grid(b)})",
-        allowed=_grid(a),
+        found=f"{_grid(b)}; its corners lie up to {distance:.3g} mm away",
+        allowed=f"the grid of {a.name}, {_grid(a)}",
         fix="Resample one onto the grid of the other.",
     )
 
@@ -199,123 +191,58 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) 
     """
     path = Path(path)
     suffix = next((suffix for suffix in WRITABLE if path.name.endswith(suffix)), "")
-    write = FORMATS[suffix].write if suffix else None
-    if write is None:
-        raise ArgumentError(path, found=f"suffix {path.suffix!r}", allowed=", ".join(WRITABLE))
-    vector = array.ndim == 4
+    require(suffix, path, found=f"suffix {path.suffix!r}", allowed=", ".join(WRITABLE))
     require(
         array.shape[-3:] == like.array.shape and array.ndim in (3, 4),
         "array",
         found=f"shape {tuple(array.shape)}",
         allowed=f"{like.array.shape}, or that with leading channels",
     )
-    array = np.moveaxis(array, 0, -1) if vector else array
-    image = sitk.GetImageFromArray(_storable(array), isVector=vector)
+    vector = array.ndim == 4
+    array = _storable(np.moveaxis(array, 0, -1) if vector else array)
+    image = sitk.GetImageFromArray(array, isVector=vector)
     image.SetSpacing(like.spacing)
     image.SetOrigin(like.origin)
     image.SetDirection(like.direction)
     with atomic_write(path) as temporary:
         try:
-            write(temporary, image)
+            WRITABLE[suffix](temporary, image)
         except (RuntimeError, VolumeError) as error:
+            why = error.found if isinstance(error, VolumeError) else reason(error)
             raise OutputError(
                 path,
-                found="that it cannot be written completely"
-                + (f" ({reason(error)})" if isinstance(error, RuntimeError) else ""),
+                found=f"that it cannot be written completely ({why})",
                 allowed="a writable folder with free space",
                 fix="Choose another output path or free some space; nothing was overwritten.",
             ) from error
 
 
-def blocks(array: np.ndarray) -> list[np.ndarray]:
-    """Views that cover ``array`` along its first axis, about a million voxels each."""
-    if array.size == 0:
-        return []
-    rows = max(_BLOCK_VOXELS * len(array) // array.size, 1)
-    return [array[start : start + rows] for start in range(0, len(array), rows)]
-
-
-def _known_suffix(path: Path) -> str:
-    suffix = volume_suffix(path)
-    if suffix is None:
-        raise VolumeError(
-            path,
-            found="a file of unknown format",
-            allowed=f"{', '.join(READABLE)}, or a folder with a DICOM series",
-            fix="For DICOM, name the folder instead of one of its files.",
-        )
-    return suffix
-
-
-def _check_geometry(volume: Volume) -> None:
-    spacing = np.array(volume.spacing)
-    require(
-        np.isfinite(spacing).all() and (spacing > 0).all(),
-        volume.name,
-        error=GeometryError,
-        found=f"spacing {_list(spacing)}",
-        allowed="finite sizes above 0 mm",
-    )
-    require(
-        np.isfinite([*volume.origin, *volume.direction]).all(),
-        volume.name,
-        error=GeometryError,
-        found="NaN or Inf in origin or direction",
-        allowed="finite geometry",
-    )
-    check_orthonormal(volume.name, np.array(volume.direction).reshape(3, 3))
-
-
-def _check_finite(volume: Volume) -> None:
-    """Everything downstream computes in float32, so what overflows it is refused as well."""
-    if volume.array.size == 0:
-        raise VolumeError(volume.name, found="a volume without voxels", allowed="sizes above 0")
-    if volume.array.dtype.kind != "f":
-        return
-    start = 0
-    for block in blocks(volume.array):
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(block.astype(np.float32, copy=False))
-        if not finite.all():
-            z, y, x = (int(i) for i in np.argwhere(~finite)[0])
-            raise VolumeError(
-                volume.name,
-                found=f"a voxel of {block[z, y, x]:g} at (x, y, z) = {(x, y, z + start)}",
-                allowed="finite voxels within float32",
-                fix="Replace NaN and Inf by a background value and check the intensity scaling.",
-            )
-        start += len(block)
-
-
 def _integer_labels(volume: Volume) -> np.ndarray:
-    array = volume.array
-    low, high = array.min(), array.max()
+    array, low, high = volume.array, volume.array.min(), volume.array.max()
     if low < -_LABEL_TOLERANCE:
         raise LabelError(volume.name, found=f"label {low:g}", allowed="integers of 0 and above")
     if high > np.iinfo(np.uint16).max:
         raise LabelError(volume.name, found=f"label {high:g}", allowed="integers up to 65535")
-    labels = np.empty(array.shape, np.uint8 if round(high) <= 255 else np.uint16)
+    dtype = np.uint8 if round(high) <= 255 else np.uint16
+    if array.dtype.kind != "f":
+        return array.astype(dtype)
+    labels = np.empty(array.shape, dtype)
     for block, target in zip(blocks(array), blocks(labels), strict=True):
-        if array.dtype.kind != "f":
-            target[...] = block
-            continue
-        rounded = np.rint(block)
-        off = np.abs(block - rounded) > _LABEL_TOLERANCE
-        if off.any():
+        target[...] = rounded = np.rint(block)
+        fractional = block[np.abs(block - rounded) > _LABEL_TOLERANCE]
+        if fractional.size:
             raise LabelError(
                 volume.name,
-                found=f"the fractional label {block[off][0]:g}",
+                found=f"the fractional label {fractional[0]:g}",
                 allowed="integers of 0 and above",
                 fix="Is it an intensity or probability image? Resample labels by nearest voxel.",
             )
-        target[...] = rounded
     return labels
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise ArgumentError("array", found="NaN or Inf", allowed="finite numbers")
+        require(np.isfinite(array).all(), "array", found="NaN or Inf", allowed="finite numbers")
         return array.astype(np.float32, copy=False)
     low, high = int(array.min()), int(array.max())
     for dtype in (np.uint8, np.uint16, np.int16, np.int32):
@@ -326,16 +253,12 @@ def _storable(array: np.ndarray) -> np.ndarray:
 
 def _corners(volume: Volume) -> np.ndarray:
     """[8, 3] centres of the corner voxels in mm."""
-    last = np.array(volume.array.shape[::-1]) - 1
-    index = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1]), axis=-1).reshape(8, 3) * last
+    index = np.indices((2, 2, 2)).reshape(3, 8).T * (np.array(volume.array.shape[::-1]) - 1)
     axes = np.array(volume.direction).reshape(3, 3) * np.array(volume.spacing)
     return index @ axes.T + np.array(volume.origin)
 
 
 def _grid(volume: Volume) -> str:
-    spacing, origin, direction = map(_list, (volume.spacing, volume.origin, volume.direction))
-    return f"spacing {spacing}, origin {origin}, direction {direction}"
-
-
-def _list(numbers: object) -> str:
-    return "(" + ", ".join(f"{number:.6g}" for number in np.asarray(numbers)) + ")"
+    fields = volume.array.shape[::-1], volume.spacing, volume.origin, volume.direction
+    listed = ("(" + ", ".join(f"{number:.6g}" for number in field) + ")" for field in fields)
+    return "{} voxels, spacing {}, origin {}, direction {}".format(*listed)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastproto.data import Dataset, Volume, open_dataset, write_volume
+from fastproto.data import Volume, open_dataset, write_volume
 from fastproto.errors import DatasetError, LabelError
 
 PLAIN = {
@@ -78,10 +78,6 @@ class TestPlainLayout:
         assert dataset.cases[0].label is None
         assert dataset.cases[1].label == plain / "labels" / "a.1.nii.gz"
 
-    @pytest.mark.parametrize(("written", "read"), [("ct", "ct"), ("MR", "mr"), ("mri", "mr")])
-    def test_modalities(self, plain: Path, written: str, read: str):
-        assert open_dataset(changed(plain, modality=written)).modality == read
-
     def test_without_name_and_cases(self, plain: Path):
         dataset = open_dataset(str(changed(plain, name=None, cases=None)))
         assert dataset.name == "set"
@@ -92,28 +88,27 @@ class TestPlainLayout:
         dataset = open_dataset(changed(plain, cases=None))
         assert [case.image.name for case in dataset.cases] == ["a.1.nii.gz", "b.nrrd", "c"]
 
-    def test_missing_folder(self, tmp_path: Path):
-        refused(tmp_path / "none", "no such folder")
-
-    def test_missing_json(self, tmp_path: Path):
-        refused(tmp_path, "dataset.json", "no such file")
+    @pytest.mark.parametrize(("written", "read"), [("ct", "ct"), ("MR", "mr"), ("mri", "mr")])
+    def test_modalities(self, plain: Path, written: str, read: str):
+        assert open_dataset(changed(plain, modality=written)).modality == read
 
     @pytest.mark.parametrize("text", ["{", "", "\xff", "[1, 2]", '"x"'])
     def test_invalid_json(self, plain: Path, text: str):
         (plain / "dataset.json").write_bytes(text.encode("latin-1"))
         refused(plain, "dataset.json", "JSON")
 
-    @pytest.mark.parametrize("modality", [None, "PET", 3, ["CT"]])
-    def test_unknown_modality(self, plain: Path, modality: Any):
-        refused(changed(plain, modality=modality), "dataset.json", "modality", "CT")
-
-    @pytest.mark.parametrize("labels", [
-        ["liver"], {"1": ""}, {"1": None}, {"one": "liver"}, {"-1": "liver"}, {"1.5": "liver"},
-        {"70000": "liver"}, {"1": "liver", "2": "liver"}, {"liver": [1, 2]}, {"liver": True},
-        {"liver": 1, "spleen": 1},
+    @pytest.mark.parametrize(("field", "value", "words"), [
+        *(("modality", modality, "CT") for modality in [None, "PET", 3, ["CT"]]),
+        *(("labels", labels, "labels") for labels in [
+            ["liver"], {"1": ""}, {"1": None}, {"one": "liver"}, {"-1": "liver"}, {"1.5": "liver"},
+            {"70000": "liver"}, {"1": "liver", "2": "liver"}, {"liver": [1, 2]}, {"liver": True},
+            {"liver": 1, "spleen": 1},
+        ]),
+        *(("cases", cases, "cases") for cases in ["a.1", [1], [""], {"a": 1}]),
+        ("cases", ["a.1", "b", "zz"], "'zz'"), ("cases", ["b", "a.1", "b"], "'b' twice"),
     ])  # fmt: skip
-    def test_unusable_labels(self, plain: Path, labels: Any):
-        refused(changed(plain, labels=labels), "dataset.json", "labels")
+    def test_unusable_fields(self, plain: Path, field: str, value: Any, words: str):
+        refused(changed(plain, **{field: value}), "dataset.json", field, words)
 
     @pytest.mark.parametrize("labels", [None, {}, {"0": "background"}])
     def test_labels_may_be_left_out(self, plain: Path, labels: Any):
@@ -121,31 +116,22 @@ class TestPlainLayout:
         assert dataset.labels == {}
         assert len(dataset.cases) == 2
 
-    @pytest.mark.parametrize("cases", ["a.1", [1], [""], {"a": 1}])
-    def test_unusable_cases(self, plain: Path, cases: Any):
-        refused(changed(plain, cases=cases), "dataset.json", "cases")
-
-    def test_case_without_image(self, plain: Path):
-        refused(changed(plain, cases=["a.1", "b", "zz"]), "dataset.json", "'zz'", "cases")
-
-    def test_case_listed_twice(self, plain: Path):
-        refused(changed(plain, cases=["b", "a.1", "b"]), "cases", "'b' twice")
-
-    def test_case_with_two_images(self, plain: Path):
-        (plain / "images" / "b.mha").write_bytes(b"")
-        refused(plain, "several files", "b.mha", "b.nrrd")
-
     @pytest.mark.parametrize("name", ["../secret", "x/y", ".."])
     def test_case_outside_the_folder(self, plain: Path, name: str):
         refused(changed(plain, cases=[name]), "plain file name")
 
-    def test_label_without_case(self, plain: Path):
-        (plain / "labels" / "B.nii.gz").write_bytes(b"")
-        refused(plain, "B.nii.gz", "without a case")
+    @pytest.mark.parametrize(("file", "words"), [
+        ("images/b.mha", ("several files", "b.mha", "b.nrrd")),
+        ("labels/B.nii.gz", ("B.nii.gz", "without a case")),
+    ])  # fmt: skip
+    def test_a_file_too_many(self, plain: Path, file: str, words: tuple):
+        (plain / file).write_bytes(b"")
+        refused(plain, *words)
 
     def test_no_images(self, plain: Path):
         refused(changed(plain, cases=[]), "no case")
         refused(make(plain.parent / "other", {**PLAIN, "cases": None}), "images")
+        refused(plain.parent / "none", "no such folder")
 
 
 class TestNnunetLayout:
@@ -171,28 +157,22 @@ class TestNnunetLayout:
     def test_mr_sequences(self, nnunet: Path, name: str):
         assert open_dataset(changed(nnunet, channel_names={"0": name})).modality == "mr"
 
-    @pytest.mark.parametrize("channels", [
-        None, "CT", {}, {"0": "T1", "1": "T2"}, {"0": "noNorm"}, {"0": "PET"},
+    @pytest.mark.parametrize(("field", "value", "words"), [
+        *(("channel_names", channels, "dataset.json") for channels in [
+            None, "CT", {}, {"0": "T1", "1": "T2"}, {"0": "noNorm"}, {"0": "PET"},
+        ]),
+        ("numTraining", 3, "numTraining = 3 and 2 images"),
+        *(("training", training, "dataset.json") for training in [
+            "all", [1], [{"label": "x"}], [{"image": "imagesTr/none.nii.gz"}],
+        ]),
     ])  # fmt: skip
-    def test_unusable_channels(self, nnunet: Path, channels: Any):
-        refused(changed(nnunet, channel_names=channels), "dataset.json", "channel_names")
+    def test_unusable_fields(self, nnunet: Path, field: str, value: Any, words: str):
+        refused(changed(nnunet, **{field: value}), "dataset.json", field, words)
 
-    def test_wrong_number_of_images(self, nnunet: Path):
-        refused(changed(nnunet, numTraining=3), "dataset.json", "numTraining = 3", "2 images")
-
-    def test_image_without_channel_number(self, nnunet: Path):
-        (nnunet / "imagesTr" / "z.nii.gz").write_bytes(b"")
-        refused(nnunet, "z.nii.gz", "_0000")
-
-    def test_second_channel(self, nnunet: Path):
-        (nnunet / "imagesTr" / "y_0001.nii.gz").write_bytes(b"")
-        refused(nnunet, "y_0001.nii.gz")
-
-    @pytest.mark.parametrize("training", [
-        "all", [1], [{"label": "x"}], [{"image": "imagesTr/none.nii.gz"}],
-    ])  # fmt: skip
-    def test_unusable_list(self, nnunet: Path, training: Any):
-        refused(changed(nnunet, training=training), "dataset.json", "training")
+    @pytest.mark.parametrize("name", ["z.nii.gz", "y_0001.nii.gz"])
+    def test_image_of_another_name_or_channel(self, nnunet: Path, name: str):
+        (nnunet / "imagesTr" / name).write_bytes(b"")
+        refused(nnunet, name, "_0000")
 
 
 class TestPlainFolder:
@@ -221,32 +201,21 @@ class TestPlainFolder:
         (tmp_path / "a.mha").write_bytes(b"")
         refused(tmp_path, "'a' twice")
 
-    def test_a_folder_without_scans(self, tmp_path: Path):
-        (tmp_path / "notes.txt").write_text("not a scan")
-        refused(tmp_path, "dataset.json", "no such file")
-
-    def test_a_data_set_that_lost_its_description(self, plain: Path):
+    def test_without_scans_or_with_a_lost_description(self, tmp_path: Path, plain: Path):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "notes.txt").write_text("not a scan")
         (plain / "dataset.json").unlink()
-        refused(plain, "dataset.json", "no such file")
+        for folder in (tmp_path / "empty", plain):
+            refused(folder, "dataset.json", "no such file")
 
 
-class TestSelection:
-    @pytest.fixture
-    def dataset(self, plain: Path) -> Dataset:
-        return open_dataset(plain)
-
-    def test_cases_in_the_given_order(self, dataset: Dataset):
-        assert [case.id for case in dataset.select(["a.1", "b"])] == ["a.1", "b"]
-
-    def test_unknown_case(self, dataset: Dataset):
-        with pytest.raises(DatasetError, match=r"no case zz; allowed: b, a\.1"):
-            dataset.select(["a.1", "zz"])
-
-    def test_labels_by_name_and_number(self, dataset: Dataset):
-        assert dataset.label_ids(["left kidney", 1, "6"]) == [6, 1, 6]
-
-    @pytest.mark.parametrize("label", ["spleen", 0, 2, "0"])
-    def test_unknown_label(self, dataset: Dataset, label: str | int):
+def test_cases_and_labels_are_selected_in_the_given_order(plain: Path):
+    dataset = open_dataset(plain)
+    assert [case.id for case in dataset.select(["a.1", "b"])] == ["a.1", "b"]
+    with pytest.raises(DatasetError, match=r"no case zz; allowed: b, a\.1"):
+        dataset.select(["a.1", "zz"])
+    assert dataset.label_ids(["left kidney", 1, "6"]) == [6, 1, 6]
+    for label in ("spleen", 0, 2, "0"):
         with pytest.raises(LabelError, match="1 liver, 6 left kidney"):
             dataset.label_ids([label])
 

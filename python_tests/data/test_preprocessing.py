@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orientation, intensities, field of view and the way back."""
+"""Orientation, field of view and the way back."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import re
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
-from fastproto.data import Preprocessing, Volume, open_dataset, read_label, read_volume
+from fastproto.data import (
+    PreparedVolume,
+    Preprocessing,
+    Volume,
+    open_dataset,
+    read_label,
+    read_volume,
+)
 from fastproto.data.geometry import canonical
-from fastproto.data.intensity import upper_value
 from fastproto.errors import ArgumentError, GeometryError, LabelError
 
 CT = {"modality": "ct", "mean": 10.0, "std": 100.0}
@@ -64,8 +72,8 @@ class TestOrientation:
         prepared = Preprocessing("mr", 32).prepare(stored)
         expected = Preprocessing("mr", 32).prepare(lps)
         torch.testing.assert_close(prepared.images(0, 9), expected.images(0, 9))
-        restored = prepared.to_volume_array(lps.array)
-        np.testing.assert_array_equal(restored, stored.array)
+        restored = prepared.to_volume_array(np.stack([lps.array, lps.array + 1]))
+        np.testing.assert_array_equal(restored, [stored.array, stored.array + 1])
         np.testing.assert_array_equal(prepared.to_canonical(stored.array), lps.array)
 
     def test_oblique_volume_takes_the_nearest_axes(self, lps_image: sitk.Image):
@@ -90,82 +98,10 @@ class TestOrientation:
         sizes = 7, 6, 5
         assert prepared.shape == (sizes[slice_], sizes[row], sizes[column])
         seen = prepared.to_canonical(array)
-        head_is_up = row == 2
-        assert seen[-1, 0 if head_is_up else -1, -1] == 1
+        assert seen[-1, 0 if row == 2 else -1, -1] == 1  # the head is up
         np.testing.assert_array_equal(prepared.to_volume_array(seen), array)
-
-    def test_leading_channels_go_back_too(self, lps_image: sitk.Image):
-        stored = volume_of(sitk.DICOMOrient(lps_image, "PSR"))
-        prepared = Preprocessing("mr", 16).prepare(stored)
-        both = np.stack([prepared.to_canonical(stored.array)] * 2)
-        np.testing.assert_array_equal(prepared.to_volume_array(both)[1], stored.array)
-
-    def test_to_canonical_writes_through(self):
-        result = np.zeros((3, 4, 5), np.uint8)
-        stored = Volume(result, direction=(-1, 0, 0, 0, 0, 1, 0, 1, 0))
-        prepared = Preprocessing("mr", 16).prepare(stored)
-        prepared.to_canonical(result)[1:2] = 7
-        assert (result == 7).sum() == 15
-
-
-class TestIntensities:
-    def test_ct_is_clipped_and_normalised(self):
-        array = np.array([-1000, -125, 10, 110, 275, 3000], np.int16).reshape(1, 1, 6)
-        array = np.repeat(array, 6, axis=1)
-        images = Preprocessing(**CT, image_size=6, crop=False).prepare(Volume(array)).images(0, 1)
-        expected = torch.tensor([-1.35, -1.35, 0, 1, 2.65, 2.65])
-        torch.testing.assert_close(images[0, 0], expected.expand(6, 6))
-
-    def test_mr_zscore_after_clipping_the_top(self):
-        array = np.random.default_rng(0).gamma(2, 100, (20, 30, 40)).astype(np.float32)
-        array[3, 4, 5] = 1.7e6
-        clipped = np.minimum(array, np.quantile(array, 0.995, method="inverted_cdf"))
-        expected = (clipped - clipped.mean(dtype=float)) / clipped.std(dtype=float)
-        images = Preprocessing("mr", 40, crop=False).prepare(Volume(array)).images(0, 20)
-        inside = images[:, 0, 5:35, :].numpy()
-        np.testing.assert_allclose(inside, expected, atol=1e-4)
-
-    @pytest.mark.parametrize("value", [0, -3, 1234.567])
-    def test_constant_mr_becomes_zero(self, value: float):
-        array = np.full((3, 10, 7), value, np.float32)
-        images = Preprocessing("mr", 16).prepare(Volume(array)).images(0, 3)
-        assert torch.equal(images, torch.zeros(3, 1, 16, 16))
-
-    def test_fit_is_mean_and_deviation_of_all_clipped_voxels(self):
-        rng = np.random.default_rng(0)
-        arrays = [rng.integers(-1024, 2000, (4, 5, 6)).astype(np.int16) for _ in range(3)]
-        arrays.append(rng.normal(0, 200, (7, 8, 9)).astype(np.float32))
-        pooled = np.clip(np.concatenate([a.ravel() for a in arrays]).astype(float), -125, 275)
-        fitted = Preprocessing.fit((Volume(a) for a in arrays), "ct", 64, plane="coronal")
-        assert fitted.mean == pytest.approx(pooled.mean())
-        assert fitted.std == pytest.approx(pooled.std())
-        assert (fitted.image_size, fitted.plane) == (64, "coronal")
-
-    def test_fit_leaves_mr_volumes_alone(self):
-        assert Preprocessing.fit(iter([]), "mr", 64) == Preprocessing("mr", 64)
-
-    @pytest.mark.parametrize("volumes", [[], [Volume(np.full((3, 3, 3), 5000))]])
-    def test_fit_needs_a_spread(self, volumes: list[Volume]):
-        with pytest.raises(ArgumentError, match="volumes"):
-            Preprocessing.fit(volumes, "ct")
-
-    @settings(max_examples=50, deadline=None)
-    @given(
-        st.lists(
-            st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=60
-        ),
-        st.floats(0.01, 1),
-    )
-    def test_upper_value_is_the_quantile(self, values: list[float], fraction: float):
-        array = np.array(values, np.float32).reshape(1, 1, -1)
-        expected = np.quantile(array, fraction, method="inverted_cdf")
-        assert upper_value(array, fraction) == expected
-
-    @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64])
-    def test_upper_value_of_other_types_and_many_blocks(self, dtype: type):
-        array = np.random.default_rng(0).integers(0, 200, (12, 400, 500)).astype(dtype)
-        array = array[:, ::-1].transpose(2, 0, 1)
-        assert upper_value(array, 0.995) == np.quantile(array, 0.995, method="inverted_cdf")
+        seen[1:2] = 7
+        assert (array == 7).sum() == seen[0].size
 
 
 class TestFieldOfView:
@@ -181,13 +117,6 @@ class TestFieldOfView:
         width = int(inside.any(0).sum()) * prepared.pixel_size
         assert height == pytest.approx(40, abs=4.1)
         assert width == pytest.approx(40, abs=1.1)
-
-    def test_padding_is_as_dark_as_air(self):
-        array = np.full((2, 10, 4), 200, np.int16)
-        images = Preprocessing(**CT, image_size=20, crop=False).prepare(Volume(array)).images(0, 2)
-        assert torch.allclose(images[..., :6], torch.tensor(-1.35))
-        assert torch.allclose(images[..., 6:14], torch.tensor(1.9))
-        assert torch.allclose(images[..., 14:], torch.tensor(-1.35))
 
     def test_resampling_is_bilinear(self):
         """A ramp stays a ramp when it is enlarged."""
@@ -206,31 +135,24 @@ class TestFieldOfView:
         torch.testing.assert_close(middle, torch.full_like(middle, 20), atol=1e-3, rtol=0)
 
     @pytest.mark.parametrize("modality", ["ct", "mr"])
-    def test_crop_fits_the_body_and_leaves_the_table(self, modality: str):
+    def test_crop_fits_both_legs_and_leaves_the_table(self, modality: str):
         fields = CT if modality == "ct" else {"modality": "mr"}
         air = -1000 if modality == "ct" else 0
         array = np.full((10, 100, 120), air, np.int16)
         array[2:8, 30:70, 40:90] = 40 if modality == "ct" else 500
-        array[:, 90:92, 20:100] = 60 if modality == "ct" else 600
+        array[:, 90, 20:100] = 60 if modality == "ct" else 600
+        array[:, 30:70, 60:66] = air  # between the legs
         prepared = Preprocessing(**fields, image_size=60).prepare(Volume(array))
         assert prepared.pixel_size == pytest.approx((50 + 2 * 5) / 60)
         images = prepared.images(4, 5)[0, 0]
-        assert (images[10:50, 5:55] > images.min() + 0.5).all()
+        assert (images[10:50, 5:24] > images.min() + 0.5).all()
+        assert (images[10:50, 32:55] > images.min() + 0.5).all()
         assert (images[11:49, :4] == images.min()).all()
 
-    def test_both_legs_stay(self):
-        array = np.full((6, 60, 100), -1000, np.int16)
-        array[:, 20:40, 10:30] = 40
-        array[:, 20:40, 60:78] = 40
-        prepared = Preprocessing(**CT, image_size=78).prepare(Volume(array))
-        assert prepared.pixel_size == pytest.approx((68 + 2 * 5) / 78)
-
-    @pytest.mark.parametrize("array", [
-        np.full((3, 20, 30), -1000, np.int16), np.full((3, 20, 30), -1000.0, np.float32),
-    ])  # fmt: skip
-    def test_without_foreground_the_whole_slice_stays(self, array: np.ndarray):
-        prepared = Preprocessing(**CT, image_size=30).prepare(Volume(array))
-        assert prepared.pixel_size == 1
+    @pytest.mark.parametrize("dtype", [np.int16, np.float32])
+    def test_without_foreground_the_whole_slice_stays(self, dtype: type):
+        empty = Volume(np.full((3, 20, 30), -1000, dtype))
+        assert Preprocessing(**CT, image_size=30).prepare(empty).pixel_size == 1
 
     def test_crop_of_a_large_volume_loses_no_body(self):
         array = np.full((3, 500, 500), -1000, np.int16)
@@ -251,48 +173,25 @@ class TestLabelsAndBack:
     def test_labels_survive_the_round_trip(
         self, code: str, size: tuple, image_size: int, plane: str
     ):
-        rng = np.random.default_rng(0)
-        blobs = sitk.GetArrayFromImage(
-            sitk.SmoothingRecursiveGaussian(sitk.GetImageFromArray(rng.normal(size=size)), 3.0)
-        )
+        blobs = gaussian_filter(np.random.default_rng(0).normal(size=size), 3.0)
         truth = np.digitize(blobs, np.quantile(blobs, [0.5, 0.8])).astype(np.uint8)
         image = sitk.GetImageFromArray(truth)
         image.SetSpacing((1.0, 1.2, 1.7))
         stored = volume_of(sitk.DICOMOrient(image, code))
-        scan = Volume(
-            stored.array * np.float32(100), stored.spacing, stored.origin, stored.direction
-        )
-
+        scan = dataclasses.replace(stored, array=stored.array * np.float32(100))
         prepared = Preprocessing("mr", image_size, crop=False, plane=plane).prepare(scan)
         labels = prepared.labels(stored)
         assert labels.dtype == torch.uint8
         assert labels.shape == (len(prepared), image_size, image_size)
-        halves = [(0, len(prepared) // 2), (len(prepared) // 2, len(prepared))]
-        restored = np.concatenate(
-            [
-                prepared.restore(one_hot(labels[start:stop], 3), start, stop)
-                for start, stop in halves
-            ]
-        )
+        middle, end = len(prepared) // 2, len(prepared)
+        parts = [
+            prepared.restore(one_hot(labels[start:stop], 3), start, stop)
+            for start, stop in [(0, middle), (middle, end)]
+        ]
+        restored = np.concatenate(parts)
         np.testing.assert_allclose(restored.sum(1), 1, atol=1e-5)
         back = prepared.to_volume_array(restored.argmax(1))
         assert (back == stored.array).mean() > 0.99
-
-    def test_left_stays_left(self):
-        """A label in one corner of a PSR volume comes back to exactly that corner."""
-        array = np.zeros((12, 14, 10), np.uint8)
-        array[:4, :5, :3] = 1
-        direction = (0, 0, -1, 1, 0, 0, 0, 1, 0)
-        stored = Volume(array, (2, 1.5, 1), (5, 6, 7), direction)
-        prepared = Preprocessing("mr", 64, crop=False).prepare(stored)
-        labels = prepared.labels(stored)
-        # Stored x is posterior, y superior, z right: low (z, y, x) is left, inferior, anterior.
-        where = torch.nonzero(labels).float().mean(0)
-        assert where[0] < len(prepared) / 2
-        assert where[1] < 32 < where[2]
-        restored = prepared.restore(one_hot(labels, 2), 0, len(prepared))
-        back = prepared.to_volume_array(restored.argmax(1).astype(np.uint8))
-        np.testing.assert_array_equal(back, array)
 
     def test_outside_the_field_of_view_is_background(self):
         array = np.full((2, 40, 80), -1000, np.int16)
@@ -320,51 +219,33 @@ class TestLabelsAndBack:
     def test_label_stored_with_other_axes(self, lps_image: sitk.Image):
         """A DICOM series and its NIfTI segmentation differ by flips of the same voxels."""
         scan = volume_of(lps_image)
-        mask = sitk.Cast(lps_image > 100, sitk.sitkUInt8)
+        mask = sitk.Cast(lps_image > 100, sitk.sitkUInt16) * 1000
         prepared = Preprocessing("mr", 32).prepare(scan)
         same = prepared.labels(volume_of(mask))
         flipped = prepared.labels(volume_of(sitk.DICOMOrient(mask, "RSA")))
-        assert same.any()
+        assert (same.dtype, same.max()) == (torch.int64, 1000)
         assert torch.equal(same, flipped)
 
-    def test_large_labels(self):
-        array = np.zeros((2, 8, 8), np.uint16)
-        array[0, 4, 4] = 1000
-        labels = Preprocessing("mr", 8, crop=False).prepare(Volume(array)).labels(Volume(array))
-        assert labels.dtype == torch.int64
-        assert labels.max() == 1000
-
-    def test_label_on_another_grid(self):
-        prepared = Preprocessing("mr", 8).prepare(Volume(np.zeros((2, 8, 8), np.uint8)))
-        with pytest.raises(GeometryError):
-            prepared.labels(Volume(np.zeros((2, 8, 9), np.uint8)))
-        with pytest.raises(GeometryError):
-            prepared.labels(Volume(np.zeros((2, 8, 8), np.uint8), spacing=(1, 1, 2)))
-
-    @pytest.mark.parametrize("array", [
-        np.zeros((2, 8, 8), np.float32), np.full((2, 8, 8), -1, np.int16),
+    @pytest.mark.parametrize(("error", "words", "call"), [
+        (GeometryError, "grid", lambda p: p.labels(Volume(np.zeros((2, 8, 9), np.uint8)))),
+        (GeometryError, "grid",
+         lambda p: p.labels(Volume(np.zeros((2, 8, 8), np.uint8), spacing=(1, 1, 2)))),
+        (LabelError, "float32", lambda p: p.labels(Volume(np.zeros((2, 8, 8), np.float32)))),
+        (LabelError, "-1", lambda p: p.labels(Volume(np.full((2, 8, 8), -1, np.int16)))),
+        (ArgumentError, "slices", lambda p: p.restore(torch.zeros(2, 3, 8, 9), 0, 2)),
+        (ArgumentError, "slices", lambda p: p.restore(torch.zeros(1, 3, 8, 8), 0, 2)),
+        (ArgumentError, "slices", lambda p: p.restore(torch.zeros(2, 8, 8), 0, 2)),
+        (ArgumentError, "start, stop", lambda p: p.images(-1, 1)),
+        (ArgumentError, "start, stop", lambda p: p.images(1, 3)),
+        (ArgumentError, "start, stop", lambda p: p.images(2, 1)),
+        (ArgumentError, "array", lambda p: p.to_volume_array(np.zeros((8, 8, 2)))),
     ])  # fmt: skip
-    def test_label_of_another_kind(self, array: np.ndarray):
+    def test_what_does_not_fit_the_volume_is_refused(
+        self, error: type[Exception], words: str, call: Callable[[PreparedVolume], object]
+    ):
         prepared = Preprocessing("mr", 8).prepare(Volume(np.zeros((2, 8, 8), np.uint8)))
-        with pytest.raises(LabelError):
-            prepared.labels(Volume(array))
-
-    @pytest.mark.parametrize("shape", [(2, 3, 8, 9), (1, 3, 8, 8), (2, 8, 8)])
-    def test_restore_checks_its_shape(self, shape: tuple):
-        prepared = Preprocessing("mr", 8).prepare(Volume(np.zeros((2, 8, 8), np.uint8)))
-        with pytest.raises(ArgumentError, match="slices"):
-            prepared.restore(torch.zeros(shape), 0, 2)
-
-    @pytest.mark.parametrize("span", [(-1, 1), (1, 3), (2, 1)])
-    def test_ranges_are_checked(self, span: tuple):
-        prepared = Preprocessing("mr", 8).prepare(Volume(np.zeros((2, 8, 8), np.uint8)))
-        with pytest.raises(ArgumentError, match="start, stop"):
-            prepared.images(*span)
-
-    def test_volume_array_shape_is_checked(self):
-        prepared = Preprocessing("mr", 8).prepare(Volume(np.zeros((2, 8, 8), np.uint8)))
-        with pytest.raises(ArgumentError, match="array"):
-            prepared.to_volume_array(np.zeros((8, 8, 2)))
+        with pytest.raises(error, match=words):
+            call(prepared)
 
 
 class TestSettings:
@@ -387,8 +268,9 @@ class TestSettings:
             Preprocessing.from_dict(fields)
 
 
-@pytest.mark.parametrize("fields", [CT, {"modality": "mr"}])
-@pytest.mark.parametrize("direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (0, 0, -1, 1, 0, 0, 0, 1, 0)])
+@pytest.mark.parametrize(("fields", "direction"), [
+    (CT, (1, 0, 0, 0, 1, 0, 0, 0, 1)), ({"modality": "mr"}, (0, 0, -1, 1, 0, 0, 0, 1, 0)),
+])  # fmt: skip
 def test_memory_is_flat_in_the_number_of_slices(fields: dict, direction: tuple):
     """200 slices of 512 x 512 int16 are 100 MB; preparing and iterating takes far less on top."""
     volume = Volume(np.zeros((200, 512, 512), np.int16), direction=direction)
@@ -408,22 +290,12 @@ def test_memory_is_flat_in_the_number_of_slices(fields: dict, direction: tuple):
 
 @pytest.mark.data
 class TestRealScans:
-    def test_psr_brain_comes_out_lps(self, test_data: Path):
-        case = open_dataset(test_data / "ixi_brain_mr").cases[0]
-        scan = read_volume(case.image)
-        oriented = sitk.DICOMOrient(sitk.ReadImage(str(case.image)), "LPS")
-        seen = canonical(scan)
-        np.testing.assert_array_equal(seen.array, sitk.GetArrayViewFromImage(oriented))
-        np.testing.assert_allclose(seen.origin, oriented.GetOrigin(), atol=1e-6)
-        np.testing.assert_allclose(seen.direction, oriented.GetDirection(), atol=1e-6)
-
     @pytest.mark.parametrize(("folder", "modality"), [
         ("ixi_brain_mr", "mr"), ("openkbp_hn_ct", "ct"), ("msd_hippocampus_mr", "mr"),
     ])  # fmt: skip
     def test_labels_survive_the_round_trip(self, test_data: Path, folder: str, modality: str):
         dataset = open_dataset(test_data / folder)
-        case = dataset.cases[1]
-        scan, truth = read_volume(case.image), read_label(case.label)
+        scan, truth = read_volume(dataset.cases[1].image), read_label(dataset.cases[1].label)
         prepared = Preprocessing.fit([scan], modality, 256).prepare(scan)
         labels = prepared.labels(truth)
         classes = max(dataset.labels) + 1
@@ -437,37 +309,16 @@ class TestRealScans:
             a, b = back == label, truth.array == label
             assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.98
 
-    def test_hippocampus_of_every_intensity_range(self, test_data: Path):
-        maxima = []
-        for case in open_dataset(test_data / "msd_hippocampus_mr").cases:
-            scan = read_volume(case.image)
-            maxima.append(float(scan.array.max()))
-            prepared = Preprocessing("mr", 64, crop=False).prepare(scan)
-            images = prepared.images(0, len(prepared))
-            assert torch.isfinite(images).all()
-            assert images.abs().max() < 8
-            assert 0.6 < images.std() < 1.6
-        assert max(maxima) > 1000 * min(maxima)
-
-    @pytest.mark.parametrize("series", ["totalseg_ct_jpeg2000", "torchio_small"])
-    def test_dicom_series(self, test_data: Path, series: str):
-        scan = read_volume(test_data / "dicom" / series / "series")
-        images = Preprocessing.fit([scan], "ct", 128).prepare(scan).images(0, 8)
-        assert images.shape == (8, 1, 128, 128)
-        assert torch.isfinite(images).all()
-
     def test_dicom_series_with_its_nifti_segmentation(self, test_data: Path):
         """The segmentation is stored with rows the other way round: bone must lie on bone."""
         folder = test_data / "dicom" / "totalseg_ct_jpeg2000"
         scan, label = read_volume(folder / "series"), read_label(folder / "seg.nii.gz")
         prepared = Preprocessing.fit([scan], "ct").prepare(scan)
         labels, images = prepared.labels(label), prepared.images(0, len(prepared))[:, 0]
-        names = (folder / "seg_labels.csv").read_text().splitlines()
-        bones = [
-            int(line.split(",")[0])
-            for line in names
-            if any(bone in line for bone in ("vertebrae", "rib_", "hip_", "femur", "sacrum"))
-        ]
-        inside = torch.isin(labels, torch.tensor(bones, dtype=labels.dtype))
+        lines = (folder / "seg_labels.csv").read_text().splitlines()
+        bones = [line for line in lines if re.search("vertebrae|rib_|hip_|femur|sacrum", line)]
+        numbers = [int(line.split(",")[0]) for line in bones]
+        inside = torch.isin(labels, torch.tensor(numbers, dtype=labels.dtype))
         assert inside.any()
+        assert torch.isfinite(images).all()
         assert images[inside].mean() > images[(labels > 0) & ~inside].mean() + 0.5

@@ -5,7 +5,6 @@ SimpleITK fills the missing half of a truncated file with zeros, turns NaN and I
 reads a NaN or zero voxel size as 1 and falls back to the qform where the sform is sheared, all
 without an error; and of "a.nii.gz" it takes the voxels from an "a.nii" beside it. So it only sees
 the header, of a file that was read to its end and found good.
-Field offsets: nifti1.h of the NIfTI-1.1 standard.
 """
 
 from __future__ import annotations
@@ -13,24 +12,25 @@ from __future__ import annotations
 import contextlib
 import gzip
 import math
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 
-from fastproto.data.formats.common import (
+from fastproto.data.formats.checks import (
     Voxels,
-    check_orthonormal,
-    check_three_dimensions,
-    read_image,
-    reading,
-    write_image,
+    check_axes,
+    check_complete,
+    check_finite,
+    check_size,
+    check_spacing,
+    check_values,
+    require_geometry,
+    require_volume,
 )
-from fastproto.errors import GeometryError, VolumeError, require
+from fastproto.data.formats.simpleitk import quiet, read_image, reading, write_image
 
 _DTYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
@@ -38,26 +38,24 @@ _DTYPES = {
 }  # fmt: skip
 _COLOURS = (128, 2304)
 _CHUNK_BYTES = 1 << 22
-
 _HEADER_BYTES = 348
-_DIM = (40, "8h")
-_DATATYPE = (70, "h")
-_PIXDIM = (76, "8f")
-_VOX_OFFSET = (108, "f")
-_SCALING = (112, "2f")
-_FORM_CODES = (252, "2h")
-_QFORM = (256, "6f")
-_SFORM = (280, "12f")
+# Of nifti1.h in the NIfTI-1.1 standard, what is used here: type and offset.
+_LAYOUT: Any = {
+    "sizeof_hdr": ("i4", 0), "dim": ("8i2", 40), "datatype": ("i2", 70), "pixdim": ("8f4", 76),
+    "vox_offset": ("f4", 108), "scaling": ("2f4", 112), "form_codes": ("2i2", 252),
+    "qform": ("6f4", 256), "sform": ("(3,4)f4", 280), "magic": ("S4", 344),
+}  # fmt: skip
+_FIELDS = np.dtype(_LAYOUT)
 
 _Stream = IO[bytes] | gzip.GzipFile
 
 
 class _Header(NamedTuple):
-    """Sizes (x first), voxel type, (slope, intercept), and where the data begin and end."""
+    """The fields, sizes (x first), voxel type, and where the data begin and end."""
 
+    fields: np.void
     shape: tuple[int, ...]
     dtype: np.dtype
-    scaling: tuple[float, float]
     offset: int
     end: int
 
@@ -66,34 +64,32 @@ def read(path: Path) -> Voxels:
     """Read a .nii or .nii.gz file to its end, with every check.
 
     Raises:
-        VolumeError: No NIfTI file, truncated or damaged, no 3-D scalar volume, NaN or Inf voxels.
-        GeometryError: Voxel sizes or a transform that cannot be used.
+        VolumeError, GeometryError: What the checks find.
+        OSError, zlib.error, EOFError, MemoryError, RuntimeError: Unreadable.
     """
     with _opened(path) as stream:
         head = stream.read(_HEADER_BYTES)
-        header = _check_header(path, head, scalar=True)
+        header = _header(path, head)
+        _check_header(path, header)
         data = bytearray()
         size = 0
         for chunk in _chunks(head, stream):
-            tested = len(data) // header.dtype.itemsize
             data += chunk[max(header.offset - size, 0) : max(header.end - size, 0)]
             size += len(chunk)
-            if header.dtype.kind == "f":
-                _check_finite(path, data, tested, header)
-        _check_complete(path, size, header)
+    check_complete(path, size, header.end)
     array = np.frombuffer(data, header.dtype).reshape(header.shape[2::-1])
-    array = _scaled(array.astype(array.dtype.newbyteorder("="), copy=False), header)
-    kind = {"u": "unsigned integer", "i": "signed integer", "f": "float"}[array.dtype.kind]
-    info = sitk.ImageFileReader()
-    info.SetFileName(str(path))
-    with reading(path):
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    array = _scaled(array, *header.fields["scaling"].tolist())
+    with quiet():
+        info = sitk.ImageFileReader()
+        info.SetFileName(str(path))
         info.ReadImageInformation()
-        found = sitk.GetPixelIDValueAsString(info.GetPixelIDValue())
-        if (info.GetSize(), found) != (header.shape[:3], f"{8 * array.itemsize}-bit {kind}"):
+        grid = sitk.GetImageFromArray(array[:1, :1, :1])
+        if (info.GetSize(), info.GetPixelID()) != (header.shape[:3], grid.GetPixelID()):
             # By the header's intent a vector of one component, whose signs ITK may turn.
+            check_values(path, array)
             return read_image(path)
         # Through an image, for ITK's checks of one.
-        grid = sitk.Image([1, 1, 1], sitk.sitkUInt8)
         grid.SetSpacing(info.GetSpacing())
         grid.SetOrigin(info.GetOrigin())
         grid.SetDirection(info.GetDirection())
@@ -107,10 +103,9 @@ def write(path: Path, image: sitk.Image) -> None:
         RuntimeError, VolumeError: It cannot be written, or is short.
     """
     write_image(path, image)
-    with _opened(path) as stream:
+    with reading(path), _opened(path) as stream:
         head = stream.read(_HEADER_BYTES)
-        header = _check_header(path, head, scalar=False)
-        _check_complete(path, sum(map(len, _chunks(head, stream))), header)
+        check_complete(path, sum(map(len, _chunks(head, stream))), _header(path, head).end)
 
 
 @contextlib.contextmanager
@@ -119,23 +114,8 @@ def _opened(path: Path) -> Iterator[_Stream]:
     with open(path, "rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        try:
-            if not compressed:
-                yield file
-                return
-            with gzip.GzipFile(fileobj=file) as stream:
-                yield stream
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise VolumeError(
-                path,
-                found=f"a truncated or damaged gzip stream ({error})",
-                allowed="a complete .nii.gz file",
-                fix="Copy or export the file again.",
-            ) from error
-        except MemoryError as error:
-            raise VolumeError(
-                path, found="more data than memory holds", allowed="a volume that fits"
-            ) from error
+        with gzip.GzipFile(fileobj=file) if compressed else contextlib.nullcontext(file) as stream:
+            yield stream
 
 
 def _chunks(chunk: bytes, stream: _Stream) -> Iterator[bytes]:
@@ -145,149 +125,60 @@ def _chunks(chunk: bytes, stream: _Stream) -> Iterator[bytes]:
         chunk = stream.read(_CHUNK_BYTES)
 
 
-def _check_header(path: Path, head: bytes, *, scalar: bool) -> _Header:
-    order = _byte_order(path, head)
-
-    def field(place: tuple[int, str]) -> tuple:
-        return struct.unpack_from(order + place[1], head, place[0])
-
-    (datatype,) = field(_DATATYPE)
-    shape = _check_shape(path, field(_DIM), datatype)
-    if scalar:
-        check_three_dimensions(path, shape, "file")
-    pixdim, scaling = field(_PIXDIM)[1:4], field(_SCALING)
-    require(
-        all(math.isfinite(size) and size > 0 for size in pixdim),
+def _header(path: Path, head: bytes) -> _Header:
+    """Parse the header, of which only what that needs is checked."""
+    order = ">" if head[:1] == b"\0" else "<"
+    fields = np.frombuffer(head.ljust(_HEADER_BYTES), _FIELDS.newbyteorder(order), 1)[0]
+    require_volume(
+        fields["sizeof_hdr"] == _HEADER_BYTES == len(head) and fields["magic"] == b"n+1",
         path,
-        error=GeometryError,
-        found=f"voxel size (pixdim) {', '.join(f'{size:g}' for size in pixdim)}",
-        allowed="finite sizes above 0 mm",
-        fix="Correct the header from the scanner's data; distances cannot be guessed.",
+        found="a NIfTI-2 file" if fields["sizeof_hdr"] == 540 else "no NIfTI header",
+        allowed="a single-file NIfTI-1 volume",
+        fix="Convert it, or copy it again: it may be damaged, truncated or of another format.",
     )
-    # NaN is how some writers say "no scaling"; the readers, SimpleITK included, agree on that.
-    require(
-        not any(map(math.isinf, scaling)),
-        path,
-        error=VolumeError,
-        found="scl_slope {:g} and scl_inter {:g}".format(*scaling),
-        allowed="finite intensity scaling",
-    )
-    qform_code, sform_code = field(_FORM_CODES)
-    qform = field(_QFORM) if qform_code > 0 else ()
-    sform = field(_SFORM) if sform_code > 0 else ()
-    _check_transforms(path, qform, sform, pixdim)
-    (offset,) = field(_VOX_OFFSET)
-    require(
-        math.isfinite(offset) and offset >= _HEADER_BYTES,
-        path,
-        error=VolumeError,
-        found=f"vox_offset {offset:g}",
-        allowed=f"at least {_HEADER_BYTES} (the header)",
-    )
+    dimensions, *size = fields["dim"].tolist()
+    datatype, offset = int(fields["datatype"]), float(fields["vox_offset"])
+    what = "colour" if datatype in _COLOURS else f"NIfTI datatype {datatype}"
+    scaling = "scl_slope {:g} and scl_inter {:g}".format(*fields["scaling"])
+    for usable, found, allowed in (
+        (1 <= dimensions <= 7, f"{dimensions} dimensions in the header", "3"),
+        (datatype in _DTYPES, f"voxels of {what}", "one integer or real number per voxel"),
+        (348 <= offset < math.inf, f"vox_offset {offset:g}", "at least 348 (the header)"),
+        # NaN is how some writers say "no scaling"; the readers, SimpleITK included, agree on that.
+        (not np.isinf(fields["scaling"]).any(), scaling, "finite intensity scaling"),
+    ):
+        require_volume(usable, path, found=found, allowed=allowed)
+    shape = tuple(size[:dimensions])
     dtype = np.dtype(order + _DTYPES[datatype])
     end = int(offset) + math.prod(shape) * dtype.itemsize
-    return _Header(shape, dtype, scaling, int(offset), end)
+    return _Header(fields, shape, dtype, int(offset), end)
 
 
-def _byte_order(path: Path, head: bytes) -> str:
-    """The struct code of the header's byte order, where it is a NIfTI-1 header at all."""
-    if len(head) == _HEADER_BYTES:
-        for order in "<>":
-            (size,) = struct.unpack_from(order + "i", head)
-            if size == _HEADER_BYTES and head[-4:] == b"n+1\0":
-                return order
-            require(
-                size != 540,
-                path,
-                error=VolumeError,
-                found="a NIfTI-2 file, which SimpleITK does not read",
-                allowed="NIfTI-1",
-                fix="Convert it to NIfTI-1.",
-            )
-    raise VolumeError(
-        path,
-        found="no NIfTI header",
-        allowed="a single-file NIfTI-1 volume",
-        fix="The file is damaged, truncated or of another format.",
-    )
-
-
-def _check_shape(path: Path, dim: tuple[int, ...], datatype: int) -> tuple[int, ...]:
-    """The sizes of all axes, x first."""
-    if not 1 <= dim[0] <= 7:
-        raise VolumeError(path, found=f"{dim[0]} dimensions in the header", allowed="3")
-    shape = tuple(dim[1 : dim[0] + 1])
-    sizes = " x ".join(map(str, shape))
-    if min(shape) < 1:
-        raise VolumeError(path, found=f"a volume of {sizes} voxels", allowed="sizes above 0")
-    if datatype not in _DTYPES:
-        what = "colour voxels" if datatype in _COLOURS else f"voxels of NIfTI datatype {datatype}"
-        raise VolumeError(path, found=what, allowed="one integer or real number per voxel")
-    return shape
-
-
-def _check_transforms(
-    path: Path, qform: tuple[float, ...], sform: tuple[float, ...], pixdim: tuple[float, ...]
-) -> None:
-    """Of the transforms that are used; an unused one is empty."""
-    require(
-        all(map(math.isfinite, (*qform, *sform))),
-        path,
-        error=GeometryError,
-        found="NaN or Inf in the qform or sform",
-        allowed="finite transforms",
-    )
-    if not sform:
+def _check_header(path: Path, header: _Header) -> None:
+    fields = header.fields
+    check_size(path, header.shape)
+    pixdim = fields["pixdim"][1:4].astype(np.float64)
+    check_spacing(path, pixdim, "voxel size (pixdim)")
+    uses_qform, uses_sform = fields["form_codes"] > 0
+    check_finite(path, "the qform", fields["qform"] if uses_qform else ())
+    if not uses_sform:
         return
-    axes = np.array(sform, dtype=np.float64).reshape(3, 4)[:, :3]
+    check_finite(path, "the sform", fields["sform"].ravel())
+    axes = fields["sform"][:, :3].astype(np.float64)
     lengths = np.linalg.norm(axes, axis=0)
-    require(
+    require_geometry(
         (lengths != 0).all() and np.abs(lengths / pixdim - 1).max() <= 0.01,
         path,
-        error=GeometryError,
-        found="an sform with voxels of "
-        f"{', '.join(f'{length:.4g}' for length in lengths)} where the header says "
-        f"{', '.join(f'{size:.4g}' for size in pixdim)}",
-        allowed="one voxel size",
+        found="an sform with voxels of {:.4g}, {:.4g}, {:.4g}".format(*lengths),
+        allowed="the voxel size of the header, {:.4g}, {:.4g}, {:.4g}".format(*pixdim),
         fix="Resample the volume to a grid without scaling in its sform.",
     )
-    check_orthonormal(path, axes / lengths)
+    check_axes(path, axes / lengths)
 
 
-def _check_complete(path: Path, size: int, header: _Header) -> None:
-    require(
-        size >= header.end,
-        path,
-        error=VolumeError,
-        found=f"{size} bytes of data where the header promises {header.end} "
-        f"({' x '.join(map(str, header.shape))} voxels of {header.dtype.itemsize} bytes)",
-        allowed="a complete file",
-        fix="The file is truncated or its header damaged: copy or export it again.",
-    )
-
-
-def _check_finite(path: Path, data: bytearray, tested: int, header: _Header) -> None:
-    """Of the data read so far, all whole voxels but the first ``tested``."""
-    whole = len(data) // header.dtype.itemsize
-    if whole == tested:
-        return
-    values = np.frombuffer(data, header.dtype, whole)[tested:]
-    finite = np.isfinite(values)
-    if finite.all():
-        return
-    bad = int(np.argmin(finite))
-    where = np.unravel_index(tested + bad, header.shape, order="F")
-    raise VolumeError(
-        path,
-        found=f"a {values[bad]} voxel at (x, y, z) = {tuple(map(int, where[:3]))}",
-        allowed="finite voxels",
-        fix="Replace NaN and Inf by a background value before using the volume.",
-    )
-
-
-def _scaled(array: np.ndarray, header: _Header) -> np.ndarray:
+def _scaled(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """Voxels times slope plus intercept in the types and by the rules of ITK, bit for bit."""
-    slope, intercept = (value if math.isfinite(value) else 0.0 for value in header.scaling)
+    slope, intercept = (value if math.isfinite(value) else 0.0 for value in (slope, intercept))
     smallest = np.finfo(np.float64).eps
     if abs(slope) < smallest:
         slope = 1.0

@@ -10,14 +10,16 @@ from typing import NamedTuple
 import SimpleITK as sitk
 
 from fastproto.data.formats import metaimage, nifti
-from fastproto.data.formats.common import Voxels, read_image, write_image
+from fastproto.data.formats.checks import Voxels
+from fastproto.data.formats.simpleitk import read_image, write_image
 
 
 class Format(NamedTuple):
     """How files of one ending are read, and written where they are.
 
     Attributes:
-        read: Reads and checks a file; raises VolumeError and GeometryError.
+        read: Reads a file and checks what ``check_voxels`` cannot; raises VolumeError,
+            GeometryError, or what ``reading`` turns into one.
         write: Writes an image completely or raises RuntimeError or VolumeError.
     """
 
@@ -34,4 +36,4 @@ FORMATS = {
     ".mhd": Format(metaimage.read),
 }
 READABLE = tuple(FORMATS)
-WRITABLE = tuple(suffix for suffix, format_ in FORMATS.items() if format_.write)
+WRITABLE = {suffix: format_.write for suffix, format_ in FORMATS.items() if format_.write}

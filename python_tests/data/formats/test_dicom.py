@@ -30,16 +30,10 @@ def write_slice(
     image = sitk.GetImageFromArray(pixels[None])
     image.SetSpacing((*spacing, 1.0))
     values = {
-        "0008|0060": "CT",
-        "0020|000d": "1.2",
-        "0020|000e": uid,
-        "0020|0032": "\\".join(map(str, position)),
-        "0020|0037": "\\".join(map(str, axes)),
-        "0018|0050": "5",
-        "0028|1052": "-1024",
-        "0028|1053": "1",
-        **tags,
-    }
+        "0008|0060": "CT", "0020|000d": "1.2", "0020|000e": uid,
+        "0020|0032": "\\".join(map(str, position)), "0020|0037": "\\".join(map(str, axes)),
+        "0018|0050": "5", "0028|1052": "-1024", "0028|1053": "1", **tags,
+    }  # fmt: skip
     for tag, value in values.items():
         image.SetMetaData(tag, value)
     writer = sitk.ImageFileWriter()
@@ -74,9 +68,15 @@ class TestGoodSeries:
         assert volume.path == folder
         assert capfd.readouterr() == ("", "")
 
-    def test_step_counts_and_thickness_does_not(self, tmp_path: Path, stack: np.ndarray):
-        folder = write_series(tmp_path / "s", stack, range(0, 12, 2), **{"0018|0050": "3"})
-        assert read_volume(folder).spacing[2] == pytest.approx(2)
+    @pytest.mark.parametrize(("heights", "step"), [
+        (range(0, 12, 2), 2),  # the thickness of 5 does not count
+        ([0, 0.63, 1.25, 1.88, 2.5, 3.13], 0.626),  # rounded positions are even enough
+    ])  # fmt: skip
+    def test_step_is_the_distance_of_slices(
+        self, tmp_path: Path, stack: np.ndarray, heights: Sequence[float], step: float
+    ):
+        volume = read_volume(write_series(tmp_path / "s", stack, heights))
+        assert volume.spacing[2] == pytest.approx(step)
 
     def test_descending_files_are_sorted_along_the_normal(self, tmp_path: Path, stack: np.ndarray):
         volume = read_volume(write_series(tmp_path / "s", stack, range(10, 4, -1)))
@@ -86,8 +86,6 @@ class TestGoodSeries:
     def test_oblique_slices(self, tmp_path: Path, stack: np.ndarray):
         row, column = np.array([0.8, 0.6, 0]), np.array([0, 0, -1.0])
         normal = np.cross(row, column)
-        tmp_path = tmp_path / "s"
-        tmp_path.mkdir()
         for index, pixels in enumerate(stack):
             position = np.array([5, 6, 7]) + 1.5 * index * normal
             write_slice(tmp_path / f"s{index}", pixels, position, axes=[*row, *column])
@@ -110,10 +108,15 @@ class TestGoodSeries:
         (folder / "RTSTRUCT").write_bytes(structures)
         np.testing.assert_array_equal(read_volume(folder).array, stack)
 
-    def test_series_is_chosen_by_uid(self, tmp_path: Path, stack: np.ndarray):
+    def test_one_of_several_series_is_chosen_by_uid(self, tmp_path: Path, stack: np.ndarray):
         folder = write_series(tmp_path / "s", stack, range(6))
-        write_slice(folder / "other", stack[0], (0, 0, 0), uid="9.9")
+        write_slice(folder / "other", stack[0, :4], (0, 0, 0), uid="9.9")
         np.testing.assert_array_equal(read_volume(folder, series="1.2.3").array, stack)
+        for series in (None, "4.4"):
+            with pytest.raises(VolumeError) as caught:
+                read_volume(folder, series=series)
+            assert "1.2.3: 6 CT slices of 10 x 8" in str(caught.value)
+            assert "9.9: 1 CT slices of 10 x 4" in str(caught.value)
 
     def test_one_slice_takes_its_thickness(self, tmp_path: Path, stack: np.ndarray):
         volume = read_volume(write_series(tmp_path / "s", stack[:1], [0]))
@@ -136,62 +139,37 @@ class TestGoodSeries:
 
 
 class TestBadSeries:
-    @pytest.mark.parametrize("missing", [1, 3, 4])
-    def test_missing_slice_is_located(self, tmp_path: Path, stack, missing: int, capfd):
-        folder = write_series(tmp_path / "s", stack, range(0, 18, 3))
-        (folder / f"IM{90 - missing}").unlink()
-        before, after = 3 * (missing - 1), 3 * (missing + 1)
-        with pytest.raises(VolumeError) as caught:
-            read_volume(folder)
-        assert f"gap of 6.00 mm between {before}.00 and {after}.00 mm" in str(caught.value)
-        assert "the step is 3.00 mm" in str(caught.value)
+    @pytest.mark.parametrize(("heights", "words"), [
+        *(([3 * i for i in range(6) if i != missing],
+           f"gap of 6.00 mm between {3 * missing - 3}.00 and {3 * missing + 3}.00 mm.*3.00 mm")
+          for missing in (1, 3, 4)),
+        ([0, 1, 2, 3.2, 4.2, 5.2], "evenly spaced"), ([0, 1, 2, 2, 3, 4], "two slices at 2.00"),
+    ])  # fmt: skip
+    def test_missing_and_doubled_slices_are_located(
+        self, tmp_path: Path, stack: np.ndarray, heights: Sequence[float], words: str, capfd
+    ):
+        with pytest.raises(VolumeError, match=words):
+            read_volume(write_series(tmp_path / "s", stack[: len(heights)], heights))
         assert capfd.readouterr() == ("", "")
 
-    def test_uneven_step(self, tmp_path: Path, stack: np.ndarray):
-        with pytest.raises(VolumeError, match="evenly spaced"):
-            read_volume(write_series(tmp_path / "s", stack, [0, 1, 2, 3.2, 4.2, 5.2]))
-
-    def test_rounded_positions_are_even_enough(self, tmp_path: Path, stack: np.ndarray):
-        folder = write_series(tmp_path / "s", stack, [0, 0.63, 1.25, 1.88, 2.5, 3.13])
-        assert read_volume(folder).spacing[2] == pytest.approx(0.626)
-
-    def test_doubled_slice(self, tmp_path: Path, stack: np.ndarray):
-        with pytest.raises(VolumeError, match=r"two slices at 2\.00 mm"):
-            read_volume(write_series(tmp_path / "s", stack, [0, 1, 2, 2, 3, 4]))
-
-    def test_several_series_are_listed_with_their_sizes(self, tmp_path: Path, stack: np.ndarray):
+    @pytest.mark.parametrize(("rows", "options", "kind", "words"), [
+        (4, {}, VolumeError, "slices of 10 x 4, 10 x 8"),
+        (8, {"axes": (1, 0, 0, 0, 0, -1)}, GeometryError, "different orientation .*other"),
+        (8, {"spacing": (0.7, 1.0)}, GeometryError, "one pixel size"),
+    ])  # fmt: skip
+    def test_mixed_slices(
+        self, tmp_path: Path, stack: np.ndarray, rows: int, options: dict, kind: type, words: str
+    ):
         folder = write_series(tmp_path / "s", stack, range(6))
-        write_slice(folder / "other", stack[0, :4], (0, 0, 0), uid="9.9")
-        for series in (None, "4.4"):
-            with pytest.raises(VolumeError) as caught:
-                read_volume(folder, series=series)
-            assert "1.2.3: 6 CT slices of 10 x 8" in str(caught.value)
-            assert "9.9: 1 CT slices of 10 x 4" in str(caught.value)
-
-    def test_mixed_sizes(self, tmp_path: Path, stack: np.ndarray):
-        folder = write_series(tmp_path / "s", stack, range(6))
-        write_slice(folder / "other", stack[0, :4], (-20.5, 30.25, 6))
-        with pytest.raises(VolumeError, match="slices of 10 x 4, 10 x 8"):
-            read_volume(folder)
-
-    def test_mixed_orientations(self, tmp_path: Path, stack: np.ndarray):
-        folder = write_series(tmp_path / "s", stack, range(6))
-        write_slice(folder / "other", stack[0], (0, 0, 9), axes=(1, 0, 0, 0, 0, -1))
-        with pytest.raises(GeometryError, match=r"different orientation .*other"):
-            read_volume(folder)
-
-    def test_mixed_pixel_sizes(self, tmp_path: Path, stack: np.ndarray):
-        folder = write_series(tmp_path / "s", stack, range(6))
-        write_slice(folder / "other", stack[0], (-20.5, 30.25, 6), spacing=(0.7, 1.0))
-        with pytest.raises(GeometryError, match="one pixel size"):
+        write_slice(folder / "other", stack[0, :rows], (-20.5, 30.25, 6), **options)
+        with pytest.raises(kind, match=words):
             read_volume(folder)
 
     def test_gantry_tilt(self, tmp_path: Path, stack: np.ndarray):
-        (tmp_path / "s").mkdir()
         for index, pixels in enumerate(stack):
-            write_slice(tmp_path / "s" / f"s{index}", pixels, (0, 0.3 * index, 2 * index))
+            write_slice(tmp_path / f"s{index}", pixels, (0, 0.3 * index, 2 * index))
         with pytest.raises(GeometryError, match=r"sheared by 1\.50 mm"):
-            read_volume(tmp_path / "s")
+            read_volume(tmp_path)
 
     def test_axes_that_are_not_orthonormal(self, tmp_path: Path, stack: np.ndarray):
         folder = write_series(tmp_path / "s", stack, range(6))
@@ -210,6 +188,11 @@ class TestBadSeries:
         with pytest.raises(VolumeError, match=r"IM85.*truncated"):
             read_volume(folder)
         assert capfd.readouterr() == ("", "")
+
+    def test_folder_without_slices(self, tmp_path: Path):
+        (tmp_path / "notes.txt").write_text("nothing here")
+        with pytest.raises(VolumeError, match="without DICOM"):
+            read_volume(tmp_path)
 
     def test_colour_slices(self, tmp_path: Path):
         image = sitk.GetImageFromArray(np.zeros((1, 8, 9, 3), np.uint8), isVector=True)

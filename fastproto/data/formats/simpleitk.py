@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calling SimpleITK: silently, and with errors of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from fastproto.data.formats.checks import Voxels, check_size, require_volume
+from fastproto.errors import GeometryError, VolumeError
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence file descriptor 2 while native code runs.
+
+    ITK, MetaIO, GDCM and niftilib each write diagnostics there that no SimpleITK switch turns off.
+    What they complain about is checked and reported by the caller, with the file's name.
+    """
+    try:
+        saved = os.dup(2)
+    except OSError:  # the process has no stderr
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def reason(error: BaseException) -> str:
+    """What was wrong, on one line; of a SimpleITK error the sentence that says it."""
+    if isinstance(error, MemoryError):
+        return "more data than memory holds"
+    text = re.split(r"ERROR: ", str(error))[-1]
+    return " ".join(re.sub(r"^\w+\(0x[0-9a-f]+\): ", "", text).split())
+
+
+@contextlib.contextmanager
+def reading(path: Path, fix: str = "Copy or export the file again.") -> Iterator[None]:
+    """Turn what reading a file raises, here or in SimpleITK, into one message.
+
+    Raises:
+        VolumeError, GeometryError: Of the file at ``path``.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError, zlib.error, MemoryError) as error:
+        of_grid = isinstance(error, RuntimeError) and re.search("spacing|cosines", str(error))
+        raise (GeometryError if of_grid else VolumeError)(
+            path,
+            found=f"a damaged, truncated or unreadable file ({reason(error)})",
+            allowed="a complete, valid volume",
+            fix=fix,
+        ) from error
+
+
+def read_image(path: Path) -> Voxels:
+    """Read a file that SimpleITK checks well enough.
+
+    Raises:
+        RuntimeError: SimpleITK cannot.
+        VolumeError: No 3-D scalar volume.
+    """
+    with quiet():
+        image = sitk.ReadImage(str(path))
+    size, kind = image.GetSize(), image.GetPixelIDTypeAsString()
+    scalar = image.GetNumberOfComponentsPerPixel() <= 1 and "complex" not in kind
+    require_volume(scalar, path, found=f"voxels of {kind}", allowed="one number per voxel")
+    check_size(path, size)
+    axes = np.array(image.GetDirection()).reshape(len(size), len(size))[:3, :3]
+    return (
+        sitk.GetArrayFromImage(image).reshape(size[2::-1]),
+        image.GetSpacing()[:3],
+        image.GetOrigin()[:3],
+        tuple(axes.ravel().tolist()),
+    )
+
+
+def write_image(path: Path, image: sitk.Image) -> None:
+    """Write a compressed file.
+
+    Raises:
+        RuntimeError: SimpleITK cannot.
+    """
+    with quiet():
+        sitk.WriteImage(image, str(path), useCompression=True)
