@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import require
 from fastproto.nn.base import Features, FewShotModel, check_labels
 from fastproto.nn.baseline import upsample_scores
 from fastproto.nn.prototypes import Prototypes, prototype_scores
 
 IGNORE = -100
 """Label of a pixel that no loss counts."""
+PARTS = ("ce", "align", "cycle")
 
 
 class EpisodeLike(Protocol):
@@ -58,20 +59,18 @@ def segmentation_loss(
         ArgumentError: Shapes that do not fit, or another number of weights.
     """
     classes = logits.shape[2] if logits.ndim == 5 else 0
-    if classes == 0 or target.shape != (*logits.shape[:2], *logits.shape[3:]):
-        raise ArgumentError(
-            "target",
-            found=f"shape {list(target.shape)} with logits of {list(logits.shape)}",
-            allowed="[E, Q, H, W] with logits of [E, Q, K, H, W]",
-        )
+    require(
+        classes and target.shape == (*logits.shape[:2], *logits.shape[3:]),
+        "target",
+        found=lambda: f"shape {list(target.shape)} with logits of {list(logits.shape)}",
+        allowed="[E, Q, H, W] with logits of [E, Q, K, H, W]",
+    )
     if class_weights is None:
         weights = logits.new_ones(classes, dtype=torch.float32)
     else:
         weights = torch.as_tensor(class_weights, dtype=torch.float32, device=logits.device)
-    if weights.shape != (classes,):
-        raise ArgumentError(
-            "class_weights", found=f"shape {list(weights.shape)}", allowed=f"{classes} weights"
-        )
+    found, allowed = f"shape {list(weights.shape)}", f"{classes} weights"
+    require(weights.shape == (classes,), "class_weights", found=found, allowed=allowed)
     target = target.long()
     counted = target != IGNORE
     weight = weights[target.clamp(min=0)] * counted  # [E, Q, H, W]
@@ -99,7 +98,7 @@ def alignment_loss(
     """
     scores = prototype_scores(support.bottleneck, query_prototypes, temperature=model.temperature)
     logits = upsample_scores(scores, model.encoder.output_stride, support.size)
-    return segmentation_loss(logits, _ignore_absent(support_masks, query_prototypes), class_weights)
+    return segmentation_loss(logits, _known(support_masks, query_prototypes), class_weights)
 
 
 def cycle_loss(
@@ -109,12 +108,9 @@ def cycle_loss(
     query_prototypes: Prototypes,
     class_weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """The support, segmented by the full network from the query's prototypes, against its masks.
-
-    The arguments are those of :func:`alignment_loss`.
-    """
+    """As :func:`alignment_loss`, but segmented by the full network."""
     logits = model.decode(support, query_prototypes)
-    return segmentation_loss(logits, _ignore_absent(support_masks, query_prototypes), class_weights)
+    return segmentation_loss(logits, _known(support_masks, query_prototypes), class_weights)
 
 
 def predicted_prototypes(model: FewShotModel, query: Features, logits: Tensor) -> Prototypes:
@@ -146,11 +142,10 @@ class EpisodeLoss:
     class_weights: Sequence[float] | Tensor | None = None
 
     def __post_init__(self) -> None:
-        weights = {"ce": self.ce, "align": self.align, "cycle": self.cycle}
-        if min(weights.values()) < 0 or max(weights.values()) == 0:
-            raise ArgumentError(
-                "loss weights", found=str(weights), allowed="numbers of at least 0, one above 0"
-            )
+        weights = {name: getattr(self, name) for name in PARTS}
+        allowed = "numbers of at least 0, one above 0"
+        fits = min(weights.values()) >= 0 and max(weights.values()) > 0
+        require(fits, "loss weights", found=str(weights), allowed=allowed)
 
     def __call__(
         self, model: FewShotModel, episode: EpisodeLike
@@ -174,19 +169,18 @@ class EpisodeLoss:
         if self.ce:
             losses["ce"] = segmentation_loss(logits, episode.query_masks, self.class_weights)
         if self.align or self.cycle:
-            protos = predicted_prototypes(model, query, logits)
+            turned = model, support, masks, predicted_prototypes(model, query, logits)
             if self.align:
-                losses["align"] = alignment_loss(model, support, masks, protos, self.class_weights)
+                losses["align"] = alignment_loss(*turned, self.class_weights)
             if self.cycle:
-                losses["cycle"] = cycle_loss(model, support, masks, protos, self.class_weights)
+                losses["cycle"] = cycle_loss(*turned, self.class_weights)
         total = torch.stack([getattr(self, name) * loss for name, loss in losses.items()]).sum()
         zero = total.new_zeros(())
-        parts = {name: losses.get(name, zero).detach() for name in ("ce", "align", "cycle")}
-        return total, parts, logits
+        return total, {name: losses.get(name, zero).detach() for name in PARTS}, logits
 
 
-def _ignore_absent(masks: Tensor, prototypes: Prototypes) -> Tensor:
+def _known(masks: Tensor, prototypes: Prototypes) -> Tensor:
     """``masks`` with ``IGNORE`` where the class of the pixel has no prototype."""
-    present = prototypes.present()  # [E, K]
-    known = present.gather(1, masks.long().flatten(1)).view_as(masks)
-    return masks.long().masked_fill(known.logical_not(), IGNORE)
+    masks = masks.long()
+    present = prototypes.present().gather(1, masks.flatten(1)).view_as(masks)
+    return masks.masked_fill(~present, IGNORE)

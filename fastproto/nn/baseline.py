@@ -17,13 +17,8 @@ from fastproto.nn.prototypes import Prototypes, prototype_scores
 class PrototypeNet(FewShotModel):
     """Prototype scores at the bottleneck, bilinear upsampling to full size.
 
-    Args:
-        encoder: ``"resnet101"``, or 18, 34, 50.
-        output_stride: 8 (a 32 x 32 bottleneck for 256 x 256) or 16.
-        weights: Of the encoder: None (random), ``"imagenet"`` or a path.
-        temperature: t of aggregation and scores, above 0.
-        mask_threshold: tau, the share of a cell that a class must exceed to give a prototype.
-        append_global: Append the mask-weighted average to every bag that is not empty.
+    The arguments are those of :class:`fastproto.nn.FewShotUNet`; at an output stride of 8 the
+    bottleneck of a 256 x 256 image is 32 x 32.
 
     Raises:
         ArgumentError: An argument out of its range.

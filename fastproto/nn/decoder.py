@@ -75,9 +75,9 @@ class UNetDecoder(nn.Module):
             for conv in (block.conv_up, block.conv_skip):
                 nn.init.normal_(conv.weight, std=math.sqrt(2 / inputs))
         nn.init.normal_(self.head.weight, std=math.sqrt(1 / WIDTHS[3]))
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):  # those of normalisations are 0 already
+                nn.init.zeros_(parameter)
 
     def forward(self, feat: Tensor, enhanced: Tensor, skips: Sequence[Tensor]) -> Tensor:
         """Decode all classes of all images.
@@ -102,10 +102,10 @@ class UNetDecoder(nn.Module):
         if self.recompute != "auto" or torch.compiler.is_compiling():
             return self.recompute != "off"
         f1 = skips[0]
-        doubled = [skip.numel() for skip in skips]
-        doubled.append(len(f1) * classes * WIDTHS[2] * f1[0, 0].numel())
+        doubled = sum(skip.numel() for skip in skips)
+        doubled += len(f1) * classes * WIDTHS[2] * f1[0, 0].numel()
         # four times as many pixels, kept once, and what their statistics need
-        return 8 * sum(doubled) * f1.element_size() > _memory(f1.device) / 16
+        return 8 * doubled * f1.element_size() > _memory(f1.device) / 16
 
     def _finish(self, x: Tensor, skip: Tensor, recompute: bool) -> Tensor:
         """up4 and the 1x1 head, ``[B*K, 64, H/2, W/2] -> [B*K, 1, H, W]``, as one linear map.
@@ -132,28 +132,21 @@ class UNetDecoder(nn.Module):
 class UpBlock(nn.Module):
     """``Conv3x3(ReLU(BN(Cat(up, skip))))`` in two halves, the skip's resized x2 (bilinear).
 
-    Args:
-        up_channels: Channels of the upsampled stage input.
-        skip_channels: Channels of the skip connection.
-        out_channels: Channels of the result.
-        double: Whether the skip is resized; off where it has the size of ``up`` already.
+    Without ``double`` the skip has the size of ``up`` already.
     """
 
-    def __init__(
-        self, up_channels: int, skip_channels: int, out_channels: int, *, double: bool = True
-    ):
+    def __init__(self, up: int, skip: int, outputs: int, *, double: bool = True):
         super().__init__()
         self.doubles_skip = double
-        self.norm_up = nn.BatchNorm2d(up_channels)
-        self.norm_skip = nn.BatchNorm2d(skip_channels)
-        self.conv_up = Conv3x3(up_channels, out_channels)
-        self.conv_skip = Conv3x3(skip_channels, out_channels, bias=False)
+        self.norm_up = nn.BatchNorm2d(up)
+        self.norm_skip = nn.BatchNorm2d(skip)
+        self.conv_up = Conv3x3(up, outputs)
+        self.conv_skip = Conv3x3(skip, outputs, bias=False)
 
     def forward(self, up: Tensor, skip: Tensor, recompute: bool) -> Tensor:
-        """``[B*K, C, 2h, 2w]`` and ``[B, C', h, w]`` -> ``[B*K, out_channels, 2h, 2w]``.
+        """``[B*K, C, 2h, 2w]`` and ``[B, C', h, w]`` -> ``[B*K, outputs, 2h, 2w]``.
 
-        Without ``double`` the skip is ``[B, C', 2h, 2w]`` too. With ``recompute`` what was doubled
-        is not kept for the backward pass.
+        With ``recompute`` what was doubled is not kept for the backward pass.
         """
         up = self.conv_up(self.norm_up(up).relu_())
         if self.doubles_skip:
@@ -188,11 +181,11 @@ def _double_norm_relu_conv(
 
     out, mean, var = _call(compute, recompute, x, norm.weight, norm.bias, weight)
     count = out[:, 0].numel()
+    assert norm.momentum is not None
     with torch.no_grad():
-        momentum = norm.momentum
-        assert momentum is not None
-        norm.get_buffer("running_mean").lerp_(mean.flatten(), momentum)
-        norm.get_buffer("running_var").lerp_(var.flatten() * count / max(1, count - 1), momentum)
+        unbiased = var.flatten() * count / max(1, count - 1)
+        norm.get_buffer("running_mean").lerp_(mean.flatten(), norm.momentum)
+        norm.get_buffer("running_var").lerp_(unbiased, norm.momentum)
         norm.get_buffer("num_batches_tracked").add_(1)
     return out
 
@@ -204,16 +197,14 @@ def _doubled_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ``mean((U x)^2) = mean(x * S x)`` with ``S = U^T U / 4``: the separable kernel (3, 10, 3)/16
     with the border repeated. So the doubled map itself is not needed.
     """
-    channels = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = x.mean(dim=(0, 2, 3), keepdim=True)
         centred = x - mean
         taps = x.new_full((3,), 3 / 16)
         taps[1] = 10 / 16
-        kernel = torch.outer(taps, taps).expand(channels, 1, 3, 3)
-        padded = F.pad(centred, (1, 1, 1, 1), mode="replicate")
-        smooth = F.conv2d(padded, kernel, groups=channels)
+        kernel = torch.outer(taps, taps).expand(x.shape[1], 1, 3, 3)
+        smooth = F.conv2d(F.pad(centred, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
         return mean, (centred * smooth).mean(dim=(0, 2, 3), keepdim=True), centred
 
 
