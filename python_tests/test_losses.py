@@ -32,9 +32,13 @@ def shared_model() -> FewShotUNet:
     return FewShotUNet("resnet18", temperature=T, backend="reference").double().eval()
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(1)
+
+
 @pytest.fixture
 def model(shared_model: FewShotUNet) -> FewShotUNet:
-    torch.manual_seed(1)
     shared_model.zero_grad()
     return shared_model
 

@@ -20,6 +20,7 @@ from fastproto.nn.inference import Graphs, can_replay, folded, inference_dtype
 from fastproto.nn.prototypes import (
     Prototypes,
     check_num_classes,
+    check_tensor,
     check_temperature,
     check_threshold,
     class_masks,
@@ -211,13 +212,13 @@ class FewShotModel(nn.Module):
         self._check_images(support_images, "support_images")
         self._check_images(query_images, "query_images")
         episodes, shots, *rest = support_images.shape
-        require(
-            [query_images.shape[0], *query_images.shape[2:]] == [episodes, *rest],
-            "query_images",
-            found=lambda: f"shape {list(query_images.shape)}",
-            allowed=f"[{episodes}, Q, {', '.join(map(str, rest))}], to fit the support",
-            fix="For images of different sizes use encode_support and segment.",
-        )
+        if [query_images.shape[0], *query_images.shape[2:]] != [episodes, *rest]:
+            raise ArgumentError(
+                "query_images",
+                found=f"shape {list(query_images.shape)}",
+                allowed=f"[{episodes}, Q, {', '.join(map(str, rest))}], to fit the support",
+                fix="For images of different sizes use encode_support and segment.",
+            )
         images = torch.cat([support_images, query_images], dim=1)
         return self.encode(images).split((shots, query_images.shape[1]))
 
@@ -313,12 +314,8 @@ def check_labels(
     The range is looked at on the CPU only, where that needs no wait for a device; elsewhere a pixel
     outside it belongs to no class.
     """
-    require(
-        labels.shape == shape and not (labels.is_floating_point() or labels.is_complex()),
-        name,
-        found=lambda: f"{labels.dtype} of shape {list(labels.shape)}",
-        allowed=f"integers of shape {list(shape)}",
-    )
+    fits = labels.shape == shape and not (labels.is_floating_point() or labels.is_complex())
+    check_tensor(fits, name, labels, lambda: f"integers of shape {list(shape)}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(labels.min()), int(labels.max())
         require(

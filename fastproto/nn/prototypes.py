@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,8 +179,10 @@ def extract_prototypes(
         fits and masks.shape[:2] == (episodes, shots) and masks.is_floating_point(),
         "masks",
         masks,
-        f"floating point [{episodes}, {shots}, K, n*{height}, n*{width}] with an integer n, to fit "
-        "the features",
+        lambda: (
+            f"floating point [{episodes}, {shots}, K, n*{height}, n*{width}] with an integer "
+            "n, to fit the features"
+        ),
         fix="Pad the masks with zeros.",
     )
     found, allowed = f"device {masks.device}", f"{features.device}, as the features"
@@ -253,14 +255,16 @@ def prototype_scores(feat: Tensor, prototypes: Prototypes, *, temperature: float
 
 
 def check_tensor(
-    fits: bool, name: str, tensor: Tensor, allowed: str, fix: str | None = None
+    fits: bool, name: str, tensor: Tensor, allowed: str | Callable[[], str], fix: str | None = None
 ) -> None:
-    """Raise ArgumentError with the type and shape of ``tensor`` unless it ``fits``."""
+    """Raise ArgumentError with the type and shape of ``tensor`` unless it ``fits``.
 
-    def found() -> str:
-        return f"{tensor.dtype} of shape {list(tensor.shape)}"
-
-    require(fits, name, found=found, allowed=allowed, fix=fix)
+    ``allowed`` is a function where it has a size in it: torch.compile fixes what is made a text.
+    """
+    if not fits:
+        found = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        allowed = allowed if isinstance(allowed, str) else allowed()
+        raise ArgumentError(name, found=found, allowed=allowed, fix=fix)
 
 
 def check_num_classes(num_classes: int) -> None:
@@ -285,11 +289,13 @@ def check_threshold(threshold: float) -> None:
 def check_prototypes(feat: Tensor, prototypes: Prototypes) -> None:
     """Raise ArgumentError unless the prototypes fit features ``[E, Q, D, h, w]``."""
     episodes, _, dim, *_ = feat.shape
-    found, allowed = f"{prototypes.episodes} episodes", f"{episodes}, as many as the query has"
-    require(prototypes.episodes == episodes, "prototypes", found=found, allowed=allowed)
-    found, allowed = f"D = {prototypes.dim}", f"{dim}, the channels of the features"
-    fix = "They were extracted by another network: encode the support with this one."
-    require(prototypes.dim == dim, "prototypes", found=found, allowed=allowed, fix=fix)
+    if prototypes.episodes != episodes:
+        found, allowed = f"{prototypes.episodes} episodes", f"{episodes}, as many as the query has"
+        raise ArgumentError("prototypes", found=found, allowed=allowed)
+    if prototypes.dim != dim:
+        found, allowed = f"D = {prototypes.dim}", f"{dim}, the channels of the features"
+        fix = "They were extracted by another network: encode the support with this one."
+        raise ArgumentError("prototypes", found=found, allowed=allowed, fix=fix)
     device = prototypes.protos.device
     found, allowed = f"device {device}", f"{feat.device}, where the query is"
     fix = "Move them with prototypes.to(device)."

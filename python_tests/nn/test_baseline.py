@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch.nn import functional as F
 
@@ -59,12 +57,3 @@ def test_training_free_baseline_shares_the_encoder() -> None:
         logits = baseline.segment(images, theirs)
     # An image segments itself: its features are the prototypes.
     assert (logits.argmax(dim=2) == masks).float().mean() > 0.7
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    model = PrototypeNet("resnet18", 8).eval()
-    model.save(tmp_path / "model.safetensors", {"note": 1})
-    loaded = PrototypeNet.load(tmp_path / "model.safetensors")
-    assert loaded.extra == {"note": 1}
-    assert loaded.encoder.output_stride == 8
-    assert loaded.fingerprint() == model.fingerprint()
