@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastproto.errors import require
+from fastproto.errors import ArgumentError, require
 from fastproto.nn.base import Features, FewShotModel, check_labels
 from fastproto.nn.baseline import upsample_scores
 from fastproto.nn.prototypes import Prototypes, prototype_scores
@@ -69,8 +69,9 @@ def segmentation_loss(
         weights = logits.new_ones(classes, dtype=torch.float32)
     else:
         weights = torch.as_tensor(class_weights, dtype=torch.float32, device=logits.device)
-    found, allowed = f"shape {list(weights.shape)}", f"{classes} weights"
-    require(weights.shape == (classes,), "class_weights", found=found, allowed=allowed)
+    if weights.shape != (classes,):
+        found, allowed = f"shape {list(weights.shape)}", f"{classes} weights"
+        raise ArgumentError("class_weights", found=found, allowed=allowed)
     target = target.long()
     counted = target != IGNORE
     weight = weights[target.clamp(min=0)] * counted  # [E, Q, H, W]

@@ -20,8 +20,8 @@ from fastproto.nn.inference import Graphs, can_replay, folded, inference_dtype
 from fastproto.nn.prototypes import (
     Prototypes,
     check_num_classes,
-    check_tensor,
     check_temperature,
+    check_tensor,
     check_threshold,
     class_masks,
     extract_prototypes,

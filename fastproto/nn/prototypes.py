@@ -48,9 +48,9 @@ class Prototypes:
         check_tensor(fits, "offsets", self.offsets, "int32 [E*K + 1]")
         check_num_classes(self.num_classes)
         bags = self.offsets.shape[0] - 1
-        allowed = f"a multiple of num_classes = {self.num_classes}, at least one"
-        fits = bags >= 1 and bags % self.num_classes == 0
-        require(fits, "offsets", found=f"{bags} bags", allowed=allowed)
+        if bags < 1 or bags % self.num_classes:
+            allowed = f"a multiple of num_classes = {self.num_classes}, at least one"
+            raise ArgumentError("offsets", found=f"{bags} bags", allowed=allowed)
 
     @property
     def episodes(self) -> int:
