@@ -45,15 +45,11 @@ class EpisodeLike(Protocol):
 def segmentation_loss(
     logits: Tensor, target: Tensor, class_weights: Sequence[float] | Tensor | None = None
 ) -> Tensor:
-    """Cross entropy over all pixels, weighted by the class of each.
+    """Cross entropy of ``logits`` ``[E, Q, K, H, W]``, weighted by the class of each pixel.
 
-    ``sum(w[y] * -log softmax(logits)[y]) / sum(w[y])`` over the pixels that are not ``IGNORE``;
-    0, with a zero gradient, if there are none.
-
-    Args:
-        logits: ``[E, Q, K, H, W]``.
-        target: ``[E, Q, H, W]``, integer labels 0..K-1 or ``IGNORE``.
-        class_weights: K weights, at least 0; None weighs all classes the same.
+    ``sum(w[y] * -log softmax(logits)[y]) / sum(w[y])`` over the pixels of ``target``
+    ``[E, Q, H, W]`` that are not ``IGNORE``; 0, with a zero gradient, if there are none. The K
+    ``class_weights`` are at least 0; None weighs all classes the same.
 
     Raises:
         ArgumentError: Shapes that do not fit, or another number of weights.
@@ -88,14 +84,10 @@ def alignment_loss(
     query_prototypes: Prototypes,
     class_weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """The support, segmented by scores of the query's prototypes, against its true masks.
+    """The encoded support, segmented by scores of the query's prototypes, against its true masks.
 
-    Args:
-        model: The network; its temperature and output stride are used.
-        support: Encoded support images, as in the forward pass.
-        support_masks: ``[E, S, H, W]``, integer labels.
-        query_prototypes: Of the predicted query masks, see :func:`predicted_prototypes`.
-        class_weights: K weights, or None.
+    ``support_masks`` are integer labels ``[E, S, H, W]``, ``query_prototypes`` those of
+    :func:`predicted_prototypes`, ``class_weights`` as in :func:`segmentation_loss`.
     """
     scores = prototype_scores(support.bottleneck, query_prototypes, temperature=model.temperature)
     logits = upsample_scores(scores, model.encoder.output_stride, support.size)
@@ -117,8 +109,7 @@ def cycle_loss(
 def predicted_prototypes(model: FewShotModel, query: Features, logits: Tensor) -> Prototypes:
     """Prototypes of the query with its own prediction as the annotation.
 
-    The prediction, the argmax of ``logits`` ``[E, Q, K, H, W]``, carries no gradient; the query's
-    features do.
+    The argmax of ``logits`` ``[E, Q, K, H, W]`` carries no gradient; the query's features do.
     """
     return model.extract(query, logits.detach().argmax(dim=2), logits.shape[2])
 
@@ -127,11 +118,8 @@ def predicted_prototypes(model: FewShotModel, query: Features, logits: Tensor) -
 class EpisodeLoss:
     """``total = ce * CE + align * alignment + cycle * cycle`` of one batch of episodes.
 
-    Args:
-        ce: Weight of the cross entropy of the query; 0 leaves a loss out, and its work with it.
-        align: Weight of the alignment loss.
-        cycle: Weight of the cyclic consistency loss.
-        class_weights: K weights of the classes in all three, or None.
+    CE is the cross entropy of the query. A weight of 0 leaves a loss out, and its work with it. All
+    three weigh the classes by ``class_weights``.
 
     Raises:
         ArgumentError: A weight below 0, or none above it.
@@ -154,8 +142,8 @@ class EpisodeLoss:
         """Run the network and its losses.
 
         Returns:
-            The total, with gradient; the single losses without weights and without gradient (0 for
-            one that is left out); the query's logits ``[E, Q, K, H, W]``.
+            The total; the single losses without weights and without gradient (0 for one that is
+            left out); the query's logits ``[E, Q, K, H, W]``.
 
         Raises:
             ArgumentError: An episode that does not fit together.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastproto import defaults
 from fastproto.errors import ArgumentError, CheckpointError, require
 from fastproto.nn.encoders import make_encoder
 from fastproto.nn.inference import Graphs, can_replay, folded, inference_dtype
@@ -80,10 +81,10 @@ class FewShotModel(nn.Module):
         self,
         encoder: str,
         output_stride: int,
-        weights: str | os.PathLike[str] | None,
-        temperature: float,
-        mask_threshold: float,
-        append_global: bool,
+        weights: str | os.PathLike[str] | None = None,
+        temperature: float = defaults.TEMPERATURE,
+        mask_threshold: float = defaults.MASK_THRESHOLD,
+        append_global: bool = False,
     ):
         super().__init__()
         check_temperature(temperature)
@@ -114,17 +115,10 @@ class FewShotModel(nn.Module):
     ) -> Tensor:
         """Segment the query as the support shows.
 
-        Support and query pass the encoder as one batch, which batch normalisation profits from in
-        training; in evaluation the result is that of :meth:`encode_support` and :meth:`segment`.
-
-        Args:
-            support_images: ``[E, S, 3, H, W]``.
-            support_masks: ``[E, S, H, W]``, integer labels 0..K-1.
-            query_images: ``[E, Q, 3, H, W]``.
-            num_classes: K.
-
-        Returns:
-            Logits ``[E, Q, K, H, W]``.
+        Logits ``[E, Q, K, H, W]`` from images ``[E, S or Q, 3, H, W]`` and ``[E, S, H, W]`` integer
+        labels 0..K-1. Support and query pass the encoder as one batch, which batch
+        normalisation profits from in training; in evaluation the result is that of
+        :meth:`encode_support` and :meth:`segment`.
 
         Raises:
             ArgumentError: Arguments that do not fit each other or the network.

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastproto import defaults
 from fastproto.nn.base import Features, FewShotModel
 from fastproto.nn.prototypes import Prototypes, prototype_scores
 
@@ -32,17 +31,9 @@ class PrototypeNet(FewShotModel):
     """
 
     def __init__(
-        self,
-        encoder: str = "resnet101",
-        output_stride: int = 8,
-        weights: str | os.PathLike[str] | None = None,
-        temperature: float = defaults.TEMPERATURE,
-        mask_threshold: float = defaults.MASK_THRESHOLD,
-        append_global: bool = False,
+        self, encoder: str = "resnet101", output_stride: int = 8, *args: Any, **options: Any
     ):
-        super().__init__(
-            encoder, output_stride, weights, temperature, mask_threshold, append_global
-        )
+        super().__init__(encoder, output_stride, *args, **options)
 
     @classmethod
     def from_unet(cls, model: FewShotModel) -> PrototypeNet:

@@ -37,18 +37,13 @@ _CHUNK = {"cpu": 2**22, "cuda": 2**26}
 class UNetDecoder(nn.Module):
     """F, G*F and the skips F1..F4 -> one logit map per class, at twice the size of F1.
 
-    Args:
-        channels: Channels of F1..F5, as ``ResNetEncoder.channels`` has them.
-        output_stride: Of the encoder. At 8, F4 and F have the size of F3, and the first stage
-            doubles nothing.
-
-    Attributes:
-        recompute: Whether the backward pass computes the largest maps again instead of keeping
-            them: "on", "off" or "auto", where they take more than a sixteenth of the device's
-            memory. The numbers are the same.
+    ``channels`` are those of F1..F5. At an output stride of 8, F4 and F have the size of F3, and
+    the first stage doubles nothing.
     """
 
     recompute: str = "auto"
+    """Whether the backward pass computes the largest maps again instead of keeping them: "on",
+    "off" or "auto", where they take more than a sixteenth of the device's memory."""
 
     def __init__(self, channels: Sequence[int], output_stride: int = defaults.OUTPUT_STRIDE):
         super().__init__()
@@ -80,16 +75,7 @@ class UNetDecoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, feat: Tensor, enhanced: Tensor, skips: Sequence[Tensor]) -> Tensor:
-        """Decode all classes of all images.
-
-        Args:
-            feat: F, ``[B, D, h, w]``.
-            enhanced: G*F, ``[B, K, D, h, w]``.
-            skips: F1..F4 of the same B images; F4 has F's height and width.
-
-        Returns:
-            Logits ``[B, K, H, W]``, at ``output_stride`` times the size of F.
-        """
+        """Logits ``[B, K, H, W]`` of F ``[B, D, h, w]``, G*F ``[B, K, D, h, w]`` and F1..F4."""
         f1, f2, f3, f4 = skips
         again = torch.is_grad_enabled() and self._recomputes(enhanced.shape[1], skips)
         x = _add_per_image(self.lift_proto(enhanced.flatten(0, 1)), self.lift_feat(feat))
@@ -191,7 +177,7 @@ def _double_norm_relu_conv(
 
 
 def _doubled_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and (biased) variance of ``_double(x)`` per channel, and ``x - mean``, in float32.
+    """Mean and (biased) variance of the doubled ``x`` per channel, and ``x - mean``, in float32.
 
     Doubling is a linear map U, each pixel's weight in it is 4, so ``mean(U x) = mean(x)``, and
     ``mean((U x)^2) = mean(x * S x)`` with ``S = U^T U / 4``: the separable kernel (3, 10, 3)/16
@@ -212,8 +198,8 @@ def _double_relu_conv(x: Tensor, weight: Tensor, recompute: bool) -> Tensor:
     """``Conv(ReLU(double(x)))``, some images at a time: at full size these take most memory."""
 
     def compute(part: Tensor, weight: Tensor) -> Tensor:
-        convolve = conv3x3 if weight.shape[-1] == 3 else F.conv2d
-        return convolve(_double(part).relu_(), weight)
+        doubled = F.interpolate(part, scale_factor=2.0, mode="bilinear", align_corners=False)
+        return (conv3x3 if weight.shape[-1] == 3 else F.conv2d)(doubled.relu_(), weight)
 
     images = max(1, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // (4 * x[0].numel()))
     parts = [_call(compute, recompute, part, weight) for part in x.split(images)]
@@ -233,8 +219,3 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_memory()
-
-
-def _double(x: Tensor) -> Tensor:
-    """Twice the height and width, bilinear."""
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)

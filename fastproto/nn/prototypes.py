@@ -71,11 +71,9 @@ class Prototypes:
         return self.offsets.diff().view(self.episodes, self.num_classes).tolist()
 
     def pick(self, groups: Sequence[Sequence[Sequence[int]]]) -> Prototypes:
-        """Bags joined from those of several episodes, on the host's knowledge of the offsets.
+        """Bags joined from those of several episodes; waits for the device.
 
-        Args:
-            groups: ``[E'][K]`` lists of episodes: class k of the new episode e has the prototypes
-                that class k has in those episodes.
+        Class k of the new episode e has the prototypes that class k has in ``groups[e][k]``.
         """
         offsets = self.offsets.tolist()
         rows: list[int] = []
@@ -165,7 +163,7 @@ def extract_prototypes(
         features: F of the support, floating point.
         masks: One mask per class, values in [0, 1]; H and W the same multiple of h and w.
         threshold: tau, in [0, 1).
-        append_global: Append the mask-weighted average to every bag that is not empty.
+        append_global: Append the average to every bag that is not empty.
 
     Raises:
         ArgumentError: Shapes or devices that do not fit, or a threshold outside [0, 1).
@@ -217,16 +215,10 @@ def extract_prototypes(
 def prototype_scores(feat: Tensor, prototypes: Prototypes, *, temperature: float) -> Tensor:
     """Similarity of every feature to each class, without a decoder.
 
-    ``cos(F - mean(F), G - mean(G)) / t`` with G the prototype that ``proto_attention`` aggregates
-    for the feature; a class without prototypes scores -1/t, the lowest value possible.
-
-    Args:
-        feat: F, ``[E, Q, D, h, w]``.
-        prototypes: Bags of the same E episodes.
-        temperature: t, above 0.
-
-    Returns:
-        Scores ``[E, Q, K, h, w]``, at least in float32: the division by t magnifies rounding.
+    ``cos(F - mean(F), G - mean(G)) / t`` ``[E, Q, K, h, w]`` of features F ``[E, Q, D, h, w]``,
+    with G the prototype that ``proto_attention`` aggregates for the feature; a class without
+    prototypes scores -1/t, the lowest value possible. Scores are at least in float32: the division
+    by t, above 0, magnifies rounding.
 
     Raises:
         ArgumentError: The prototypes do not fit the features, or t is not above 0.

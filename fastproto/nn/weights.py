@@ -35,12 +35,10 @@ _require = functools.partial(require, error=CheckpointError)
 def load_encoder_weights(encoder: Encoder, weights: str | os.PathLike[str] | None) -> None:
     """Fill an encoder in place.
 
-    Args:
-        encoder: The encoder; its ``name`` chooses the ImageNet file.
-        weights: None leaves the encoder as it is; ``"imagenet"`` downloads torchvision's file once
-            into the cache folder (``FASTPROTO_CACHE``, or ``~/.cache/fastproto``) and checks its
-            checksum; a path reads ``.safetensors`` or ``.pth`` with torchvision's keys, with or
-            without the classifier ``fc``.
+    None leaves it as it is; ``"imagenet"`` downloads torchvision's file for the encoder's ``name``
+    once into the cache folder (``FASTPROTO_CACHE``, or ``~/.cache/fastproto``) and checks its
+    checksum; a path reads ``.safetensors`` or ``.pth`` with torchvision's keys, with or without the
+    classifier ``fc``.
 
     Raises:
         CheckpointError: The file is missing, damaged, unsafe, of another architecture or, for
@@ -116,10 +114,7 @@ def write_safetensors(
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`write_safetensors` wrote.
-
-    Returns:
-        The tensors, on the CPU, and the header.
+    """The tensors, on the CPU, and the header that :func:`write_safetensors` wrote.
 
     Raises:
         CheckpointError: No such file, not safetensors, not written by fastproto, or damaged.

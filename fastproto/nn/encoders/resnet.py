@@ -75,18 +75,7 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, .
 class ResNetEncoder(Encoder):
     """A ResNet without its classifier that returns the features of every stage.
 
-    For a ``[B, 3, H, W]`` input with H and W multiples of ``output_stride`` the stages are
-
-    ====================  ==================  ================  ===============
-    stage                 channels (basic)    channels (deep)   stride
-    ====================  ==================  ================  ===============
-    F1 relu(bn1(conv1))   64                  64                2
-    F2 layer1             64                  256               4
-    F3 layer2             128                 512               8
-    F4 layer3             256                 1024              16 (8 at OS 8)
-    F5 layer4             512                 2048              output stride
-    ====================  ==================  ================  ===============
-
+    F1 has 64 channels; F2 .. F5 have 64, 128, 256 and 512, in ResNet-50 and 101 four times as many.
     A stage that keeps its size is dilated instead of strided, by torchvision's convention
     (``replace_stride_with_dilation``): its first block keeps the dilation of the stage before.
 
