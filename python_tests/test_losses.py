@@ -67,9 +67,7 @@ def logits_of(prediction: Tensor, classes: int) -> Tensor:
 
 
 @pytest.mark.parametrize("weights", [None, [0.3, 1.0, 2.0]])
-def test_segmentation_loss_is_the_weighted_mean_of_what_is_not_ignored(
-    weights: list[float] | None,
-) -> None:
+def test_segmentation_loss_is_the_weighted_mean_of_what_is_not_ignored(weights) -> None:
     logits = (torch.randn(2, 2, 3, 5, 4, dtype=torch.float64) * 3).requires_grad_()
     target = torch.randint(0, 3, (2, 2, 5, 4))
     target[0, 1, 2:] = IGNORE
@@ -95,9 +93,7 @@ def test_nothing_to_count_is_zero() -> None:
 @pytest.mark.parametrize("weights", [None, [0.2, 1.0, 3.0]])
 @pytest.mark.parametrize("absent", [False, True])
 @torch.no_grad()
-def test_alignment_and_cycle_equal_the_slow_ones(
-    model: FewShotUNet, weights: list[float] | None, absent: bool
-) -> None:
+def test_alignment_and_cycle_equal_the_slow_ones(model, weights, absent) -> None:
     episode = random_episode(3, 2)
     # Patches of 8 pixels: cells with one class, with several, and classes without any full cell.
     patches = torch.randint(0, 2 if absent else 3, (2, 2, SIZE[0] // 8, SIZE[1] // 8))
@@ -138,9 +134,7 @@ def test_prediction_without_the_supports_classes(model: FewShotUNet, loss: objec
 
 
 @pytest.mark.parametrize("loss", [alignment_loss, cycle_loss])
-def test_gradient_reaches_both_images_but_not_through_the_prediction(
-    model: FewShotUNet, loss: object
-) -> None:
+def test_gradient_reaches_both_images_but_not_through_the_prediction(model, loss) -> None:
     episode = random_episode()
     images = episode.support_images.requires_grad_(), episode.query_images.requires_grad_()
     support, query = model.encode_episode(*images)

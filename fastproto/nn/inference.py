@@ -168,7 +168,6 @@ class _Graph:
         self._images = images.clone()
         protos = prototypes.protos.new_zeros(rows, prototypes.dim)
         self._prototypes = Prototypes(protos, prototypes.offsets.clone(), prototypes.num_classes)
-        self._fill(prototypes)
 
         def run() -> Tensor:
             return model.decode(model.encode(self._images), self._prototypes)
@@ -185,13 +184,10 @@ class _Graph:
             self._logits = run()
 
     def replay(self, images: Tensor, prototypes: Prototypes) -> Tensor:
-        self._images.copy_(images)
-        self._fill(prototypes)
-        self._graph.replay()
-        return self._logits.clone()
-
-    def _fill(self, prototypes: Prototypes) -> None:
         count = len(prototypes.protos)
+        self._images.copy_(images)
         self._prototypes.protos[:count].copy_(prototypes.protos)
         self._prototypes.protos[count:].zero_()
         self._prototypes.offsets.copy_(prototypes.offsets)
+        self._graph.replay()
+        return self._logits.clone()

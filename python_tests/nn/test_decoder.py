@@ -102,14 +102,7 @@ def random_decoder(output_stride: int = 16) -> UNetDecoder:
 @pytest.mark.parametrize(("batch", "classes", "size"), [(1, 2, (2, 3)), (2, 3, (1, 2))])
 @pytest.mark.parametrize(("chunk", "recompute"), [(1, "on"), (2**22, "off")])
 def test_equals_the_literal_formulation(
-    monkeypatch: pytest.MonkeyPatch,
-    output_stride: int,
-    training: bool,
-    batch: int,
-    classes: int,
-    size: tuple[int, int],
-    chunk: int,
-    recompute: str,
+    monkeypatch, output_stride, training, batch, classes, size, chunk, recompute
 ) -> None:
     monkeypatch.setattr(decoder_module, "_CHUNK", {"cpu": chunk, "cuda": chunk})
     torch.manual_seed(0)

@@ -166,9 +166,7 @@ def test_options_reach_the_prototypes() -> None:
     ("kind", "output_stride", "cells"),
     [(FewShotUNet, 16, (2, 3)), (FewShotUNet, 8, (4, 6)), (PrototypeNet, 8, (4, 6))],
 )
-def test_save_and_load(
-    tmp_path: Path, kind: type, output_stride: int, cells: tuple[int, int]
-) -> None:
+def test_save_and_load(tmp_path, kind, output_stride, cells) -> None:
     options = {"temperature": 0.1, "mask_threshold": 0.25, "append_global": True}
     model = kind("resnet18", output_stride=output_stride, **options)
     images, masks = torch.randn(1, 2, 3, 30, 44), blobs(1, 2, 2, 30, 44)

@@ -116,9 +116,7 @@ def without_a_chip(pretended_streams: None, monkeypatch: pytest.MonkeyPatch) -> 
     return events
 
 
-def test_graphs_serve_every_number_of_prototypes(
-    without_a_chip: list[str], fast: nn.Module
-) -> None:
+def test_graphs_serve_every_number_of_prototypes(without_a_chip, fast) -> None:
     images, prototypes = support(fast)
     plain = trained(FewShotUNet).for_inference(torch.float32)
     few = prototypes.pick([[[0], [0]]])
@@ -147,7 +145,7 @@ def test_graphs_of_old_shapes_go(without_a_chip: list[str], fast: nn.Module, mon
 
 @torch.no_grad()
 def test_a_shape_that_cannot_be_captured_runs_without_a_graph(
-    without_a_chip: list[str], fast: nn.Module, monkeypatch: pytest.MonkeyPatch
+    without_a_chip, fast, monkeypatch
 ) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")

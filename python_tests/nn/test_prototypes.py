@@ -29,14 +29,7 @@ from fastproto.nn.weights import write_safetensors
     threshold=st.sampled_from([0.0, 0.25, 0.5, 0.95]),
     append_global=st.booleans(),
 )
-def test_equals_the_loop(
-    seed: int,
-    shape: tuple[int, int, int, int],
-    classes: int,
-    cell: int,
-    threshold: float,
-    append_global: bool,
-) -> None:
+def test_equals_the_loop(seed, shape, classes, cell, threshold, append_global) -> None:
     episodes, shots, height, width = shape
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(episodes, shots, 5, height, width, generator=generator)

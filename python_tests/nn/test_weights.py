@@ -68,9 +68,7 @@ def torchvision_state() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_torchvision_file(
-    tmp_path: Path, torchvision_state: dict[str, torch.Tensor], suffix: str
-) -> None:
+def test_torchvision_file(tmp_path, torchvision_state, suffix) -> None:
     path = tmp_path / f"resnet18{suffix}"
     (torch.save if suffix == ".pth" else save_file)(torchvision_state, path)
     torch.manual_seed(2)
@@ -221,9 +219,7 @@ def test_imagenet_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_imagenet_download_and_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torchvision_state: dict[str, torch.Tensor]
-) -> None:
+def test_imagenet_download_and_cache(tmp_path, monkeypatch, torchvision_state) -> None:
     server, cache = tmp_path / "server", tmp_path / "cache"
     server.mkdir()
     torch.save(torchvision_state, server / "file")

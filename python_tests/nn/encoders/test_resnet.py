@@ -77,9 +77,7 @@ def test_literal_keys_of_resnet34() -> None:
     ],
 )
 @pytest.mark.parametrize(("name", "strided"), [("resnet34", "conv1"), ("resnet101", "conv2")])
-def test_dilation_by_torchvisions_convention(
-    name: str, strided: str, stride: int, expected: dict[str, list[tuple[int, int]]]
-) -> None:
+def test_dilation_by_torchvisions_convention(name, strided, stride, expected) -> None:
     with torch.device("meta"):
         encoder = ResNetEncoder(name, stride)
     for layer, blocks in expected.items():
