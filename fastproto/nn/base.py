@@ -143,12 +143,9 @@ class FewShotModel(nn.Module):
         """A copy that only segments, and faster; later changes of the weights do not reach it.
 
         Batch normalisation is folded into the layers before it, the memory format is channels_last,
-        and on a GPU :meth:`segment` replays a CUDA graph for every shape that comes again. Images
-        and prototypes must have its dtype, that of the encoder's weights.
-
-        Args:
-            dtype: Of the weights and of what is computed; None takes bfloat16 where matrix units
-                compute in it (GPUs from capability 8.0, CPUs with AMX), float32 elsewhere.
+        and on a GPU :meth:`segment` replays a CUDA graph for every shape that comes again. Weights,
+        images and prototypes are of ``dtype``; None takes bfloat16 where matrix units compute in it
+        (GPUs from capability 8.0, CPUs with AMX), float32 elsewhere.
 
         Raises:
             ArgumentError: It is such a copy itself.

@@ -62,8 +62,8 @@ class UNetDecoder(nn.Module):
 
     def _initialise(self) -> None:
         """He initialisation; halves of one layer count the inputs of the whole layer."""
-        for lift in (self.lift_feat, self.lift_proto, self.lift2, self.lift3):
-            halves = 2 if lift in (self.lift_feat, self.lift_proto) else 1
+        lifts = (self.lift_feat, 2), (self.lift_proto, 2), (self.lift2, 1), (self.lift3, 1)
+        for lift, halves in lifts:
             nn.init.normal_(lift.weight, std=math.sqrt(2 / (halves * lift.in_channels)))
         for block in (self.up1, self.up2, self.up3, self.up4):
             inputs = 9 * (block.conv_up.in_channels + block.conv_skip.in_channels)

@@ -136,19 +136,18 @@ class _Grid:
         count = max(1, _PART // (4 * self.points * self.tiles * channels))
         return [slice(i, min(i + count, self.images)) for i in range(0, self.images, count)]
 
-    def transform(self, x: Tensor, name: str) -> Tensor:
-        """``[n, H, W, C]`` -> the transformed inputs ``[(m+2)^2, n*tiles, C]``."""
-        return self._through(MATRICES[self.m].b, self._cut(x, self.m + 2, self.dilation), name)
+    def transform(self, x: Tensor, name: str, *, gradient: bool = False) -> Tensor:
+        """``[n, H, W, C]`` -> the transformed inputs ``[(m+2)^2, n*tiles, C]``.
 
-    def transform_gradient(self, y: Tensor, name: str) -> Tensor:
-        """Gradient of the result ``[n, H, W, O]`` -> that of the products, as `transform`."""
-        return self._through(MATRICES[self.m].a.t(), self._cut(y, self.m, 0), name)
-
-    def _through(self, matrix: Tensor, pieces: Tensor, name: str) -> Tensor:
-        channels = pieces.shape[-1]
+        With ``gradient`` it makes that of the products from that of the result.
+        """
+        if gradient:
+            matrix, pieces = MATRICES[self.m].a.t(), self._cut(x, self.m, 0)
+        else:
+            matrix, pieces = MATRICES[self.m].b, self._cut(x, self.m + 2, self.dilation)
         columns = _scratch("pieces", pieces.shape).copy_(pieces).view(matrix.shape[1], -1)
-        out = _scratch(name, (len(matrix), columns.shape[1]))
-        return torch.mm(matrix, columns, out=out).view(len(matrix), -1, channels)
+        out = _scratch(name, (self.points, columns.shape[1]))
+        return torch.mm(matrix, columns, out=out).view(self.points, -1, x.shape[3])
 
     def _cut(self, x: Tensor, size: int, border: int) -> Tensor:
         """Pieces ``[size, size, n, rows, d, columns, d, C]`` of images, zero beyond them."""
@@ -259,7 +258,7 @@ def _filter_gradient(x: Tensor, grad: Tensor, dilation: int) -> Tensor:
     total = _scratch("filters", (grid.points, outputs, channels)).zero_()
     for part in grid.parts(max(channels, outputs)):
         inputs = grid.transform(rows[part], "inputs")
-        products = grid.transform_gradient(grads[part], "products")
+        products = grid.transform(grads[part], "products", gradient=True)
         torch.baddbmm(total, products.transpose(1, 2), inputs, out=total)
     taps = torch.mm(MATRICES[grid.m].g.t(), total.view(grid.points, -1))
     return taps.view(3, 3, outputs, channels).permute(2, 3, 0, 1)

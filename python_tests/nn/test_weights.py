@@ -167,29 +167,21 @@ def test_load_state_says_which_keys() -> None:
         load_state(nn.Linear(2, 2), {"weight": torch.ones(2, 2), "scale": torch.ones(2)}, "file")
 
 
-def test_load_state_casts_between_floating_types() -> None:
-    torch.manual_seed(0)
+def test_load_state_refuses_another_kind_of_number() -> None:
     module = nn.BatchNorm1d(3)
-    half = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in {**module.state_dict(), "weight": torch.randn(3)}.items()
-    }
-    load_state(module, half, "file")
-    assert module.weight.dtype == torch.float32
-    assert torch.equal(module.weight, half["weight"].float())
     for name, value in (("weight", torch.ones(3, dtype=torch.int8)), ("num_batches_tracked", 1.0)):
         with pytest.raises(CheckpointError, match=rf"file: found {name} of shape .*torch\."):
-            load_state(module, {**half, name: torch.as_tensor(value)}, "file")
+            load_state(module, {**module.state_dict(), name: torch.as_tensor(value)}, "file")
 
 
 def test_a_model_in_half_precision_is_float32_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = FewShotUNet("resnet18").half()
-    model.save(tmp_path / "half.safetensors", {"note": 1})
-    loaded = FewShotUNet.load(tmp_path / "half.safetensors")
-    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32, torch.int64}
+    model.save(tmp_path / "half.safetensors")
+    loaded = FewShotUNet.load(tmp_path / "half.safetensors").state_dict()
+    assert {value.dtype for value in loaded.values()} == {torch.float32, torch.int64}
     for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name].to(value.dtype), value), name
+        assert torch.equal(loaded[name].to(value.dtype), value), name
 
 
 @pytest.mark.parametrize(

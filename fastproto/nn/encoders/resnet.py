@@ -63,8 +63,10 @@ def _downsample(inputs: int, outputs: int, stride: int) -> nn.Module | None:
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
 
+_Kind = type[BasicBlock] | type[Bottleneck]
+
 # The kind of block, and how many of them each of the four layers has.
-ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+ARCHITECTURES: dict[str, tuple[_Kind, tuple[int, ...]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -123,7 +125,7 @@ class ResNetEncoder(Encoder):
 
 
 def _layer(
-    block: type[BasicBlock] | type[Bottleneck],
+    block: _Kind,
     inputs: int,
     width: int,
     depth: int,
