@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastproto import _lazy
 from fastproto._version import __version__
 
 if TYPE_CHECKING:
@@ -25,27 +26,17 @@ __all__ = [
     "proto_attention",
 ]
 
-_HOMES = {
-    "FastprotoError": "fastproto.errors",
-    "InputError": "fastproto.errors",
-    "backends": "fastproto.op",
-    "proto_attention": "fastproto.functional",
-    "FewShotUNet": "fastproto.nn",
-    "ProtoAttention": "fastproto.nn",
-    "PrototypeNet": "fastproto.nn",
-    "Prototypes": "fastproto.nn",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that `fastproto --help` does not wait for torch.
-    if name in _HOMES:
-        import importlib
-
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Loaded on first use, so that `fastproto --help` does not wait for torch.
+__getattr__ = _lazy.attributes(
+    __name__,
+    {
+        "FastprotoError": "errors",
+        "InputError": "errors",
+        "backends": "op",
+        "proto_attention": "functional",
+        **dict.fromkeys(("FewShotUNet", "ProtoAttention", "PrototypeNet", "Prototypes"), "nn"),
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastproto.errors import OutputError
+from fastproto.errors import OutputError, require
 
 
 @contextlib.contextmanager
@@ -24,9 +24,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: The folder cannot be made or written, the disk is full, or ``path`` is one.
     """
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(path, found="a folder", allowed="a file path to write to")
-    temporary: Path | None = None
+    allowed = "a file path to write to"
+    require(not path.is_dir(), path, found="a folder", allowed=allowed, error=OutputError)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
@@ -34,12 +33,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         )
         os.close(handle)
         temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+        try:
+            yield temporary
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
+            mask = os.umask(0o022)  # which mkstemp ignores: it always makes 0600 files
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             path,
@@ -47,16 +50,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             allowed="a writable folder with free space",
             fix="Choose another output path or free some space; nothing was overwritten.",
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The process's umask, which ``mkstemp`` ignores (it always makes 0600 files)."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

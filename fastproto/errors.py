@@ -26,8 +26,9 @@ class FastprotoError(Exception):
         self.found = found
         self.allowed = allowed
         self.fix = fix
-        message = f"{self.subject}: found {found}; allowed: {allowed}."
-        super().__init__(f"{message} {fix}" if fix else message)
+        super().__init__(
+            f"{subject}: found {found}; allowed: {allowed}." + (f" {fix}" if fix else "")
+        )
 
     def __reduce__(self) -> tuple[object, tuple[()]]:
         """For pickle: an error may come from another process."""
@@ -82,15 +83,9 @@ def require(
     fix: str | None = None,
     error: type[FastprotoError] = ArgumentError,
 ) -> None:
-    """Raise ``error`` unless ``condition`` is true.
+    """Raise ``error`` unless ``condition`` is true; the other arguments are those of the error.
 
-    Args:
-        condition: Anything with a truth value.
-        subject: As in ``FastprotoError``.
-        found: The same; a function where the text costs something or exists only after a failure.
-        allowed: As in ``FastprotoError``.
-        fix: The same.
-        error: The class to raise.
+    ``found`` may be a function, where the text costs something or exists only after a failure.
     """
     if not condition:
         raise error(subject, found=found() if callable(found) else found, allowed=allowed, fix=fix)

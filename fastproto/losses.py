@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import ArgumentError, require
 from fastproto.nn.base import Features, FewShotModel, check_labels
 from fastproto.nn.baseline import upsample_scores
 from fastproto.nn.prototypes import Prototypes, prototype_scores
 
 IGNORE = -100
 """Label of a pixel that no loss counts."""
+PARTS = ("ce", "align", "cycle")
 
 
 class EpisodeLike(Protocol):
@@ -44,34 +45,29 @@ class EpisodeLike(Protocol):
 def segmentation_loss(
     logits: Tensor, target: Tensor, class_weights: Sequence[float] | Tensor | None = None
 ) -> Tensor:
-    """Cross entropy over all pixels, weighted by the class of each.
+    """Cross entropy of ``logits`` ``[E, Q, K, H, W]``, weighted by the class of each pixel.
 
-    ``sum(w[y] * -log softmax(logits)[y]) / sum(w[y])`` over the pixels that are not ``IGNORE``;
-    0, with a zero gradient, if there are none.
-
-    Args:
-        logits: ``[E, Q, K, H, W]``.
-        target: ``[E, Q, H, W]``, integer labels 0..K-1 or ``IGNORE``.
-        class_weights: K weights, at least 0; None weighs all classes the same.
+    ``sum(w[y] * -log softmax(logits)[y]) / sum(w[y])`` over the pixels of ``target``
+    ``[E, Q, H, W]`` that are not ``IGNORE``; 0, with a zero gradient, if there are none. The K
+    ``class_weights`` are at least 0; None weighs all classes the same.
 
     Raises:
         ArgumentError: Shapes that do not fit, or another number of weights.
     """
     classes = logits.shape[2] if logits.ndim == 5 else 0
-    if classes == 0 or target.shape != (*logits.shape[:2], *logits.shape[3:]):
-        raise ArgumentError(
-            "target",
-            found=f"shape {list(target.shape)} with logits of {list(logits.shape)}",
-            allowed="[E, Q, H, W] with logits of [E, Q, K, H, W]",
-        )
+    require(
+        classes and target.shape == (*logits.shape[:2], *logits.shape[3:]),
+        "target",
+        found=lambda: f"shape {list(target.shape)} with logits of {list(logits.shape)}",
+        allowed="[E, Q, H, W] with logits of [E, Q, K, H, W]",
+    )
     if class_weights is None:
         weights = logits.new_ones(classes, dtype=torch.float32)
     else:
         weights = torch.as_tensor(class_weights, dtype=torch.float32, device=logits.device)
     if weights.shape != (classes,):
-        raise ArgumentError(
-            "class_weights", found=f"shape {list(weights.shape)}", allowed=f"{classes} weights"
-        )
+        found, allowed = f"shape {list(weights.shape)}", f"{classes} weights"
+        raise ArgumentError("class_weights", found=found, allowed=allowed)
     target = target.long()
     counted = target != IGNORE
     weight = weights[target.clamp(min=0)] * counted  # [E, Q, H, W]
@@ -88,18 +84,14 @@ def alignment_loss(
     query_prototypes: Prototypes,
     class_weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """The support, segmented by scores of the query's prototypes, against its true masks.
+    """The encoded support, segmented by scores of the query's prototypes, against its true masks.
 
-    Args:
-        model: The network; its temperature and output stride are used.
-        support: Encoded support images, as in the forward pass.
-        support_masks: ``[E, S, H, W]``, integer labels.
-        query_prototypes: Of the predicted query masks, see :func:`predicted_prototypes`.
-        class_weights: K weights, or None.
+    ``support_masks`` are integer labels ``[E, S, H, W]``, ``query_prototypes`` those of
+    :func:`predicted_prototypes`, ``class_weights`` as in :func:`segmentation_loss`.
     """
     scores = prototype_scores(support.bottleneck, query_prototypes, temperature=model.temperature)
     logits = upsample_scores(scores, model.encoder.output_stride, support.size)
-    return segmentation_loss(logits, _ignore_absent(support_masks, query_prototypes), class_weights)
+    return segmentation_loss(logits, _known(support_masks, query_prototypes), class_weights)
 
 
 def cycle_loss(
@@ -109,19 +101,15 @@ def cycle_loss(
     query_prototypes: Prototypes,
     class_weights: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """The support, segmented by the full network from the query's prototypes, against its masks.
-
-    The arguments are those of :func:`alignment_loss`.
-    """
+    """As :func:`alignment_loss`, but segmented by the full network."""
     logits = model.decode(support, query_prototypes)
-    return segmentation_loss(logits, _ignore_absent(support_masks, query_prototypes), class_weights)
+    return segmentation_loss(logits, _known(support_masks, query_prototypes), class_weights)
 
 
 def predicted_prototypes(model: FewShotModel, query: Features, logits: Tensor) -> Prototypes:
     """Prototypes of the query with its own prediction as the annotation.
 
-    The prediction, the argmax of ``logits`` ``[E, Q, K, H, W]``, carries no gradient; the query's
-    features do.
+    The argmax of ``logits`` ``[E, Q, K, H, W]`` carries no gradient; the query's features do.
     """
     return model.extract(query, logits.detach().argmax(dim=2), logits.shape[2])
 
@@ -130,11 +118,8 @@ def predicted_prototypes(model: FewShotModel, query: Features, logits: Tensor) -
 class EpisodeLoss:
     """``total = ce * CE + align * alignment + cycle * cycle`` of one batch of episodes.
 
-    Args:
-        ce: Weight of the cross entropy of the query; 0 leaves a loss out, and its work with it.
-        align: Weight of the alignment loss.
-        cycle: Weight of the cyclic consistency loss.
-        class_weights: K weights of the classes in all three, or None.
+    CE is the cross entropy of the query. A weight of 0 leaves a loss out, and its work with it. All
+    three weigh the classes by ``class_weights``.
 
     Raises:
         ArgumentError: A weight below 0, or none above it.
@@ -146,11 +131,10 @@ class EpisodeLoss:
     class_weights: Sequence[float] | Tensor | None = None
 
     def __post_init__(self) -> None:
-        weights = {"ce": self.ce, "align": self.align, "cycle": self.cycle}
-        if min(weights.values()) < 0 or max(weights.values()) == 0:
-            raise ArgumentError(
-                "loss weights", found=str(weights), allowed="numbers of at least 0, one above 0"
-            )
+        weights = {name: getattr(self, name) for name in PARTS}
+        allowed = "numbers of at least 0, one above 0"
+        fits = min(weights.values()) >= 0 and max(weights.values()) > 0
+        require(fits, "loss weights", found=str(weights), allowed=allowed)
 
     def __call__(
         self, model: FewShotModel, episode: EpisodeLike
@@ -158,8 +142,8 @@ class EpisodeLoss:
         """Run the network and its losses.
 
         Returns:
-            The total, with gradient; the single losses without weights and without gradient (0 for
-            one that is left out); the query's logits ``[E, Q, K, H, W]``.
+            The total; the single losses without weights and without gradient (0 for one that is
+            left out); the query's logits ``[E, Q, K, H, W]``.
 
         Raises:
             ArgumentError: An episode that does not fit together.
@@ -174,19 +158,18 @@ class EpisodeLoss:
         if self.ce:
             losses["ce"] = segmentation_loss(logits, episode.query_masks, self.class_weights)
         if self.align or self.cycle:
-            protos = predicted_prototypes(model, query, logits)
+            turned = model, support, masks, predicted_prototypes(model, query, logits)
             if self.align:
-                losses["align"] = alignment_loss(model, support, masks, protos, self.class_weights)
+                losses["align"] = alignment_loss(*turned, self.class_weights)
             if self.cycle:
-                losses["cycle"] = cycle_loss(model, support, masks, protos, self.class_weights)
+                losses["cycle"] = cycle_loss(*turned, self.class_weights)
         total = torch.stack([getattr(self, name) * loss for name, loss in losses.items()]).sum()
         zero = total.new_zeros(())
-        parts = {name: losses.get(name, zero).detach() for name in ("ce", "align", "cycle")}
-        return total, parts, logits
+        return total, {name: losses.get(name, zero).detach() for name in PARTS}, logits
 
 
-def _ignore_absent(masks: Tensor, prototypes: Prototypes) -> Tensor:
+def _known(masks: Tensor, prototypes: Prototypes) -> Tensor:
     """``masks`` with ``IGNORE`` where the class of the pixel has no prototype."""
-    present = prototypes.present()  # [E, K]
-    known = present.gather(1, masks.long().flatten(1)).view_as(masks)
-    return masks.long().masked_fill(known.logical_not(), IGNORE)
+    masks = masks.long()
+    present = prototypes.present().gather(1, masks.flatten(1)).view_as(masks)
+    return masks.masked_fill(~present, IGNORE)

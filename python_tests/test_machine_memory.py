@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from fastproto import _memory
@@ -13,9 +11,7 @@ from fastproto import _memory
 @pytest.mark.parametrize(
     ("limit", "expected"), [("max\n", 2**60), ("1048576\n", 2**20), (None, 2**60)]
 )
-def test_a_container_may_have_less_than_its_machine(
-    limit: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_container_may_have_less_than_its_machine(limit, expected, tmp_path, monkeypatch) -> None:
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit)
     monkeypatch.setattr(_memory, "_CGROUP", tmp_path)

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastproto.errors import ArgumentError, CheckpointError
+from fastproto import defaults
+from fastproto.errors import ArgumentError, CheckpointError, require
 from fastproto.nn.encoders import make_encoder
 from fastproto.nn.inference import Graphs, can_replay, folded, inference_dtype
 from fastproto.nn.prototypes import (
     Prototypes,
     check_num_classes,
     check_temperature,
+    check_tensor,
     check_threshold,
     class_masks,
     extract_prototypes,
@@ -40,15 +42,10 @@ _Model = TypeVar("_Model", bound="FewShotModel")
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Encoder features of images that were padded to a multiple of the output stride.
+    """Encoder features of images that were padded to a multiple of the output stride."""
 
-    Args:
-        maps: F1..F5, each ``[E, B, C, h, w]``.
-        size: Height and width of the images before padding.
-    """
-
-    maps: tuple[Tensor, ...]
-    size: tuple[int, int]
+    maps: tuple[Tensor, ...]  # F1..F5, each [E, B, C, h, w]
+    size: tuple[int, int]  # height and width of the images before padding
 
     @property
     def bottleneck(self) -> Tensor:
@@ -57,8 +54,7 @@ class Features:
 
     def split(self, sizes: tuple[int, int]) -> tuple[Features, Features]:
         """The first and the last images of every episode, e.g. support and query."""
-        parts = [level.split(sizes, dim=1) for level in self.maps]
-        first, last = (tuple(part[i] for part in parts) for i in (0, 1))
+        first, last = zip(*(level.split(sizes, dim=1) for level in self.maps), strict=True)
         return Features(first, self.size), Features(last, self.size)
 
 
@@ -69,6 +65,7 @@ class FewShotModel(nn.Module):
     background as class 0. Images are ``[E, S or Q, 3, H, W]`` of any H and W.
     """
 
+    # Arguments of the constructor that a saved model is built from again.
     config_keys: ClassVar[tuple[str, ...]] = (
         "encoder",
         "output_stride",
@@ -76,25 +73,18 @@ class FewShotModel(nn.Module):
         "mask_threshold",
         "append_global",
     )
-    """Arguments of the constructor that a saved model is built from again."""
-
-    graphs: Graphs | None = None
-    """Of ``segment`` on a GPU; see :meth:`for_inference`."""
-
-    is_folded: bool = False
-    """Whether :meth:`for_inference` made it."""
-
-    backend: str | None = None
-    """Of ``proto_attention``; None for the best one that can run."""
+    graphs: Graphs | None = None  # of `segment` on a GPU, see `for_inference`
+    is_folded: bool = False  # whether `for_inference` made it
+    backend: str | None = None  # of `proto_attention`; None for the best one that can run
 
     def __init__(
         self,
         encoder: str,
         output_stride: int,
-        weights: str | os.PathLike[str] | None,
-        temperature: float,
-        mask_threshold: float,
-        append_global: bool,
+        weights: str | os.PathLike[str] | None = None,
+        temperature: float = defaults.TEMPERATURE,
+        mask_threshold: float = defaults.MASK_THRESHOLD,
+        append_global: bool = False,
     ):
         super().__init__()
         check_temperature(temperature)
@@ -125,17 +115,10 @@ class FewShotModel(nn.Module):
     ) -> Tensor:
         """Segment the query as the support shows.
 
-        Support and query pass the encoder as one batch, which batch normalisation profits from in
-        training; in evaluation the result is that of :meth:`encode_support` and :meth:`segment`.
-
-        Args:
-            support_images: ``[E, S, 3, H, W]``.
-            support_masks: ``[E, S, H, W]``, integer labels 0..K-1.
-            query_images: ``[E, Q, 3, H, W]``.
-            num_classes: K.
-
-        Returns:
-            Logits ``[E, Q, K, H, W]``.
+        Logits ``[E, Q, K, H, W]`` from images ``[E, S or Q, 3, H, W]`` and ``[E, S, H, W]`` integer
+        labels 0..K-1. Support and query pass the encoder as one batch, which batch
+        normalisation profits from in training; in evaluation the result is that of
+        :meth:`encode_support` and :meth:`segment`.
 
         Raises:
             ArgumentError: Arguments that do not fit each other or the network.
@@ -160,12 +143,9 @@ class FewShotModel(nn.Module):
         """A copy that only segments, and faster; later changes of the weights do not reach it.
 
         Batch normalisation is folded into the layers before it, the memory format is channels_last,
-        and on a GPU :meth:`segment` replays a CUDA graph for every shape that comes again. Images
-        and prototypes must have its dtype, that of the encoder's weights.
-
-        Args:
-            dtype: Of the weights and of what is computed; None takes bfloat16 where matrix units
-                compute in it (GPUs from capability 8.0, CPUs with AMX), float32 elsewhere.
+        and on a GPU :meth:`segment` replays a CUDA graph for every shape that comes again. Weights,
+        images and prototypes are of ``dtype``; None takes bfloat16 where matrix units compute in it
+        (GPUs from capability 8.0, CPUs with AMX), float32 elsewhere.
 
         Raises:
             ArgumentError: It is such a copy itself.
@@ -187,12 +167,8 @@ class FewShotModel(nn.Module):
         return model
 
     def _refuse_if_folded(self, what: str) -> None:
-        if self.is_folded:
-            raise ArgumentError(
-                what,
-                found="a copy that for_inference made",
-                allowed="the network that it was made from",
-            )
+        found, allowed = "a copy that for_inference made", "the network that it was made from"
+        require(not self.is_folded, what, found=found, allowed=allowed)
 
     def train(self: _Model, mode: bool = True) -> _Model:
         """As of every module; a copy for inference cannot be trained."""
@@ -208,15 +184,17 @@ class FewShotModel(nn.Module):
             keep_filters(self)  # of the new weights
         return self
 
+    def _padding(self, height: int, width: int) -> tuple[int, int, int, int]:
+        stride = self.encoder.output_stride
+        return 0, -width % stride, 0, -height % stride
+
     def encode(self, images: Tensor, *, name: str = "images") -> Features:
         """Encoder features of ``images`` ``[E, B, 3, H, W]``, padded to the output stride."""
         self._check_images(images, name)
-        height, width = images.shape[-2:]
-        stride = self.encoder.output_stride
-        padding = (0, -width % stride, 0, -height % stride)
-        batch = F.pad(images.flatten(0, 1), padding, mode="replicate")
+        size = images.shape[-2], images.shape[-1]
+        batch = F.pad(images.flatten(0, 1), self._padding(*size), mode="replicate")
         maps = tuple(level.unflatten(0, images.shape[:2]) for level in self.encoder(batch))
-        return Features(maps, (height, width))
+        return Features(maps, size)
 
     def encode_episode(
         self, support_images: Tensor, query_images: Tensor
@@ -239,11 +217,8 @@ class FewShotModel(nn.Module):
         """Prototypes of encoded images with integer ``masks`` ``[E, S, H, W]``, on their device."""
         check_num_classes(num_classes)
         check_labels(masks, (*support.bottleneck.shape[:2], *support.size), num_classes)
-        one_hot = class_masks(masks, num_classes)
-        stride = self.encoder.output_stride
-        height, width = support.size
         # Padding belongs to no class.
-        one_hot = F.pad(one_hot, (0, -width % stride, 0, -height % stride))
+        one_hot = F.pad(class_masks(masks, num_classes), self._padding(*support.size))
         return extract_prototypes(
             support.bottleneck,
             one_hot,
@@ -276,32 +251,29 @@ class FewShotModel(nn.Module):
         """
         tensors, header = read_safetensors(path)
         found = header.get("architecture") if header.get("kind") == _KIND else header.get("kind")
-        if found != cls.__name__:
-            raise CheckpointError(
-                path,
-                found=f"a file of {found}",
-                allowed=f"a file of {cls.__name__}",
-                fix="Load it with the class that saved it.",
-            )
-        model = cls._build(header.get("config"), path)
-        load_state(model, tensors, path)
-        model.extra = header.get("extra", {})
-        return model.eval()
-
-    @classmethod
-    def _build(cls: type[_Model], config: Any, path: str | os.PathLike[str]) -> _Model:
-        """An uninitialised network: no time, and no random number, is spent on initial weights."""
+        require(
+            found == cls.__name__,
+            path,
+            found=f"a file of {found}",
+            allowed=f"a file of {cls.__name__}",
+            fix="Load it with the class that saved it.",
+            error=CheckpointError,
+        )
+        config: Any = header.get("config")
         try:
             if not set(config) <= set(cls.config_keys):
                 raise TypeError(f"its keys are {sorted(config)}")
-            with torch.device("meta"):
-                return cls(**config).to_empty(device="cpu")
+            with torch.device("meta"):  # no time, and no random number, for initial weights
+                model = cls(**config).to_empty(device="cpu")
         except (ArgumentError, TypeError) as error:
             raise CheckpointError(
                 path,
                 found=f"an unusable configuration ({error})",
                 allowed=f"the configuration of a {cls.__name__}",
             ) from error
+        load_state(model, tensors, path)
+        model.extra = header.get("extra", {})
+        return model.eval()
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of architecture, configuration and weights."""
@@ -309,23 +281,20 @@ class FewShotModel(nn.Module):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _check_images(self, images: Tensor, name: str) -> None:
-        if images.ndim != 5 or images.shape[2] != 3 or 0 in images.shape:
-            raise ArgumentError(
-                name,
-                found=f"shape {list(images.shape)}",
-                allowed="[E, B, 3, H, W], none of them 0",
-                fix="Repeat a single channel three times: images.expand(-1, -1, 3, -1, -1).",
-            )
+        require(
+            images.ndim == 5 and images.shape[2] == 3 and 0 not in images.shape,
+            name,
+            found=lambda: f"shape {list(images.shape)}",
+            allowed="[E, B, 3, H, W], none of them 0",
+            fix="Repeat a single channel three times: images.expand(-1, -1, 3, -1, -1).",
+        )
         weight = next(self.encoder.parameters())
-        if images.device != weight.device:
-            raise ArgumentError(
-                name, found=f"device {images.device}", allowed=f"{weight.device}, as the network"
-            )
+        found, allowed = f"device {images.device}", f"{weight.device}, as the network"
+        require(images.device == weight.device, name, found=found, allowed=allowed)
         mixed = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
-        if images.dtype != weight.dtype and not mixed:
-            raise ArgumentError(
-                name, found=f"{images.dtype}", allowed=f"{weight.dtype}, as the network's weights"
-            )
+        allowed = f"{weight.dtype}, as the network's weights"
+        fits = mixed or images.dtype == weight.dtype
+        require(fits, name, found=f"{images.dtype}", allowed=allowed)
 
 
 def check_labels(
@@ -336,18 +305,14 @@ def check_labels(
     The range is looked at on the CPU only, where that needs no wait for a device; elsewhere a pixel
     outside it belongs to no class.
     """
-    if labels.shape != shape or labels.dtype.is_floating_point or labels.dtype.is_complex:
-        raise ArgumentError(
-            name,
-            found=f"{labels.dtype} of shape {list(labels.shape)}",
-            allowed=f"integers of shape {list(shape)}",
-        )
+    fits = labels.shape == shape and not (labels.is_floating_point() or labels.is_complex())
+    check_tensor(fits, name, labels, lambda: f"integers of shape {list(shape)}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= num_classes:
-            raise ArgumentError(
-                name,
-                found=f"labels {low}..{high}",
-                allowed=f"0..{num_classes - 1}",
-                fix="Renumber the labels, or pass the right num_classes.",
-            )
+        require(
+            low >= 0 and high < num_classes,
+            name,
+            found=f"labels {low}..{high}",
+            allowed=f"0..{num_classes - 1}",
+            fix="Renumber the labels, or pass the right num_classes.",
+        )

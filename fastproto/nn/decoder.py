@@ -37,18 +37,13 @@ _CHUNK = {"cpu": 2**22, "cuda": 2**26}
 class UNetDecoder(nn.Module):
     """F, G*F and the skips F1..F4 -> one logit map per class, at twice the size of F1.
 
-    Args:
-        channels: Channels of F1..F5, as ``ResNetEncoder.channels`` has them.
-        output_stride: Of the encoder. At 8, F4 and F have the size of F3, and the first stage
-            doubles nothing.
-
-    Attributes:
-        recompute: Whether the backward pass computes the largest maps again instead of keeping
-            them: "on", "off" or "auto", where they take more than a sixteenth of the device's
-            memory. The numbers are the same.
+    ``channels`` are those of F1..F5. At an output stride of 8, F4 and F have the size of F3, and
+    the first stage doubles nothing.
     """
 
     recompute: str = "auto"
+    """Whether the backward pass computes the largest maps again instead of keeping them: "on",
+    "off" or "auto", where they take more than a sixteenth of the device's memory."""
 
     def __init__(self, channels: Sequence[int], output_stride: int = defaults.OUTPUT_STRIDE):
         super().__init__()
@@ -67,29 +62,20 @@ class UNetDecoder(nn.Module):
 
     def _initialise(self) -> None:
         """He initialisation; halves of one layer count the inputs of the whole layer."""
-        for lift in (self.lift_feat, self.lift_proto, self.lift2, self.lift3):
-            halves = 2 if lift in (self.lift_feat, self.lift_proto) else 1
+        lifts = (self.lift_feat, 2), (self.lift_proto, 2), (self.lift2, 1), (self.lift3, 1)
+        for lift, halves in lifts:
             nn.init.normal_(lift.weight, std=math.sqrt(2 / (halves * lift.in_channels)))
         for block in (self.up1, self.up2, self.up3, self.up4):
             inputs = 9 * (block.conv_up.in_channels + block.conv_skip.in_channels)
             for conv in (block.conv_up, block.conv_skip):
                 nn.init.normal_(conv.weight, std=math.sqrt(2 / inputs))
         nn.init.normal_(self.head.weight, std=math.sqrt(1 / WIDTHS[3]))
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):  # those of normalisations are 0 already
+                nn.init.zeros_(parameter)
 
     def forward(self, feat: Tensor, enhanced: Tensor, skips: Sequence[Tensor]) -> Tensor:
-        """Decode all classes of all images.
-
-        Args:
-            feat: F, ``[B, D, h, w]``.
-            enhanced: G*F, ``[B, K, D, h, w]``.
-            skips: F1..F4 of the same B images; F4 has F's height and width.
-
-        Returns:
-            Logits ``[B, K, H, W]``, at ``output_stride`` times the size of F.
-        """
+        """Logits ``[B, K, H, W]`` of F ``[B, D, h, w]``, G*F ``[B, K, D, h, w]`` and F1..F4."""
         f1, f2, f3, f4 = skips
         again = torch.is_grad_enabled() and self._recomputes(enhanced.shape[1], skips)
         x = _add_per_image(self.lift_proto(enhanced.flatten(0, 1)), self.lift_feat(feat))
@@ -102,10 +88,10 @@ class UNetDecoder(nn.Module):
         if self.recompute != "auto" or torch.compiler.is_compiling():
             return self.recompute != "off"
         f1 = skips[0]
-        doubled = [skip.numel() for skip in skips]
-        doubled.append(len(f1) * classes * WIDTHS[2] * f1[0, 0].numel())
+        doubled = sum(skip.numel() for skip in skips)
+        doubled += len(f1) * classes * WIDTHS[2] * f1[0, 0].numel()
         # four times as many pixels, kept once, and what their statistics need
-        return 8 * sum(doubled) * f1.element_size() > _memory(f1.device) / 16
+        return 8 * doubled * f1.element_size() > _memory(f1.device) / 16
 
     def _finish(self, x: Tensor, skip: Tensor, recompute: bool) -> Tensor:
         """up4 and the 1x1 head, ``[B*K, 64, H/2, W/2] -> [B*K, 1, H, W]``, as one linear map.
@@ -132,28 +118,21 @@ class UNetDecoder(nn.Module):
 class UpBlock(nn.Module):
     """``Conv3x3(ReLU(BN(Cat(up, skip))))`` in two halves, the skip's resized x2 (bilinear).
 
-    Args:
-        up_channels: Channels of the upsampled stage input.
-        skip_channels: Channels of the skip connection.
-        out_channels: Channels of the result.
-        double: Whether the skip is resized; off where it has the size of ``up`` already.
+    Without ``double`` the skip has the size of ``up`` already.
     """
 
-    def __init__(
-        self, up_channels: int, skip_channels: int, out_channels: int, *, double: bool = True
-    ):
+    def __init__(self, up: int, skip: int, outputs: int, *, double: bool = True):
         super().__init__()
         self.doubles_skip = double
-        self.norm_up = nn.BatchNorm2d(up_channels)
-        self.norm_skip = nn.BatchNorm2d(skip_channels)
-        self.conv_up = Conv3x3(up_channels, out_channels)
-        self.conv_skip = Conv3x3(skip_channels, out_channels, bias=False)
+        self.norm_up = nn.BatchNorm2d(up)
+        self.norm_skip = nn.BatchNorm2d(skip)
+        self.conv_up = Conv3x3(up, outputs)
+        self.conv_skip = Conv3x3(skip, outputs, bias=False)
 
     def forward(self, up: Tensor, skip: Tensor, recompute: bool) -> Tensor:
-        """``[B*K, C, 2h, 2w]`` and ``[B, C', h, w]`` -> ``[B*K, out_channels, 2h, 2w]``.
+        """``[B*K, C, 2h, 2w]`` and ``[B, C', h, w]`` -> ``[B*K, outputs, 2h, 2w]``.
 
-        Without ``double`` the skip is ``[B, C', 2h, 2w]`` too. With ``recompute`` what was doubled
-        is not kept for the backward pass.
+        With ``recompute`` what was doubled is not kept for the backward pass.
         """
         up = self.conv_up(self.norm_up(up).relu_())
         if self.doubles_skip:
@@ -188,32 +167,30 @@ def _double_norm_relu_conv(
 
     out, mean, var = _call(compute, recompute, x, norm.weight, norm.bias, weight)
     count = out[:, 0].numel()
+    assert norm.momentum is not None
     with torch.no_grad():
-        momentum = norm.momentum
-        assert momentum is not None
-        norm.get_buffer("running_mean").lerp_(mean.flatten(), momentum)
-        norm.get_buffer("running_var").lerp_(var.flatten() * count / max(1, count - 1), momentum)
+        unbiased = var.flatten() * count / max(1, count - 1)
+        norm.get_buffer("running_mean").lerp_(mean.flatten(), norm.momentum)
+        norm.get_buffer("running_var").lerp_(unbiased, norm.momentum)
         norm.get_buffer("num_batches_tracked").add_(1)
     return out
 
 
 def _doubled_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and (biased) variance of ``_double(x)`` per channel, and ``x - mean``, in float32.
+    """Mean and (biased) variance of the doubled ``x`` per channel, and ``x - mean``, in float32.
 
     Doubling is a linear map U, each pixel's weight in it is 4, so ``mean(U x) = mean(x)``, and
     ``mean((U x)^2) = mean(x * S x)`` with ``S = U^T U / 4``: the separable kernel (3, 10, 3)/16
     with the border repeated. So the doubled map itself is not needed.
     """
-    channels = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = x.mean(dim=(0, 2, 3), keepdim=True)
         centred = x - mean
         taps = x.new_full((3,), 3 / 16)
         taps[1] = 10 / 16
-        kernel = torch.outer(taps, taps).expand(channels, 1, 3, 3)
-        padded = F.pad(centred, (1, 1, 1, 1), mode="replicate")
-        smooth = F.conv2d(padded, kernel, groups=channels)
+        kernel = torch.outer(taps, taps).expand(x.shape[1], 1, 3, 3)
+        smooth = F.conv2d(F.pad(centred, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
         return mean, (centred * smooth).mean(dim=(0, 2, 3), keepdim=True), centred
 
 
@@ -221,8 +198,8 @@ def _double_relu_conv(x: Tensor, weight: Tensor, recompute: bool) -> Tensor:
     """``Conv(ReLU(double(x)))``, some images at a time: at full size these take most memory."""
 
     def compute(part: Tensor, weight: Tensor) -> Tensor:
-        convolve = conv3x3 if weight.shape[-1] == 3 else F.conv2d
-        return convolve(_double(part).relu_(), weight)
+        doubled = F.interpolate(part, scale_factor=2.0, mode="bilinear", align_corners=False)
+        return (conv3x3 if weight.shape[-1] == 3 else F.conv2d)(doubled.relu_(), weight)
 
     images = max(1, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // (4 * x[0].numel()))
     parts = [_call(compute, recompute, part, weight) for part in x.split(images)]
@@ -242,8 +219,3 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_memory()
-
-
-def _double(x: Tensor) -> Tensor:
-    """Twice the height and width, bilinear."""
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)

@@ -79,23 +79,19 @@ def _fold_decoder(decoder: UNetDecoder) -> None:
 
     Those of the skips stay: the encoder goes on with what they see.
     """
-    blocks = decoder.up1, decoder.up2, decoder.up3, decoder.up4
-    makers: list[tuple[nn.Module, nn.Module | None]] = [
-        (decoder.lift_feat, decoder.lift_proto),
-        (decoder.lift2, None),
-        (decoder.lift3, None),
-        (decoder.up3.conv_up, decoder.up3.conv_skip),
-    ]
-    for block, (maker, rest) in zip(blocks, makers, strict=True):
+    for block, *makers in (
+        (decoder.up1, decoder.lift_feat, decoder.lift_proto),
+        (decoder.up2, decoder.lift2),
+        (decoder.up3, decoder.lift3),
+        (decoder.up4, decoder.up3.conv_up, decoder.up3.conv_skip),
+    ):
         norm = block.norm_up
         scale = norm.weight / (norm.get_buffer("running_var") + norm.eps).sqrt()
-        for layer in (maker, rest):
-            if layer is not None:
-                weight = layer.get_parameter("weight")
-                outputs = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
-                shape = [-1 if axis == outputs else 1 for axis in range(4)]
-                weight.mul_(scale.view(shape))
-        bias = maker.get_parameter("bias")
+        for maker in makers:
+            outputs = 1 if isinstance(maker, nn.ConvTranspose2d) else 0
+            shape = [-1 if axis == outputs else 1 for axis in range(4)]
+            maker.get_parameter("weight").mul_(scale.view(shape))
+        bias = makers[0].get_parameter("bias")
         bias.copy_((bias - norm.get_buffer("running_mean")) * scale + norm.bias)
         block.register_module("norm_up", nn.Identity().eval())
 
@@ -111,11 +107,8 @@ class Graphs:
         self._eager: set[tuple[object, ...]] = set()
         self._lock = threading.Lock()  # what a graph reads and writes is there once
 
-    def __deepcopy__(self, memo: object) -> Graphs:
-        return Graphs()  # another network's weights lie elsewhere
-
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
-        return Graphs, ()
+        return Graphs, ()  # copied or pickled: another network's weights lie elsewhere
 
     def segment(self, model: FewShotModel, images: Tensor, prototypes: Prototypes) -> Tensor | None:
         """Logits as ``model.decode`` gives them, in memory of their own; None without a graph."""
@@ -127,13 +120,9 @@ class Graphs:
         )
         if key in self._eager:
             return None
+        on_device = torch.cuda.device(images.device)
         # The buffers must serve inside and outside of inference mode.
-        with (
-            self._lock,
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.cuda.device(images.device),
-        ):
+        with self._lock, torch.inference_mode(False), torch.no_grad(), on_device:
             if key not in self._captured:
                 self._captured[key] = None
                 if len(self._captured) > _GRAPHS:
@@ -176,14 +165,9 @@ class _Graph:
     """One captured pass through the network, and the buffers it reads and writes."""
 
     def __init__(self, model: FewShotModel, images: Tensor, prototypes: Prototypes, rows: int):
-        protos = prototypes.protos
         self._images = images.clone()
-        self._prototypes = Prototypes(
-            protos.new_zeros(rows, protos.shape[1]),
-            prototypes.offsets.clone(),
-            prototypes.num_classes,
-        )
-        self._fill(prototypes)
+        protos = prototypes.protos.new_zeros(rows, prototypes.dim)
+        self._prototypes = Prototypes(protos, prototypes.offsets.clone(), prototypes.num_classes)
 
         def run() -> Tensor:
             return model.decode(model.encode(self._images), self._prototypes)
@@ -200,13 +184,10 @@ class _Graph:
             self._logits = run()
 
     def replay(self, images: Tensor, prototypes: Prototypes) -> Tensor:
-        self._images.copy_(images)
-        self._fill(prototypes)
-        self._graph.replay()
-        return self._logits.clone()
-
-    def _fill(self, prototypes: Prototypes) -> None:
         count = len(prototypes.protos)
+        self._images.copy_(images)
         self._prototypes.protos[:count].copy_(prototypes.protos)
         self._prototypes.protos[count:].zero_()
         self._prototypes.offsets.copy_(prototypes.offsets)
+        self._graph.replay()
+        return self._logits.clone()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastproto import defaults
-from fastproto.errors import ArgumentError, CheckpointError
+from fastproto.errors import ArgumentError, CheckpointError, require
 from fastproto.nn.weights import read_safetensors, write_safetensors
 from fastproto.op.reference import normalize
 
@@ -42,26 +42,15 @@ class Prototypes:
     num_classes: int
 
     def __post_init__(self) -> None:
-        if self.protos.ndim != 2 or not self.protos.is_floating_point():
-            raise ArgumentError(
-                "protos",
-                found=f"{self.protos.dtype} of shape {list(self.protos.shape)}",
-                allowed="floating point [N_total, D]",
-            )
-        if self.offsets.ndim != 1 or self.offsets.dtype != torch.int32:
-            raise ArgumentError(
-                "offsets",
-                found=f"{self.offsets.dtype} of shape {list(self.offsets.shape)}",
-                allowed="int32 [E*K + 1]",
-            )
+        fits = self.protos.ndim == 2 and self.protos.is_floating_point()
+        check_tensor(fits, "protos", self.protos, "floating point [N_total, D]")
+        fits = self.offsets.ndim == 1 and self.offsets.dtype == torch.int32
+        check_tensor(fits, "offsets", self.offsets, "int32 [E*K + 1]")
         check_num_classes(self.num_classes)
         bags = self.offsets.shape[0] - 1
         if bags < 1 or bags % self.num_classes:
-            raise ArgumentError(
-                "offsets",
-                found=f"{bags} bags",
-                allowed=f"a multiple of num_classes = {self.num_classes}, at least one",
-            )
+            allowed = f"a multiple of num_classes = {self.num_classes}, at least one"
+            raise ArgumentError("offsets", found=f"{bags} bags", allowed=allowed)
 
     @property
     def episodes(self) -> int:
@@ -82,11 +71,9 @@ class Prototypes:
         return self.offsets.diff().view(self.episodes, self.num_classes).tolist()
 
     def pick(self, groups: Sequence[Sequence[Sequence[int]]]) -> Prototypes:
-        """Bags joined from those of several episodes, on the host's knowledge of the offsets.
+        """Bags joined from those of several episodes; waits for the device.
 
-        Args:
-            groups: ``[E'][K]`` lists of episodes: class k of the new episode e has the prototypes
-                that class k has in those episodes.
+        Class k of the new episode e has the prototypes that class k has in ``groups[e][k]``.
         """
         offsets = self.offsets.tolist()
         rows: list[int] = []
@@ -109,9 +96,8 @@ class Prototypes:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Prototypes:
         """On another device or in another floating dtype (the offsets stay int32)."""
-        return dataclasses.replace(
-            self, protos=self.protos.to(device, dtype), offsets=self.offsets.to(device)
-        )
+        protos, offsets = self.protos.to(device, dtype), self.offsets.to(device)
+        return Prototypes(protos, offsets, self.num_classes)
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
         """Write the trimmed prototypes and a JSON-able ``extra`` as safetensors, atomically.
@@ -132,22 +118,19 @@ class Prototypes:
             CheckpointError: The file is missing, damaged or holds something else.
         """
         tensors, header = read_safetensors(path)
-        allowed = "a file that Prototypes.save wrote"
-        if header.get("kind") != _KIND or set(tensors) != {"protos", "offsets"}:
-            raise CheckpointError(
-                path, found=f"a file of kind {header.get('kind')!r}", allowed=allowed
-            )
+        kind, allowed = header.get("kind"), "a file that Prototypes.save wrote"
+        fits = kind == _KIND and set(tensors) == {"protos", "offsets"}
+        found = f"a file of kind {kind!r}"
+        require(fits, path, found=found, allowed=allowed, error=CheckpointError)
         try:
             prototypes = cls(tensors["protos"], tensors["offsets"], header["num_classes"])
         except (ArgumentError, KeyError) as error:
-            raise CheckpointError(
-                path, found=f"unusable prototypes ({error})", allowed=allowed
-            ) from error
+            found = f"unusable prototypes ({error})"
+            raise CheckpointError(path, found=found, allowed=allowed) from error
         bounds = prototypes.offsets.tolist()
-        if bounds[0] != 0 or sorted(bounds) != bounds or bounds[-1] != len(prototypes.protos):
-            raise CheckpointError(
-                path, found="offsets that do not fit the prototypes", allowed=allowed
-            )
+        fits = bounds[0] == 0 and sorted(bounds) == bounds and bounds[-1] == len(prototypes.protos)
+        found = "offsets that do not fit the prototypes"
+        require(fits, path, found=found, allowed=allowed, error=CheckpointError)
         return prototypes, header.get("extra", {})
 
 
@@ -173,56 +156,40 @@ def extract_prototypes(
     mask is not empty but leaves no cell gets one prototype, the mask-weighted average of the
     features; a class with an empty mask gets an empty bag.
 
-    All shapes follow from those of the arguments and nothing is asked of the device, so this can be
-    captured in a CUDA graph and compiled without graph breaks. The price is capacity: E*K*(S*h*w+1)
-    rows, most of them unused.
+    Nothing is asked of the device, so this can be captured in a CUDA graph and compiled without
+    graph breaks. The price is capacity: E*K*(S*h*w+1) rows, most of them unused.
 
     Args:
         features: F of the support, floating point.
         masks: One mask per class, values in [0, 1]; H and W the same multiple of h and w.
         threshold: tau, in [0, 1).
-        append_global: Append the mask-weighted average to every bag that is not empty.
+        append_global: Append the average to every bag that is not empty.
 
     Raises:
         ArgumentError: Shapes or devices that do not fit, or a threshold outside [0, 1).
     """
-    if features.ndim != 5 or not features.is_floating_point():
-        raise ArgumentError(
-            "features",
-            found=f"{features.dtype} of shape {list(features.shape)}",
-            allowed="floating point [E, S, D, h, w]",
-        )
+    fits = features.ndim == 5 and features.is_floating_point()
+    check_tensor(fits, "features", features, "floating point [E, S, D, h, w]")
     episodes, shots, _, height, width = features.shape
     cell = masks.shape[-1] // width
     fits = masks.ndim == 5 and masks.shape[-2:] == (height * cell, width * cell) and cell >= 1
-    if not fits or masks.shape[:2] != (episodes, shots) or not masks.is_floating_point():
-        raise ArgumentError(
-            "masks",
-            found=f"{masks.dtype} of shape {list(masks.shape)}",
-            allowed=f"floating point [{episodes}, {shots}, K, n*{height}, n*{width}] with an "
-            "integer n, to fit the features",
-            fix="Pad the masks with zeros.",
-        )
-    if masks.device != features.device:
-        raise ArgumentError(
-            "masks", found=f"device {masks.device}", allowed=f"{features.device}, as the features"
-        )
+    check_tensor(
+        fits and masks.shape[:2] == (episodes, shots) and masks.is_floating_point(),
+        "masks",
+        masks,
+        lambda: (
+            f"floating point [{episodes}, {shots}, K, n*{height}, n*{width}] with an integer "
+            "n, to fit the features"
+        ),
+        fix="Pad the masks with zeros.",
+    )
+    found, allowed = f"device {masks.device}", f"{features.device}, as the features"
+    require(masks.device == features.device, "masks", found=found, allowed=allowed)
     check_threshold(threshold)
 
     share = F.avg_pool2d(masks.flatten(0, 1), cell).unflatten(0, (episodes, shots))
     share = share.transpose(1, 2).flatten(2)  # [E, K, S*h*w]
-    protos, offsets = _pack(features, share, threshold, append_global)
-    return Prototypes(protos, offsets, masks.shape[2])
-
-
-def _pack(
-    features: Tensor,  # [E, S, D, h, w]
-    share: Tensor,  # [E, K, S*h*w]
-    threshold: float,
-    append_global: bool,
-) -> tuple[Tensor, Tensor]:  # [E*K*(S*h*w + 1), D], [E*K + 1]
-    """Bags of prototypes from the share of every cell, packed in plain PyTorch."""
-    episodes, classes, cells = share.shape
+    _, classes, cells = share.shape
     picked = share > threshold
     mass = share.sum(dim=2, keepdim=True)  # [E, K, 1]
     wanted = mass > 0 if append_global else (mass > 0) & ~picked.any(dim=2, keepdim=True)
@@ -233,33 +200,25 @@ def _pack(
     averages = weights.to(rows.dtype) @ rows  # [E, K, D]
     table = torch.cat([rows.flatten(0, 1), averages.flatten(0, 1).to(rows.dtype)])
 
-    device = features.device
-    row_of_cell = torch.arange(episodes * cells, device=device).view(episodes, 1, cells)
-    row_of_average = torch.arange(episodes * classes, device=device).view(episodes, classes, 1)
-    row = torch.cat(
-        [row_of_cell.expand(-1, classes, -1), row_of_average + episodes * cells], dim=2
-    ).flatten()
+    row = torch.arange(len(table), device=features.device)
+    row_of_cell = row[: episodes * cells].view(episodes, 1, cells).expand(-1, classes, -1)
+    row_of_average = row[episodes * cells :].view(episodes, classes, 1)
+    candidates = torch.cat([row_of_cell, row_of_average], dim=2).flatten()
     # Kept candidates first, in their order: the packed bags, then the unused capacity.
     unused, order = keep.logical_not().flatten().to(torch.uint8).sort(stable=True)
-    protos = table[row[order]].masked_fill(unused.bool().unsqueeze(1), 0.0)
+    protos = table[candidates[order]].masked_fill(unused.bool().unsqueeze(1), 0.0)
 
     ends = keep.sum(dim=2).flatten().cumsum(0).to(torch.int32)
-    return protos, torch.cat([ends.new_zeros(1), ends])
+    return Prototypes(protos, F.pad(ends, (1, 0)), classes)
 
 
 def prototype_scores(feat: Tensor, prototypes: Prototypes, *, temperature: float) -> Tensor:
     """Similarity of every feature to each class, without a decoder.
 
-    ``cos(F - mean(F), G - mean(G)) / t`` with G the prototype that ``proto_attention`` aggregates
-    for the feature; a class without prototypes scores -1/t, the lowest value possible.
-
-    Args:
-        feat: F, ``[E, Q, D, h, w]``.
-        prototypes: Bags of the same E episodes.
-        temperature: t, above 0.
-
-    Returns:
-        Scores ``[E, Q, K, h, w]``, at least in float32: the division by t magnifies rounding.
+    ``cos(F - mean(F), G - mean(G)) / t`` ``[E, Q, K, h, w]`` of features F ``[E, Q, D, h, w]``,
+    with G the prototype that ``proto_attention`` aggregates for the feature; a class without
+    prototypes scores -1/t, the lowest value possible. Scores are at least in float32: the division
+    by t, above 0, magnifies rounding.
 
     Raises:
         ArgumentError: The prototypes do not fit the features, or t is not above 0.
@@ -287,45 +246,49 @@ def prototype_scores(feat: Tensor, prototypes: Prototypes, *, temperature: float
     return torch.stack(scores, dim=2).unflatten(3, feat.shape[-2:])
 
 
+def check_tensor(
+    fits: bool, name: str, tensor: Tensor, allowed: str | Callable[[], str], fix: str | None = None
+) -> None:
+    """Raise ArgumentError with the type and shape of ``tensor`` unless it ``fits``.
+
+    ``allowed`` is a function where it has a size in it: torch.compile fixes what is made a text.
+    """
+    if not fits:
+        found = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        allowed = allowed if isinstance(allowed, str) else allowed()
+        raise ArgumentError(name, found=found, allowed=allowed, fix=fix)
+
+
 def check_num_classes(num_classes: int) -> None:
     """Raise ArgumentError unless K is an integer of at least 2."""
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 2:
-        raise ArgumentError(
-            "num_classes", found=repr(num_classes), allowed="an integer of at least 2"
-        )
+    fits = isinstance(num_classes, int) and not isinstance(num_classes, bool) and num_classes >= 2
+    allowed = "an integer of at least 2"
+    require(fits, "num_classes", found=lambda: repr(num_classes), allowed=allowed)
 
 
 def check_temperature(temperature: float) -> None:
     """Raise ArgumentError unless t is a finite number above 0."""
-    if not 0 < temperature < math.inf:
-        raise ArgumentError("temperature", found=repr(temperature), allowed="a number above 0")
+    fits = 0 < temperature < math.inf
+    require(fits, "temperature", found=lambda: repr(temperature), allowed="a number above 0")
 
 
 def check_threshold(threshold: float) -> None:
     """Raise ArgumentError unless tau lies in [0, 1)."""
-    if not 0 <= threshold < 1:
-        raise ArgumentError("mask_threshold", found=repr(threshold), allowed="0 <= threshold < 1")
+    fits = 0 <= threshold < 1
+    require(fits, "mask_threshold", found=lambda: repr(threshold), allowed="0 <= threshold < 1")
 
 
 def check_prototypes(feat: Tensor, prototypes: Prototypes) -> None:
     """Raise ArgumentError unless the prototypes fit features ``[E, Q, D, h, w]``."""
-    if prototypes.episodes != feat.shape[0]:
-        raise ArgumentError(
-            "prototypes",
-            found=f"{prototypes.episodes} episodes",
-            allowed=f"{feat.shape[0]}, as many as the query has",
-        )
-    if prototypes.dim != feat.shape[2]:
-        raise ArgumentError(
-            "prototypes",
-            found=f"D = {prototypes.dim}",
-            allowed=f"{feat.shape[2]}, the channels of the features",
-            fix="They were extracted by another network: encode the support with this one.",
-        )
-    if prototypes.protos.device != feat.device:
-        raise ArgumentError(
-            "prototypes",
-            found=f"device {prototypes.protos.device}",
-            allowed=f"{feat.device}, where the query is",
-            fix="Move them with prototypes.to(device).",
-        )
+    episodes, _, dim, *_ = feat.shape
+    if prototypes.episodes != episodes:
+        found, allowed = f"{prototypes.episodes} episodes", f"{episodes}, as many as the query has"
+        raise ArgumentError("prototypes", found=found, allowed=allowed)
+    if prototypes.dim != dim:
+        found, allowed = f"D = {prototypes.dim}", f"{dim}, the channels of the features"
+        fix = "They were extracted by another network: encode the support with this one."
+        raise ArgumentError("prototypes", found=found, allowed=allowed, fix=fix)
+    device = prototypes.protos.device
+    found, allowed = f"device {device}", f"{feat.device}, where the query is"
+    fix = "Move them with prototypes.to(device)."
+    require(device == feat.device, "prototypes", found=found, allowed=allowed, fix=fix)

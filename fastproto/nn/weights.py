@@ -7,12 +7,13 @@ PyTorch's restricted reader, which knows tensors and refuses everything else.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import json
 import os
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastproto._files import atomic_write, cache_folder
-from fastproto.errors import ArgumentError, CheckpointError
+from fastproto.errors import ArgumentError, CheckpointError, require
 from fastproto.nn.encoders import ENCODERS, Encoder
 
 IMAGENET_URL = "https://download.pytorch.org/models/"
 _HEADER = "fastproto"
 _DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
-_BLOCK = 2**20
+_require = functools.partial(require, error=CheckpointError)
 
 
 def load_encoder_weights(encoder: Encoder, weights: str | os.PathLike[str] | None) -> None:
     """Fill an encoder in place.
 
-    Args:
-        encoder: The encoder; its ``name`` chooses the ImageNet file.
-        weights: None leaves the encoder as it is; ``"imagenet"`` downloads torchvision's file once
-            into the cache folder (``FASTPROTO_CACHE``, or ``~/.cache/fastproto``) and checks its
-            checksum; a path reads ``.safetensors`` or ``.pth`` with torchvision's keys, with or
-            without the classifier ``fc``.
+    None leaves it as it is; ``"imagenet"`` downloads torchvision's file for the encoder's ``name``
+    once into the cache folder (``FASTPROTO_CACHE``, or ``~/.cache/fastproto``) and checks its
+    checksum; a path reads ``.safetensors`` or ``.pth`` with torchvision's keys, with or without the
+    classifier ``fc``.
 
     Raises:
         CheckpointError: The file is missing, damaged, unsafe, of another architecture or, for
@@ -65,30 +64,27 @@ def load_state(
             where the module's are.
     """
     expected = module.state_dict()
+    label = getattr(module, "name", None)
+    name = type(module).__name__ + (f"({label})" if label else "")
     fix = "The file belongs to another architecture; use the one that it was written for."
-    missing = [
-        key for key in expected if key not in state and not key.endswith("num_batches_tracked")
-    ]
+    missing = [key for key in expected if key not in state and "num_batches_tracked" not in key]
     unknown = [key for key in state if key not in expected]
-    if missing or unknown:
-        parts = [
-            f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for word, keys in (("missing", missing), ("unknown", unknown))
-            if keys
-        ]
-        found = f"a state dict with {' and '.join(parts)} keys"
-        raise CheckpointError(
-            path, found=found, allowed=f"the keys of {_describe(module)}", fix=fix
-        )
+    parts = [
+        f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for word, keys in (("missing", missing), ("unknown", unknown))
+        if keys
+    ]
+    found = f"a state dict with {' and '.join(parts)} keys"
+    _require(not parts, path, found=found, allowed=f"the keys of {name}", fix=fix)
     for key, value in state.items():
         wanted = expected[key]
-        if value.shape != wanted.shape or value.is_floating_point() != wanted.is_floating_point():
-            raise CheckpointError(
-                path,
-                found=f"{key} of shape {list(value.shape)}, {value.dtype}",
-                allowed=f"{list(wanted.shape)}, {wanted.dtype}, as in {_describe(module)}",
-                fix=fix,
-            )
+        _require(
+            (value.shape, value.is_floating_point()) == (wanted.shape, wanted.is_floating_point()),
+            path,
+            found=f"{key} of shape {list(value.shape)}, {value.dtype}",
+            allowed=f"{list(wanted.shape)}, {wanted.dtype}, as in {name}",
+            fix=fix,
+        )
     module.load_state_dict(state, strict=False)
 
 
@@ -107,9 +103,8 @@ def write_safetensors(
     try:
         text = json.dumps({**header, "checksum": checksum(tensors)}, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            "extra", found=f"a value that JSON cannot hold ({error})", allowed="JSON values"
-        ) from error
+        found = f"a value that JSON cannot hold ({error})"
+        raise ArgumentError("extra", found=found, allowed="JSON values") from error
     with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={_HEADER: text})
@@ -119,29 +114,25 @@ def write_safetensors(
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`write_safetensors` wrote.
-
-    Returns:
-        The tensors, on the CPU, and the header.
+    """The tensors, on the CPU, and the header that :func:`write_safetensors` wrote.
 
     Raises:
         CheckpointError: No such file, not safetensors, not written by fastproto, or damaged.
     """
     tensors, metadata = _read_plain_safetensors(Path(path))
-    header = _parse_header(metadata.get(_HEADER, ""))
-    if header is None:
-        raise CheckpointError(
-            path,
-            found="a safetensors file without fastproto's header",
-            allowed="a file that fastproto wrote",
-        )
-    if header.pop("checksum", None) != checksum(tensors):
-        raise CheckpointError(
-            path,
-            found="contents that do not match their checksum",
-            allowed="an undamaged file",
-            fix="Copy or write the file again.",
-        )
+    try:
+        header = json.loads(metadata.get(_HEADER, ""))
+    except ValueError:
+        header = None
+    found, allowed = "a safetensors file without fastproto's header", "a file that fastproto wrote"
+    _require(isinstance(header, dict), path, found=found, allowed=allowed)
+    _require(
+        header.pop("checksum", None) == checksum(tensors),
+        path,
+        found="contents that do not match their checksum",
+        allowed="an undamaged file",
+        fix="Copy or write the file again.",
+    )
     return tensors, header
 
 
@@ -155,27 +146,13 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _describe(module: nn.Module) -> str:
-    name = getattr(module, "name", None)
-    return f"{type(module).__name__}({name})" if name else type(module).__name__
-
-
-def _parse_header(text: str) -> dict[str, Any] | None:
-    try:
-        header = json.loads(text)
-    except ValueError:
-        return None
-    return header if isinstance(header, dict) else None
-
-
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` or ``.pth`` file."""
     if path.suffix == ".safetensors":
         return _read_plain_safetensors(path)[0]
-    if path.suffix not in (".pth", ".pt"):
-        raise CheckpointError(
-            path, found=f"the suffix {path.suffix!r}", allowed=".safetensors, .pth or .pt"
-        )
+    suffix = f"the suffix {path.suffix!r}"
+    allowed = ".safetensors, .pth or .pt"
+    _require(path.suffix in (".pth", ".pt"), path, found=suffix, allowed=allowed)
     _require_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -186,12 +163,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             allowed="an undamaged file that holds tensors and nothing else",
             fix="Do not load it any other way: a pickle can run code. Use a safetensors file.",
         ) from error
-    if not isinstance(state, dict) or not all(
+    is_state = isinstance(state, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise CheckpointError(
-            path, found="something else than a state dict", allowed="a dict of names to tensors"
-        )
+    )
+    found, allowed = "something else than a state dict", "a dict of names to tensors"
+    _require(is_state, path, found=found, allowed=allowed)
     return dict(state)
 
 
@@ -212,56 +188,44 @@ def _read_plain_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _require_file(path: Path) -> None:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise CheckpointError(path, found=found, allowed="an existing weights file")
+    found = "a folder" if path.is_dir() else "no such file"
+    _require(path.is_file(), path, found=found, allowed="an existing weights file")
 
 
 def _imagenet_file(name: str) -> Path:
     """The cached ImageNet file of an encoder, downloaded where it is not there yet, and checked."""
     filename = ENCODERS[name].imagenet
     if filename is None:
-        able = (each for each, entry in ENCODERS.items() if entry.imagenet is not None)
-        raise ArgumentError(
-            "weights",
-            found=f"'imagenet' for {name}",
-            allowed=f"a file, or one of {', '.join(able)}",
-        )
+        able = ", ".join(each for each, entry in ENCODERS.items() if entry.imagenet is not None)
+        found, allowed = f"'imagenet' for {name}", f"a file, or one of {able}"
+        raise ArgumentError("weights", found=found, allowed=allowed)
     path = cache_folder() / filename
-    if path.exists():
-        _check_imagenet(path, path)
-        return path
-    with atomic_write(path) as temporary:
-        with open(temporary, "wb") as out:
-            for block in _download(IMAGENET_URL + filename, path):
-                out.write(block)
-        _check_imagenet(temporary, path)
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(_checked(_download(IMAGENET_URL + filename, path), path))
+    elif path.is_file():
+        _checked(path.read_bytes(), path)
     return path
 
 
-def _check_imagenet(file: Path, path: Path) -> None:
-    """Compare the SHA-256 of ``file``, to be known as ``path``, with the digits in its name."""
-    expected = path.stem.rpartition("-")[2]
-    digest = hashlib.sha256()
-    _require_file(file)
-    with open(file, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    if not digest.hexdigest().startswith(expected):
-        raise CheckpointError(
-            path,
-            found=f"contents with SHA-256 {digest.hexdigest()[:8]}...",
-            allowed=f"{expected}..., as in its name",
-            fix=f"Delete it and download {IMAGENET_URL}{path.name} again.",
-        )
+def _checked(content: bytes, path: Path) -> bytes:
+    """``content``, whose SHA-256 must begin with the digits in the name of ``path``."""
+    expected, digest = path.stem.rpartition("-")[2], hashlib.sha256(content).hexdigest()
+    _require(
+        digest.startswith(expected),
+        path,
+        found=f"contents with SHA-256 {digest[:8]}...",
+        allowed=f"{expected}..., as in its name",
+        fix=f"Delete it and download {IMAGENET_URL}{path.name} again.",
+    )
+    return content
 
 
-def _download(url: str, path: Path) -> Iterator[bytes]:
+def _download(url: str, path: Path) -> bytes:
     """The contents of ``url``; ``path`` is where a person without network may put the file."""
     try:
         with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT) as response:
-            while block := response.read(_BLOCK):
-                yield block
+            return response.read()
     except (OSError, http.client.HTTPException) as error:
         raise CheckpointError(
             "imagenet",

@@ -36,24 +36,8 @@ class Conv3x3(nn.Conv2d):
     Where it pays, `winograd_conv3x3` computes it.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        bias: bool = True,
-    ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            3,
-            stride=stride,
-            padding=dilation,
-            dilation=dilation,
-            bias=bias,
-        )
+    def __init__(self, inputs: int, outputs: int, *, dilation: int = 1, **options: Any):
+        super().__init__(inputs, outputs, 3, padding=dilation, dilation=dilation, **options)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.stride != (1, 1):
@@ -71,32 +55,20 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int
 def winograd_conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1
 ) -> Tensor:
-    """``F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)``, with gradients.
-
-    Args:
-        x: ``[N, C, H, W]`` float32 on the CPU.
-        weight: ``[O, C, 3, 3]``.
-        bias: ``[O]``.
-        dilation: Of rows and columns.
-
-    Returns:
-        ``[N, O, H, W]``, channels_last.
-    """
+    """The same with gradients, for ``x`` ``[N, C, H, W]`` float32 on the CPU; channels_last."""
     y: Tensor = _Winograd.apply(x, weight, dilation)
     return y if bias is None else y.add_(bias[:, None, None])
 
 
 def _pays(x: Tensor, weight: Tensor, dilation: int) -> bool:
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return False
     if type(x) is not Tensor or x.ndim != 4 or torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    if min(weight.shape[:2]) < _LEAST_CHANNELS:
-        return False
     grid = _Grid(x.shape, dilation)
-    return grid.images * grid.tiles >= _LEAST_TILES
+    return min(weight.shape[:2]) >= _LEAST_CHANNELS and grid.images * grid.tiles >= _LEAST_TILES
 
 
 class _Matrices(NamedTuple):
@@ -106,20 +78,20 @@ class _Matrices(NamedTuple):
     g: Tensor  # [(m+2)^2, 9], of the filter
     a: Tensor  # [m^2, (m+2)^2], of the result
 
-    @classmethod
-    def of(cls, b: list[list[float]], g: list[list[float]], a: list[list[float]]) -> _Matrices:
-        each = (torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in (b, g, a))
-        return cls(*(torch.kron(matrix, matrix).float() for matrix in each))
+
+def _matrices(*rows: list[list[float]]) -> _Matrices:
+    each = (torch.tensor(one, dtype=torch.float64, device="cpu") for one in rows)
+    return _Matrices(*(torch.kron(matrix, matrix).float() for matrix in each))
 
 
 # For m = 2 and 4, from the points 0, 1, -1 (2, -2) and infinity.
 MATRICES = {
-    2: _Matrices.of(
+    2: _matrices(
         [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
         [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
         [[1, 1, 1, 0], [0, 1, -1, -1]],
     ),
-    4: _Matrices.of(
+    4: _matrices(
         [
             [4, 0, -5, 0, 1, 0],
             [0, -4, -4, 1, 1, 0],
@@ -164,19 +136,18 @@ class _Grid:
         count = max(1, _PART // (4 * self.points * self.tiles * channels))
         return [slice(i, min(i + count, self.images)) for i in range(0, self.images, count)]
 
-    def transform(self, x: Tensor, name: str) -> Tensor:
-        """``[n, H, W, C]`` -> the transformed inputs ``[(m+2)^2, n*tiles, C]``."""
-        return self._through(MATRICES[self.m].b, self._cut(x, self.m + 2, self.dilation), name)
+    def transform(self, x: Tensor, name: str, *, gradient: bool = False) -> Tensor:
+        """``[n, H, W, C]`` -> the transformed inputs ``[(m+2)^2, n*tiles, C]``.
 
-    def transform_gradient(self, y: Tensor, name: str) -> Tensor:
-        """Gradient of the result ``[n, H, W, O]`` -> that of the products, as `transform`."""
-        return self._through(MATRICES[self.m].a.t(), self._cut(y, self.m, 0), name)
-
-    def _through(self, matrix: Tensor, pieces: Tensor, name: str) -> Tensor:
-        channels = pieces.shape[-1]
+        With ``gradient`` it makes that of the products from that of the result.
+        """
+        if gradient:
+            matrix, pieces = MATRICES[self.m].a.t(), self._cut(x, self.m, 0)
+        else:
+            matrix, pieces = MATRICES[self.m].b, self._cut(x, self.m + 2, self.dilation)
         columns = _scratch("pieces", pieces.shape).copy_(pieces).view(matrix.shape[1], -1)
-        out = _scratch(name, (len(matrix), columns.shape[1]))
-        return torch.mm(matrix, columns, out=out).view(len(matrix), -1, channels)
+        out = _scratch(name, (self.points, columns.shape[1]))
+        return torch.mm(matrix, columns, out=out).view(self.points, -1, x.shape[3])
 
     def _cut(self, x: Tensor, size: int, border: int) -> Tensor:
         """Pieces ``[size, size, n, rows, d, columns, d, C]`` of images, zero beyond them."""
@@ -244,12 +215,8 @@ def _convolve(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     outputs, channels = weight.shape[:2]
     filters = _filters(weight, grid.m)
     rows = x.permute(0, 2, 3, 1).contiguous()
-    out = torch.empty(
-        (len(x), outputs, *x.shape[2:]),
-        dtype=torch.float32,
-        device="cpu",
-        memory_format=torch.channels_last,
-    )
+    shape = (len(x), outputs, *x.shape[2:])
+    out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
     pixels = out.permute(0, 2, 3, 1)
     for part in grid.parts(max(channels, outputs)):
         inputs = grid.transform(rows[part], "inputs")
@@ -291,7 +258,7 @@ def _filter_gradient(x: Tensor, grad: Tensor, dilation: int) -> Tensor:
     total = _scratch("filters", (grid.points, outputs, channels)).zero_()
     for part in grid.parts(max(channels, outputs)):
         inputs = grid.transform(rows[part], "inputs")
-        products = grid.transform_gradient(grads[part], "products")
+        products = grid.transform(grads[part], "products", gradient=True)
         torch.baddbmm(total, products.transpose(1, 2), inputs, out=total)
     taps = torch.mm(MATRICES[grid.m].g.t(), total.view(grid.points, -1))
     return taps.view(3, 3, outputs, channels).permute(2, 3, 0, 1)

@@ -28,11 +28,8 @@ def trained(kind: type, encoder: str = "resnet18", output_stride: int = 16) -> n
     return model.eval()
 
 
-def support(model: nn.Module, size: int = 64) -> tuple[Tensor, Prototypes]:
-    images, masks = (
-        torch.randn(1, 3, 3, size, size),
-        torch.zeros(1, 3, size, size, dtype=torch.long),
-    )
+def support(model: nn.Module) -> tuple[Tensor, Prototypes]:
+    images, masks = torch.randn(1, 3, 3, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.long)
     masks[..., 8:40, 16:48] = 1
     with torch.no_grad():
         return images, model.encode_support(images, masks).trim()
@@ -84,11 +81,17 @@ def test_bfloat16_is_near_and_the_network_itself_untouched() -> None:
         ({}, torch.float32),
     ],
 )
-def test_dtype_by_what_the_processor_has(
-    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dtype_by_what_the_processor_has(capabilities, dtype, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert inference.inference_dtype(torch.device("cpu")) == dtype
+
+
+@pytest.fixture
+def fast() -> nn.Module:
+    """A copy for inference in float32, with graphs."""
+    fast = trained(FewShotUNet).for_inference(torch.float32)
+    fast.graphs = inference.Graphs()
+    return fast
 
 
 @pytest.fixture
@@ -113,12 +116,9 @@ def without_a_chip(pretended_streams: None, monkeypatch: pytest.MonkeyPatch) -> 
     return events
 
 
-def test_graphs_serve_every_number_of_prototypes(without_a_chip: list[str]) -> None:
-    model = trained(FewShotUNet)
-    images, prototypes = support(model)
-    fast = model.for_inference(torch.float32)
-    plain = model.for_inference(torch.float32)
-    fast.graphs = inference.Graphs()
+def test_graphs_serve_every_number_of_prototypes(without_a_chip, fast) -> None:
+    images, prototypes = support(fast)
+    plain = trained(FewShotUNet).for_inference(torch.float32)
     few = prototypes.pick([[[0], [0]]])
     less = Prototypes(few.protos[:-3], few.offsets - few.offsets.new_tensor([0, 2, 3]), 2)
     results = []
@@ -133,42 +133,34 @@ def test_graphs_serve_every_number_of_prototypes(without_a_chip: list[str]) -> N
     assert all(torch.equal(now, then) for now, then in results)  # in memory of their own
 
 
-def test_graphs_of_old_shapes_go(without_a_chip: list[str], monkeypatch) -> None:
+@torch.no_grad()
+def test_graphs_of_old_shapes_go(without_a_chip: list[str], fast: nn.Module, monkeypatch) -> None:
     monkeypatch.setattr(inference, "_GRAPHS", 2)
-    model = trained(FewShotUNet)
-    fast = model.for_inference(torch.float32)
-    fast.graphs = inference.Graphs()
-    _, prototypes = support(model)
-    with torch.no_grad():
-        for size in (32, 32, 48, 64, 32):
-            fast.segment(torch.randn(1, 1, 3, size, size), prototypes)
+    _, prototypes = support(fast)
+    for size in (32, 32, 48, 64, 32):
+        fast.segment(torch.randn(1, 1, 3, size, size), prototypes)
     assert without_a_chip == ["replay"]  # the last 32 is new again
     assert len(fast.graphs._captured) == 2
 
 
+@torch.no_grad()
 def test_a_shape_that_cannot_be_captured_runs_without_a_graph(
-    without_a_chip: list[str], monkeypatch: pytest.MonkeyPatch
+    without_a_chip, fast, monkeypatch
 ) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(inference, "_Graph", fail)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
-    model = trained(FewShotUNet)
-    images, prototypes = support(model)
-    fast = model.for_inference(torch.float32)
-    with torch.no_grad():
-        want = fast.segment(images, prototypes)
-        fast.graphs = inference.Graphs()
+    images, prototypes = support(fast)
+    want = fast.segment(images, prototypes)
+    with pytest.warns(UserWarning, match="no CUDA graph, so slower: operation not permitted"):
         assert torch.equal(fast.segment(images, prototypes), want)
-        with pytest.warns(UserWarning, match="no CUDA graph, so slower: operation not permitted"):
-            assert torch.equal(fast.segment(images, prototypes), want)
-        assert torch.equal(fast.segment(images, prototypes), want)  # said once
+    assert torch.equal(fast.segment(images, prototypes), want)  # said once
 
 
-def test_graphs_stay_behind_when_a_network_moves_or_is_copied() -> None:
-    fast = trained(FewShotUNet).for_inference(torch.float32)
-    fast.graphs = graphs = inference.Graphs()
+def test_graphs_stay_behind_when_a_network_moves_or_is_copied(fast: nn.Module) -> None:
+    graphs = fast.graphs
     graphs._captured["a shape"] = None
     assert not copy.deepcopy(fast).graphs._captured
     assert not pickle.loads(pickle.dumps(fast)).graphs._captured
@@ -177,8 +169,7 @@ def test_graphs_stay_behind_when_a_network_moves_or_is_copied() -> None:
     assert not fast.graphs._captured
 
 
-def test_a_copy_for_inference_is_neither_trained_nor_saved(tmp_path: Path) -> None:
-    fast = trained(FewShotUNet).for_inference()
+def test_a_copy_for_inference_is_neither_trained_nor_saved(tmp_path: Path, fast: nn.Module) -> None:
     for use in (fast.train, fast.for_inference, lambda: fast.save(tmp_path / "model")):
         with pytest.raises(ArgumentError, match="a copy that for_inference made"):
             use()

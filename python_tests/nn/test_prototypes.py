@@ -3,56 +3,21 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.slow_prototypes import slow_aggregates, slow_bags
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastproto.errors import ArgumentError, CheckpointError
 from fastproto.nn import Prototypes, class_masks, extract_prototypes, prototype_scores
 from fastproto.nn.weights import write_safetensors
-
-
-def slow_bags(
-    features: Tensor, masks: Tensor, threshold: float, append_global: bool
-) -> list[list[Tensor]]:
-    """Prototypes of bag (episode, class), cell by cell."""
-    episodes, shots, _, height, width = features.shape
-    cell = masks.shape[-1] // width
-    bags = []
-    for e in range(episodes):
-        for k in range(masks.shape[2]):
-            bag, weighted, mass = [], 0.0, 0.0
-            for s in range(shots):
-                for y in range(height):
-                    for x in range(width):
-                        patch = masks[e, s, k, y * cell : (y + 1) * cell, x * cell : (x + 1) * cell]
-                        share = patch.sum().item() / cell**2
-                        feature = features[e, s, :, y, x].double()
-                        if share > threshold:
-                            bag.append(feature)
-                        weighted = weighted + share * feature
-                        mass += share
-            if mass > 0 and (append_global or not bag):
-                bag.append(weighted / mass)
-            bags.append(bag)
-    return bags
-
-
-def assert_bags(prototypes: Prototypes, bags: list[list[Tensor]]) -> None:
-    bounds = prototypes.offsets.tolist()
-    assert bounds[0] == 0
-    assert [b - a for a, b in itertools.pairwise(bounds)] == [len(bag) for bag in bags]
-    flat = [row for bag in bags for row in bag]
-    if flat:
-        torch.testing.assert_close(
-            prototypes.protos[: bounds[-1]].double(), torch.stack(flat), rtol=1e-5, atol=1e-6
-        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -64,14 +29,7 @@ def assert_bags(prototypes: Prototypes, bags: list[list[Tensor]]) -> None:
     threshold=st.sampled_from([0.0, 0.25, 0.5, 0.95]),
     append_global=st.booleans(),
 )
-def test_equals_the_loop(
-    seed: int,
-    shape: tuple[int, int, int, int],
-    classes: int,
-    cell: int,
-    threshold: float,
-    append_global: bool,
-) -> None:
+def test_equals_the_loop(seed, shape, classes, cell, threshold, append_global) -> None:
     episodes, shots, height, width = shape
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(episodes, shots, 5, height, width, generator=generator)
@@ -81,16 +39,16 @@ def test_equals_the_loop(
     )
     coarse = torch.rand(episodes, shots, 1, 1, generator=generator) < 0.5
     labels = torch.where(coarse, labels[..., :1, :1], labels)
-    masks = class_masks(labels, classes)
     prototypes = extract_prototypes(
-        features, masks, threshold=threshold, append_global=append_global
+        features, class_masks(labels, classes), threshold=threshold, append_global=append_global
     )
-    assert_bags(prototypes, slow_bags(features, masks, threshold, append_global))
-    used = prototypes.offsets[-1]
-    assert not prototypes.protos[used:].any()
+    bags = slow_bags(features, labels, classes, cell, threshold, append_global)
+    assert prototypes.counts() == [[len(bag) for bag in episode] for episode in bags]
+    packed = torch.cat([bag for episode in bags for bag in episode])
     trimmed = prototypes.trim()
-    assert trimmed.protos.shape[0] == used
     assert trimmed.counts() == prototypes.counts()
+    torch.testing.assert_close(trimmed.protos.double(), packed, rtol=1e-5, atol=1e-6)
+    assert not prototypes.protos[len(packed) :].any()
     assert torch.equal(prototypes.present(), torch.tensor(prototypes.counts()) > 0)
 
 
@@ -123,69 +81,30 @@ def test_gradients_flow_into_the_features() -> None:
     )
 
 
-def test_compiles_without_graph_breaks() -> None:
-    features, masks = torch.randn(2, 3, 4, 2, 2), class_masks(torch.randint(0, 2, (2, 3, 8, 8)), 2)
-
-    def extract(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def test_nothing_is_asked_of_the_device() -> None:
+    def run(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         prototypes = extract_prototypes(features, masks, append_global=True)
-        return prototypes.protos, prototypes.offsets
+        scores = prototype_scores(features, prototypes, temperature=0.1)
+        return prototypes.protos, prototypes.offsets, scores
 
-    compiled = torch.compile(extract, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(features, masks), extract(features, masks), strict=True):
-        torch.testing.assert_close(found, expected)
+    features, masks = torch.randn(2, 3, 4, 2, 2), class_masks(torch.randint(0, 2, (2, 3, 8, 8)), 2)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     # Fake tensors have no values, so anything that asked for one would fail here.
-    graph = make_fx(extract, tracing_mode="fake")(features, masks)
-    for found, expected in zip(graph(features, masks), extract(features, masks), strict=True):
-        torch.testing.assert_close(found, expected)
+    graph = make_fx(run, tracing_mode="fake")(features, masks)
+    for way in (compiled, graph):
+        torch.testing.assert_close(way(features, masks), run(features, masks))
 
 
-def test_scores_work_without_values() -> None:
-    feat, masks = torch.randn(1, 2, 4, 2, 2), class_masks(torch.randint(0, 2, (1, 2, 4, 4)), 2)
-
-    def score(feat: Tensor, masks: Tensor) -> Tensor:
-        return prototype_scores(feat, extract_prototypes(feat, masks), temperature=0.1)
-
-    graph = make_fx(score, tracing_mode="fake")(feat, masks)
-    torch.testing.assert_close(graph(feat, masks), score(feat, masks))
-
-
-def slow_scores(feat: Tensor, bags: list[list[Tensor]], classes: int, t: float) -> Tensor:
-    """Scores in float64, pixel by pixel and prototype by prototype."""
-    episodes, queries, _, height, width = feat.shape
-
-    def cosine(a: Tensor, b: Tensor) -> float:
-        a, b = a - a.mean(), b - b.mean()
-        return float(a @ b / (max(float(a.norm()), 1e-6) * max(float(b.norm()), 1e-6)))
-
-    scores = torch.empty(episodes, queries, classes, height, width, dtype=torch.float64)
-    for e in range(episodes):
-        for q in range(queries):
-            for k in range(classes):
-                bag = bags[e * classes + k]
-                for y in range(height):
-                    for x in range(width):
-                        pixel = feat[e, q, :, y, x].double()
-                        if not bag:
-                            scores[e, q, k, y, x] = -1 / t
-                            continue
-                        cos = torch.tensor([cosine(pixel, proto) for proto in bag]).double()
-                        weight = torch.softmax(cos / t, 0)
-                        agg = sum(w * proto for w, proto in zip(weight, bag, strict=True))
-                        scores[e, q, k, y, x] = cosine(pixel, agg) / t
-    return scores
-
-
-def test_scores_equal_the_loop() -> None:
+def test_scores_equal_the_slow_ones() -> None:
     torch.manual_seed(0)
     feat = torch.randn(2, 2, 6, 2, 3, dtype=torch.float64)
-    bags = [[torch.randn(6, dtype=torch.float64) for _ in range(n)] for n in (3, 1, 0, 2, 0, 5)]
-    packed = torch.stack([row for bag in bags for row in bag])
+    bags = [[torch.randn(n, 6, dtype=torch.float64) for n in row] for row in ((3, 1, 0), (2, 0, 5))]
     unused = torch.full((4, 6), 7.0, dtype=torch.float64)
     offsets = torch.tensor([0, 3, 4, 4, 6, 6, 11], dtype=torch.int32)
-    prototypes = Prototypes(torch.cat([packed, unused]), offsets, 3)
+    prototypes = Prototypes(torch.cat([*bags[0], *bags[1], unused]), offsets, 3)
     found = prototype_scores(feat, prototypes, temperature=0.1)
-    torch.testing.assert_close(found, slow_scores(feat, bags, 3, 0.1))
-    assert (found[:, :, :, 0, 0].abs() <= 10 + 1e-9).all()
+    torch.testing.assert_close(found, slow_aggregates(feat, bags, 0.1)[1])
+    assert (found.abs() <= 10 + 1e-9).all()
 
 
 def test_scores_of_nothing_but_empty_bags() -> None:
@@ -236,44 +155,39 @@ def test_unusable_files(tmp_path: Path) -> None:
             Prototypes.load(path)
 
 
+FEATURES, MASKS = torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 2, 4, 4)
+PROTOS, OFFSETS = torch.ones(3, 2), torch.tensor([0, 2, 3], dtype=torch.int32)
+score = partial(prototype_scores, prototypes=Prototypes(PROTOS, OFFSETS, 2), temperature=0.1)
+
+
 @pytest.mark.parametrize(
-    ("features", "masks", "threshold", "subject"),
+    ("call", "subject"),
     [
-        (torch.ones(1, 1, 4, 2), torch.ones(1, 1, 2, 4, 4), 0.5, "features"),
-        (torch.ones(1, 1, 4, 2, 2, dtype=torch.long), torch.ones(1, 1, 2, 4, 4), 0.5, "features"),
-        (torch.ones(1, 1, 4, 2, 2), torch.ones(1, 2, 2, 4, 4), 0.5, "masks"),
-        (torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 2, 5, 4), 0.5, "masks"),
-        (torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 2, 1, 1), 0.5, "masks"),
-        (torch.ones(1, 1, 4, 2, 2), torch.ones(1, 2, 4, 4), 0.5, "masks"),
-        (torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 2, 4, 4).bool(), 0.5, "masks"),
-        (torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 2, 4, 4), 1.0, "mask_threshold"),
-        (torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 2, 4, 4), -0.1, "mask_threshold"),
-        (torch.ones(1, 1, 4, 2, 2), torch.ones(1, 1, 1, 4, 4), 0.5, "num_classes"),
+        (partial(extract_prototypes, FEATURES[0], MASKS), "features"),
+        (partial(extract_prototypes, FEATURES.long(), MASKS), "features"),
+        (partial(extract_prototypes, FEATURES, MASKS.expand(-1, 2, -1, -1, -1)), "masks"),
+        (partial(extract_prototypes, FEATURES, torch.ones(1, 1, 2, 5, 4)), "masks"),
+        (partial(extract_prototypes, FEATURES, MASKS[..., :1, :1]), "masks"),
+        (partial(extract_prototypes, FEATURES, MASKS[0]), "masks"),
+        (partial(extract_prototypes, FEATURES, MASKS.bool()), "masks"),
+        (partial(extract_prototypes, FEATURES, MASKS.to("meta")), "masks"),
+        (partial(extract_prototypes, FEATURES, MASKS, threshold=1.0), "mask_threshold"),
+        (partial(extract_prototypes, FEATURES, MASKS, threshold=-0.1), "mask_threshold"),
+        (partial(extract_prototypes, FEATURES, MASKS[:, :, :1]), "num_classes"),
+        (partial(Prototypes, torch.ones(3), OFFSETS, 2), "protos"),
+        (partial(Prototypes, PROTOS.long(), OFFSETS, 2), "protos"),
+        (partial(Prototypes, PROTOS, OFFSETS.long(), 2), "offsets"),
+        (partial(Prototypes, PROTOS, OFFSETS, 3), "offsets"),
+        (partial(Prototypes, PROTOS, OFFSETS, 1), "num_classes"),
+        (partial(Prototypes, PROTOS, OFFSETS, True), "num_classes"),
+        (partial(score, torch.ones(2, 1, 2, 1, 1)), "prototypes"),
+        (partial(score, torch.ones(1, 1, 3, 1, 1)), "prototypes"),
     ],
 )
-def test_bad_arguments(features: Tensor, masks: Tensor, threshold: float, subject: str) -> None:
+def test_bad_arguments(call: Callable[[], object], subject: str) -> None:
     with pytest.raises(ArgumentError) as caught:
-        extract_prototypes(features, masks, threshold=threshold)
+        call()
     assert caught.value.subject == subject
-
-
-def test_bad_prototypes() -> None:
-    offsets = torch.tensor([0, 2, 3], dtype=torch.int32)
-    for protos, bounds, classes, subject in (
-        (torch.ones(3), offsets, 2, "protos"),
-        (torch.ones(3, 2).long(), offsets, 2, "protos"),
-        (torch.ones(3, 2), offsets.long(), 2, "offsets"),
-        (torch.ones(3, 2), offsets, 3, "offsets"),
-        (torch.ones(3, 2), offsets, 1, "num_classes"),
-        (torch.ones(3, 2), offsets, True, "num_classes"),
-    ):
-        with pytest.raises(ArgumentError) as caught:
-            Prototypes(protos, bounds, classes)
-        assert caught.value.subject == subject
-    prototypes = Prototypes(torch.ones(3, 2), offsets, 2)
-    for feat in (torch.ones(2, 1, 2, 1, 1), torch.ones(1, 1, 3, 1, 1)):
-        with pytest.raises(ArgumentError, match="prototypes"):
-            prototype_scores(feat, prototypes, temperature=0.1)
 
 
 def test_pick_joins_the_bags_of_several_episodes() -> None:

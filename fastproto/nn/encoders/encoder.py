@@ -12,16 +12,11 @@ class Encoder(nn.Module):
     H and W are multiples of the output stride. F1 has half the image's side, F2 a quarter, F3 an
     eighth, F4 and F5 are smaller by the output stride. For inference ``nn.BatchNorm2d`` is folded:
     ``bn1`` into ``conv1`` and so on, in a sequence into the layer before.
-
-    Attributes:
-        name: Under which ``registry.py`` has it.
-        output_stride: Pixels of a cell of F5, along each side.
-        channels: Of F1 .. F5.
     """
 
-    name: str
-    output_stride: int
-    channels: tuple[int, int, int, int, int]
+    name: str  # under which registry.py has it
+    output_stride: int  # pixels of a cell of F5, along each side
+    channels: tuple[int, int, int, int, int]  # of F1 .. F5
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         raise NotImplementedError

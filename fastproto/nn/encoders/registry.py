@@ -6,22 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import require
 from fastproto.nn.encoders.encoder import Encoder
 from fastproto.nn.encoders.resnet import ResNetEncoder
 
 
 class Entry(NamedTuple):
-    """One encoder.
+    """One encoder."""
 
-    Attributes:
-        make: From its name and an output stride to the encoder, with random weights.
-        imagenet: torchvision's file of weights, in whose name eight digits are the first of its
-            SHA-256; None where there is none.
-    """
-
-    make: Callable[[str, int], Encoder]
-    imagenet: str | None = None
+    make: Callable[[str, int], Encoder]  # from name and output stride, with random weights
+    imagenet: str | None = None  # torchvision's file; its name ends with the start of its SHA-256
 
 
 ENCODERS = {
@@ -38,6 +32,5 @@ def make_encoder(name: str, output_stride: int) -> Encoder:
     Raises:
         ArgumentError: There is none, or it does not have this output stride.
     """
-    if name not in ENCODERS:
-        raise ArgumentError("encoder", found=repr(name), allowed=", ".join(ENCODERS))
+    require(name in ENCODERS, "encoder", found=repr(name), allowed=", ".join(ENCODERS))
     return ENCODERS[name].make(name, output_stride)

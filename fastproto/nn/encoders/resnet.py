@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastproto import defaults
-from fastproto.errors import ArgumentError
+from fastproto.errors import require
 from fastproto.nn.encoders.encoder import Encoder
 from fastproto.nn.winograd import Conv3x3
 
@@ -19,21 +17,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        downsample: nn.Module | None = None,
-    ):
+    def __init__(self, inputs: int, width: int, stride: int = 1, dilation: int = 1):
         super().__init__()
-        self.conv1 = Conv3x3(in_channels, channels, stride=stride, dilation=dilation, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = Conv3x3(channels, channels, dilation=dilation, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = downsample
+        self.conv1 = Conv3x3(inputs, width, stride=stride, dilation=dilation, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = Conv3x3(width, width, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _downsample(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -47,24 +37,16 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        downsample: nn.Module | None = None,
-    ):
+    def __init__(self, inputs: int, width: int, stride: int = 1, dilation: int = 1):
         super().__init__()
-        out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = Conv3x3(channels, channels, stride=stride, dilation=dilation, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample = downsample
+        outputs = width * self.expansion
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = Conv3x3(width, width, stride=stride, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = _downsample(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -74,36 +56,28 @@ class Bottleneck(nn.Module):
         return x.add_(shortcut).relu_()
 
 
-class Architecture(NamedTuple):
-    """Kind of block, and how many of them each of the four layers has."""
+def _downsample(inputs: int, outputs: int, stride: int) -> nn.Module | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    conv = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
-    block: type[BasicBlock] | type[Bottleneck]
-    depths: tuple[int, int, int, int]
 
+_Kind = type[BasicBlock] | type[Bottleneck]
 
-ARCHITECTURES = {
-    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
-    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
+# The kind of block, and how many of them each of the four layers has.
+ARCHITECTURES: dict[str, tuple[_Kind, tuple[int, ...]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
 
 
 class ResNetEncoder(Encoder):
     """A ResNet without its classifier that returns the features of every stage.
 
-    For a ``[B, 3, H, W]`` input with H and W multiples of ``output_stride`` the stages are
-
-    ====================  ==================  ================  ===============
-    stage                 channels (basic)    channels (deep)   stride
-    ====================  ==================  ================  ===============
-    F1 relu(bn1(conv1))   64                  64                2
-    F2 layer1             64                  256               4
-    F3 layer2             128                 512               8
-    F4 layer3             256                 1024              16 (8 at OS 8)
-    F5 layer4             512                 2048              output stride
-    ====================  ==================  ================  ===============
-
+    F1 has 64 channels; F2 .. F5 have 64, 128, 256 and 512, in ResNet-50 and 101 four times as many.
     A stage that keeps its size is dilated instead of strided, by torchvision's convention
     (``replace_stride_with_dilation``): its first block keeps the dilation of the stage before.
 
@@ -117,26 +91,26 @@ class ResNetEncoder(Encoder):
 
     def __init__(self, name: str = defaults.ENCODER, output_stride: int = defaults.OUTPUT_STRIDE):
         super().__init__()
-        if name not in ARCHITECTURES:
-            raise ArgumentError("encoder", found=repr(name), allowed=", ".join(ARCHITECTURES))
-        if output_stride not in (8, 16):
-            raise ArgumentError("output_stride", found=repr(output_stride), allowed="8 or 16")
+        require(
+            name in ARCHITECTURES, "encoder", found=repr(name), allowed=", ".join(ARCHITECTURES)
+        )
+        found, allowed = repr(output_stride), "8 or 16"
+        require(output_stride in (8, 16), "output_stride", found=found, allowed=allowed)
         block, depths = ARCHITECTURES[name]
-        self.name = name
-        self.output_stride = output_stride
+        self.name, self.output_stride = name, output_stride
         f2, f3, f4, f5 = (width * block.expansion for width in (64, 128, 256, 512))
         self.channels = (64, f2, f3, f4, f5)
 
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = _layer(block, 64, 64, depths[0])
-        self.layer2 = _layer(block, self.channels[1], 128, depths[1], stride=2)
+        self.layer2 = _layer(block, f2, 128, depths[1], stride=2)
         if output_stride == 16:
-            self.layer3 = _layer(block, self.channels[2], 256, depths[2], stride=2)
-            self.layer4 = _layer(block, self.channels[3], 512, depths[3], dilations=(1, 2))
+            self.layer3 = _layer(block, f3, 256, depths[2], stride=2)
+            self.layer4 = _layer(block, f4, 512, depths[3], dilations=(1, 2))
         else:
-            self.layer3 = _layer(block, self.channels[2], 256, depths[2], dilations=(1, 2))
-            self.layer4 = _layer(block, self.channels[3], 512, depths[3], dilations=(2, 4))
+            self.layer3 = _layer(block, f3, 256, depths[2], dilations=(1, 2))
+            self.layer4 = _layer(block, f4, 512, depths[3], dilations=(2, 4))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -151,23 +125,16 @@ class ResNetEncoder(Encoder):
 
 
 def _layer(
-    block: type[BasicBlock] | type[Bottleneck],
-    in_channels: int,
-    channels: int,
+    block: _Kind,
+    inputs: int,
+    width: int,
     depth: int,
     *,
     stride: int = 1,
     dilations: tuple[int, int] = (1, 1),
 ) -> nn.Sequential:
     """``depth`` blocks; ``dilations`` are those of the first block and of all the others."""
-    out_channels = channels * block.expansion
-    downsample = None
-    if stride != 1 or in_channels != out_channels:
-        downsample = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-            nn.BatchNorm2d(out_channels),
-        )
     first, others = dilations
-    blocks = [block(in_channels, channels, stride=stride, dilation=first, downsample=downsample)]
-    blocks += [block(out_channels, channels, dilation=others) for _ in range(1, depth)]
+    blocks = [block(inputs, width, stride, first)]
+    blocks += [block(width * block.expansion, width, 1, others) for _ in range(1, depth)]
     return nn.Sequential(*blocks)
