@@ -161,8 +161,8 @@ class TestDamage:
         tensors, header = read_safetensors(path)
         DAMAGE[damage](tensors, header)
         write_safetensors(path, tensors, header)
-        missing = damage.removeprefix("no ").removeprefix("atlas.") if "no " in damage else ""
-        self.refused(path, "unusable contents", missing)
+        missing = damage.removeprefix("no ") if damage.startswith("no ") else ""
+        self.refused(path, "unusable contents", missing.removeprefix("atlas."))
 
 
 class TestModels:
