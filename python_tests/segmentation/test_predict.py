@@ -296,7 +296,7 @@ class TestAbsentOrgans:
         ct = Preprocessing("ct", image_size=48, mean=0.0, std=100.0)
         annotated, other = (make_patient(n, shape=(16, 64, 64), seed=1)[0] for n in (0, 2))
         bone = replace(annotated, array=(annotated.array > 220).astype(np.uint8))
-        task = teach(annotated, bone, labels={1: "bone"}, preprocessing=ct, prior="affine")
+        task = teach(annotated, bone, labels={1: "bone"}, preprocessing=ct)
         result = segment_volume(grey_model, task, other)
         assert result.labels.any()
         assert result.absent() == []
