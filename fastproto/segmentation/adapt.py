@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -27,13 +27,12 @@ ANYWHERE = 0.3  # share of the query slices that are drawn from anywhere around 
 REACH_MM = 30.0  # how far around it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnnotatedOrgan:
     """One organ of an annotated scan.
 
     Attributes:
-        value: Label value.
-        name: Its name.
+        value, name: Of its label.
         view: The scan, seen in the organ's field of view.
         masks: [n, S, S] bool, the organ in every slice.
         slices: Numbers of the slices to learn from, ascending.
@@ -65,44 +64,29 @@ class AnnotatedEpisodes(EpisodeSource):
 
     Args:
         organs: What is drawn in it.
-        seed: See ``EpisodeSource``, as the remaining options.
+        seed, options: See ``EpisodeSource``.
     """
 
     def __init__(self, organs: Sequence[AnnotatedOrgan], seed: int, **options: Any):
         super().__init__(seed, shots=SHOTS, queries=QUERIES, **options)
         self.organs = list(organs)
-        self._pictures: dict[tuple[int, int], Tensor] = {}
+        self._picture = cache(lambda organ, number: organ.view.images(number, number + 1)[0, 0])
 
     def draw(self, generator: torch.Generator) -> Draw:
         """See ``EpisodeSource.draw``."""
-        number = choice(range(len(self.organs)), generator)
-        organ = self.organs[number]
+        organ = choice(self.organs, generator)
         chosen = [choice(organ.inside, generator) for _ in range(self.shots)]
         for _ in range(self.queries):
             anywhere = float(torch.rand(1, generator=generator)) < ANYWHERE
             chosen.append(choice(organ.region if anywhere else organ.inside, generator))
-        cuts = []
         side = organ.view.view.side
-        scale = 1.25 ** (2 * float(torch.rand(1, generator=generator)) - 1)
-        for position in chosen:
+        zoomed = side * 1.25 ** (2 * float(torch.rand(1, generator=generator)) - 1)
+        cuts = []
+        for number in chosen:
             moved = (torch.rand(2, generator=generator) * 2 - 1) * 0.1 * side + side / 2
-            cuts.append(
-                Cut(
-                    self._picture(number, position),
-                    organ.masks[position].to(torch.uint8),
-                    (side, side),
-                    (float(moved[0]), float(moved[1])),
-                    side * scale,
-                )
-            )
+            image, label = self._picture(organ, number), organ.masks[number].to(torch.uint8)
+            cuts.append(Cut(image, label, (side, side), tuple(moved.tolist()), zoomed))
         return Draw(cuts, f"{organ.name}, slices {', '.join(map(str, chosen))}")
-
-    def _picture(self, number: int, position: int) -> Tensor:
-        key = number, position
-        if key not in self._pictures:
-            view = self.organs[number].view
-            self._pictures[key] = view.images(position, position + 1)[0, 0]
-        return self._pictures[key]
 
 
 def adapt_model(
@@ -117,15 +101,9 @@ def adapt_model(
     """Train a copy of ``model`` on the annotated scan.
 
     Normalisation keeps the statistics of the model: a few slices of one scan would replace them
-    with their own.
-
-    Args:
-        model: Stays as it is.
-        organs: What to learn.
-        steps: Optimiser steps of ``BATCH`` episodes.
-        seed: Of the episodes.
-        parts: Which weights change: "decoder" or "all".
-        progress: Called after each step with the steps done, the steps in all and the loss.
+    with their own. A step is of ``BATCH`` episodes, which ``seed`` determines. ``parts`` says which
+    weights change, those of the "decoder" or "all"; ``progress`` is called after each step with the
+    steps done, the steps in all and the loss.
 
     Returns:
         The trained copy in evaluation mode, and the weights in which it differs.
@@ -134,13 +112,9 @@ def adapt_model(
     adapted = copy.deepcopy(model).eval()
     if device.type == "cpu":
         adapted = adapted.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trained = {
-        name: parameter
-        for name, parameter in adapted.named_parameters()
-        if parts == "all" or name.startswith("decoder.")
-    }
     for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(parts == "all" or name.startswith("decoder."))
+    trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
     source = AnnotatedEpisodes(
         organs,
         seed,
@@ -162,7 +136,5 @@ def adapt_model(
         if progress is not None:
             progress(step + 1, steps, total.item())
     changed = {name: value.detach().cpu().half() for name, value in trained.items()}
-    with torch.no_grad():  # as precise as a task file keeps them
-        for name, value in trained.items():
-            value.copy_(changed[name])
+    adapted.load_state_dict(changed, strict=False)  # as precise as a task file keeps them
     return adapted.requires_grad_(True), changed

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import SimpleITK as sitk
 import torch
-from scipy.ndimage import map_coordinates
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastproto.data.geometry import linear_weights
 from fastproto.data.intensity import body_mask
 from fastproto.data.volume import Volume
-from fastproto.segmentation.distance import extent
+from fastproto.segmentation.distance import extent, sample
 
 LONGEST_SIDE = 128  # of a picture, in voxels
 CT_WINDOW = (-200.0, 300.0)  # HU; wider than the network's: fat and bone guide the alignment
@@ -63,10 +62,9 @@ class Picture:
 
     def at(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values at [..., 3] as float32, the border's beyond it; whether they lie within."""
-        index = np.moveaxis((points - self.first) / self.step, -1, 0)
-        values = map_coordinates(self.array, index, np.float32, order=1, mode="nearest")
-        last = np.array(self.array.shape).reshape(-1, *[1] * (index.ndim - 1)) - 0.5
-        return values, ((index >= -0.5) & (index <= last)).all(axis=0)
+        index = (points - self.first) / self.step
+        within = ((index >= -0.5) & (index <= np.array(self.array.shape) - 0.5)).all(axis=-1)
+        return sample(self.array, points, self.first, self.step), within
 
     def image(self) -> sitk.Image:
         """For SimpleITK, whose x, y, z are our columns, rows, slices."""
@@ -95,16 +93,9 @@ class Alignment:
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """[..., 3] -> [..., 3]."""
         if self.displacement is not None:
-            index = np.moveaxis((points - self.first) / self.step, -1, 0)
-            moved = [
-                map_coordinates(part, index, order=1, mode="nearest") for part in self.displacement
-            ]
+            moved = [sample(part, points, self.first, self.step) for part in self.displacement]
             points = points + np.stack(moved, axis=-1)
         return points @ self.matrix.T + self.offset
-
-    def affine(self) -> Alignment:
-        """Without the displacement."""
-        return Alignment(self.matrix, self.offset)
 
     def box_in_query(self, box: np.ndarray) -> np.ndarray:
         """[2, 3] of the annotated scan -> the box around its place in the query, affine part."""
@@ -123,14 +114,12 @@ def body_box(seen: Volume, modality: str) -> np.ndarray:
 
     A volume without a body gives its whole box.
     """
-    spacing = np.array(seen.spacing[::-1])
     coarse, strides = _coarse(seen.array)
-    body = body_mask(coarse, modality)
-    box = volume_box(seen)
+    body, box = body_mask(coarse, modality), volume_box(seen)
     if not body.any():
         return box
     first, last = extent(body)
-    return (np.stack([first - 0.5, last + 0.5]) * strides * spacing).clip(*box)
+    return (np.stack([first - 0.5, last + 0.5]) * strides * seen.spacing[::-1]).clip(*box)
 
 
 def volume_box(seen: Volume) -> np.ndarray:
@@ -142,15 +131,10 @@ def volume_box(seen: Volume) -> np.ndarray:
 def make_picture(
     seen: Volume, modality: str, box: np.ndarray, voxels: int, step: float = 0.0
 ) -> Picture:
-    """The part of a canonical volume within ``box`` [2, 3] mm as a `Picture`.
+    """The part of a canonical volume within ``box`` [2, 3] mm, of about ``voxels`` at most.
 
-    Args:
-        seen: The volume, in canonical orientation.
-        modality: "ct": the window [-200, 300] HU. "mr": up to the 99.5 % value of the body.
-        box: The part to show.
-        voxels: How many the picture has, about and at most.
-        step: Side of its voxels in mm; 0 takes the finest of the volume's own. It grows where there
-            would be too many of them.
+    "ct" shows the window [-200, 300] HU, "mr" all up to the 99.5 % value of the body. Voxels have
+    the side ``step`` mm, or for 0 the finest of the volume's own; more if there were too many.
     """
     spacing, sides = np.array(seen.spacing[::-1]), box[1] - box[0]
     finest = max(np.cbrt(sides.prod() / voxels), sides.max() / LONGEST_SIDE)
@@ -207,12 +191,8 @@ def align_affine(
 ) -> Alignment:
     """Refine ``start`` by mutual information (Mattes), coarse to fine.
 
-    Args:
-        query: A picture of the scan to look at.
-        atlas: One of the annotated scan.
-        start: Where to begin.
-        across: Shift, but neither stretch nor tilt the slices' axis: where the two cover different
-            lengths of the body, stretching one onto the other is a trap.
+    With ``across``, the slices' axis is shifted, but neither stretched nor tilted: where the two
+    cover different lengths of the body, stretching one onto the other is a trap.
 
     Raises:
         RuntimeError: It found nothing usable, e.g. for lack of overlap.
@@ -254,30 +234,39 @@ def align_deformable(query: Picture, atlas: Picture, start: Alignment) -> Alignm
     What is compared is each voxel's likeness to its neighbours (MIND-SSC, Heinrich et al. 2013),
     which changes of contrast and brightness leave alone.
     """
-    fixed = _descriptor_of(query)
-    return _bend(query, start, fixed, *_there(query, atlas, start), _LEVELS)
+    return _bend(query, start, (_descriptor(query.array), *_there(query, atlas, start)), _LEVELS)
 
 
+@torch.enable_grad()
 def _bend(
-    query: Picture,
-    start: Alignment,
-    fixed: Tensor,
-    moving: Tensor,
-    weight: Tensor,
-    levels: Sequence[tuple[int, int]],
+    query: Picture, start: Alignment, seen: Sequence[Tensor], levels: Sequence[tuple[int, int]]
 ) -> Alignment:
-    """``start`` with the displacement that brings ``moving`` onto ``fixed``."""
-    field = torch.zeros(1, 3, 1, 1, 1)  # in cells
-    scale = 1.0
+    """``start`` with a displacement that makes the query look like the annotated scan.
+
+    ``seen`` holds the descriptors of the two at the query's voxels, and what each voxel weighs.
+    """
+    field, scale = torch.zeros(1, 3, 1, 1, 1), 1.0  # in cells of so many voxels
     for cell, steps in levels:
-        still, moved, share = (
-            F.avg_pool3d(x, cell, ceil_mode=True, count_include_pad=False)
-            for x in (fixed, moving, weight)
+        fixed, moving, weight = (
+            F.avg_pool3d(each, cell, ceil_mode=True, count_include_pad=False) for each in seen
         )
-        size = still.shape[2:]
-        field = F.interpolate(field * (scale / cell), size=size, mode="trilinear")
-        field, scale = _descend(still, moved, share, field, steps), cell
-    field = F.interpolate(field * scale, size=fixed.shape[2:], mode="trilinear")
+        size = fixed.shape[2:]
+        grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij"), dim=-1)
+        to_unit = 2 / (torch.tensor(size) - 1).clamp(min=1)
+        rough = F.interpolate(field * (scale / cell), size=size, mode="trilinear").requires_grad_()
+        optimizer = torch.optim.Adam([rough], lr=_RATE)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            smooth = _smooth(rough)
+            places = ((grid + smooth[0].movedim(0, -1)) * to_unit - 1).flip(-1)[None]
+            moved = F.grid_sample(moving, places, padding_mode="border", align_corners=True)
+            bent = sum(smooth.diff(dim=axis).square().sum() for axis in (2, 3, 4))
+            bending = bent / grid[..., 0].numel()
+            apart = (weight * (moved - fixed).square().sum(1, keepdim=True)).mean()
+            (apart + _STIFFNESS * bending / 3).backward()
+            optimizer.step()
+        field, scale = _smooth(rough).detach(), cell
+    field = F.interpolate(field * scale, size=query.array.shape, mode="trilinear")
     displacement = field[0].numpy() * np.float32(query.step)
     return Alignment(start.matrix, start.offset, displacement, query.first, query.step)
 
@@ -299,8 +288,8 @@ def unlikeness(query: Picture, atlas: Picture, alignment: Alignment) -> float:
     The affine alignment alone does not tell: organs of one height differ more in shape than organs
     and what lies a few slices on.
     """
-    fixed, there = _descriptor_of(query), _there(query, atlas, alignment)
-    bent = _bend(query, alignment, fixed, *there, _LEVELS[:1])
+    fixed, there = _descriptor(query.array), _there(query, atlas, alignment)
+    bent = _bend(query, alignment, (fixed, *there), _LEVELS[:1])
     # A bend may blur what fits already.
     return min(_rest(fixed, *there), _rest(fixed, *_there(query, atlas, bent)))
 
@@ -312,36 +301,10 @@ def _rest(fixed: Tensor, moving: Tensor, weight: Tensor) -> float:
     return float(rest) / seen if seen else float("inf")
 
 
-def _descriptor_of(picture: Picture) -> Tensor:
-    return _descriptor(torch.from_numpy(picture.array.astype(np.float32)))
-
-
 def _there(query: Picture, atlas: Picture, alignment: Alignment) -> tuple[Tensor, Tensor]:
     """Descriptor of what the annotated scan has at the query's voxels, and where it has any."""
     values, within = atlas.at(alignment(query.points()))
-    moving = _descriptor(torch.from_numpy(values))
-    return moving, torch.from_numpy(within.astype(np.float32))[None, None]
-
-
-@torch.enable_grad()
-def _descend(fixed: Tensor, moving: Tensor, weight: Tensor, field: Tensor, steps: int) -> Tensor:
-    """The displacement ``[1, 3, n, h, w]`` in voxels that brings ``moving`` onto ``fixed``."""
-    size = fixed.shape[2:]
-    grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij"), dim=-1)
-    to_unit = 2 / (torch.tensor(size) - 1).clamp(min=1)
-    rough = field.clone().requires_grad_()
-    optimizer = torch.optim.Adam([rough], lr=_RATE)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        smooth = _smooth(rough)
-        places = ((grid + smooth[0].movedim(0, -1)) * to_unit - 1).flip(-1)[None]
-        moved = F.grid_sample(moving, places, padding_mode="border", align_corners=True)
-        bent = sum(smooth.diff(dim=axis).square().sum() for axis in (2, 3, 4))
-        bending = bent / grid[..., 0].numel()
-        apart = (weight * (moved - fixed).square().sum(1, keepdim=True)).mean()
-        (apart + _STIFFNESS * bending / 3).backward()
-        optimizer.step()
-    return _smooth(rough).detach()
+    return _descriptor(values), torch.from_numpy(within.astype(np.float32))[None, None]
 
 
 def _smooth(field: Tensor) -> Tensor:
@@ -361,17 +324,15 @@ def _mean3(x: Tensor) -> Tensor:
     return total / count
 
 
-def _descriptor(image: Tensor) -> Tensor:
+def _descriptor(array: np.ndarray) -> Tensor:
     """``[n, h, w]`` -> ``[1, 13, n, h, w]``: MIND-SSC in 0..1, and the brightness."""
+    image = torch.from_numpy(array.astype(np.float32))
     padded = F.pad(image[None, None], [1] * 6, mode="replicate")
-    sides = [1 + sign * (torch.arange(3) == axis) for axis in range(3) for sign in (-1, 1)]
     shifted = [
-        padded[:, :, z : z + image.shape[0], y : y + image.shape[1], x : x + image.shape[2]]
-        for z, y, x in torch.stack(sides).tolist()
+        padded.roll(-sign, axis)[:, :, 1:-1, 1:-1, 1:-1] for axis in (2, 3, 4) for sign in (-1, 1)
     ]
     pairs = [(a, b) for a, b in itertools.combinations(range(6), 2) if a // 2 != b // 2]
-    squares = torch.cat([(shifted[a] - shifted[b]).square() for a, b in pairs], dim=1)
-    squares = _mean3(squares)
+    squares = _mean3(torch.cat([(shifted[a] - shifted[b]).square() for a, b in pairs], dim=1))
     squares -= squares.amin(dim=1, keepdim=True)
     noise = squares.mean(dim=1, keepdim=True)
     typical = noise.mean() + _EPS

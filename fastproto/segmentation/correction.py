@@ -42,16 +42,11 @@ def correction(scores: Tensor, distance: Tensor, spacing: Sequence[float]) -> np
         for x in (scores.sigmoid(), (distance < 0).float())
     )
     overlap = fftconvolve(found, expected[::-1, ::-1, ::-1])
-    ways = np.meshgrid(
-        *(
-            np.arange(1 - n, n) * count * side
-            for n, count, side in zip(found.shape, kernel, spacing, strict=True)
-        ),
-        indexing="ij",
-    )
-    length = np.sqrt(sum(way**2 for way in ways))
+    cells = np.moveaxis(np.indices(overlap.shape), 0, -1) + 1 - np.array(found.shape)
+    ways = cells * kernel * spacing
+    length = np.linalg.norm(ways, axis=-1)
     gain = 2 * overlap / max(found.sum() + expected.sum(), 1e-6) - _COST * length / depth
     best = np.unravel_index(np.argmax(gain), gain.shape)
     if gain[best] < gain[length == 0][0] + _LEAST_GAIN:
         return np.zeros(3)
-    return np.array([way[best] for way in ways])
+    return ways[best]

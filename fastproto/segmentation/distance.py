@@ -57,8 +57,7 @@ class DistanceMap:
     def at(self, points: np.ndarray) -> np.ndarray:
         """Distances at [..., 3]. Beyond the grid: that at its border and of the way to there."""
         near = points.clip(self.first, self.last)
-        index = np.moveaxis((near - self.first) / self.step, -1, 0)
-        values = map_coordinates(self.values, index, order=1, mode="nearest")
+        values = sample(self.values, near, self.first, self.step)
         return values + np.linalg.norm(points - near, axis=-1).astype(np.float32)
 
     def on(self, axes: Sequence[np.ndarray]) -> Tensor:
@@ -72,6 +71,14 @@ class DistanceMap:
             weights = torch.from_numpy(weights.clip(0).astype(np.float32))
             result = torch.tensordot(result, weights, dims=([0], [1]))  # the next axis comes first
         return result + (beyond[0][:, None, None] + beyond[1][:, None] + beyond[2]).sqrt_()
+
+
+def sample(
+    values: np.ndarray, points: np.ndarray, first: np.ndarray | float, step: np.ndarray | float
+) -> np.ndarray:
+    """float32 between the voxels of a grid [n, h, w], at [..., 3] mm; beyond it the border's."""
+    index = np.moveaxis((points - first) / step, -1, 0)
+    return map_coordinates(values, index, np.float32, order=1, mode="nearest")
 
 
 def extent(mask: np.ndarray) -> np.ndarray:

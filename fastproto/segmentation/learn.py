@@ -16,7 +16,7 @@ from fastproto.data.geometry import FieldOfView, canonical
 from fastproto.data.intensity import guess_modality
 from fastproto.data.preprocessing import PreparedVolume, Preprocessing
 from fastproto.data.volume import Volume, check_labels
-from fastproto.errors import ArgumentError, CheckpointError, LabelError
+from fastproto.errors import CheckpointError, LabelError, require
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.adapt import AnnotatedOrgan, adapt_model
 from fastproto.segmentation.distance import extent
@@ -74,12 +74,12 @@ def register(
         LabelError: The mask is empty, or a label is unknown, absent or lost in resampling.
         CheckpointError: The model file does not say how to preprocess.
     """
-    if isinstance(slices, int) and slices < 1:
-        raise ArgumentError("slices", found=str(slices), allowed="a whole number above 0")
+    many = not isinstance(slices, int) or slices > 0
+    require(many, "slices", found=str(slices), allowed="a whole number above 0")
     device = next(model.parameters()).device
     steps = AUTO_STEPS.get(device.type, AUTO_STEPS["cuda"]) if adapt == "auto" else adapt
-    if not isinstance(steps, int) or steps < 0:
-        raise ArgumentError("adapt", found=repr(adapt), allowed='"auto", or a number from 0')
+    usable = isinstance(steps, int) and steps >= 0
+    require(usable, "adapt", found=repr(adapt), allowed='"auto", or a number from 0')
     preprocessing = preprocessing or model_preprocessing(model, guess_modality(image))
     prepared = preprocessing.prepare(image)
     names = _choose_labels(label, labels, classes)
@@ -106,13 +106,10 @@ def model_preprocessing(model: FewShotModel, modality: str) -> Preprocessing:
         CheckpointError: There is none, or none for this modality.
     """
     known = known_preprocessing(model)
-    if modality not in known:
-        raise CheckpointError(
-            "model",
-            found=f"that it was trained on {', '.join(known).upper()} alone, and a scan that "
-            f"looks like {modality.upper()}",
-            allowed="a model and a scan of one modality",
-        )
+    found = f"that it was trained on {', '.join(known).upper()} alone, "
+    found += f"and a scan that looks like {modality.upper()}"
+    allowed = "a model and a scan of one modality"
+    require(modality in known, "model", found=found, allowed=allowed, error=CheckpointError)
     return known[modality]
 
 
@@ -130,13 +127,10 @@ def annotate(
     row, column = (first + last) / 2
     view = prepared.at(FieldOfView(row, column, side))
     masks = view.labels(label) == value
-    if not masks.any():
-        raise LabelError(
-            label.name,
-            found=f"that {name!r} ({value}) vanishes at {prepared.image_size} pixels",
-            allowed="organs larger than a pixel of the network's image",
-            fix="Use a model trained at a larger image size, or leave this label out.",
-        )
+    found = f"that {name!r} ({value}) vanishes at {prepared.image_size} pixels"
+    allowed = "organs larger than a pixel of the network's image"
+    fix = "Use a model trained at a larger image size, or leave this label out."
+    require(masks.any(), label.name, found=found, allowed=allowed, fix=fix, error=LabelError)
     return AnnotatedOrgan(value, name, view, masks, choose(masks, name, slices))
 
 
@@ -152,13 +146,13 @@ def _learn(model: FewShotModel, annotated: Sequence[AnnotatedOrgan]) -> tuple[Or
     organs = []
     for organ in annotated:
         kept, left_out = split(organ)
-        known = _encode(model, organ, kept)
-        bias, expected = 0.0, None
+        learned = _encode(model, organ, organ.slices)
         if left_out:
+            known = _encode(model, organ, kept)
             scores = score_slices(network, known, organ.view, left_out, left_out)
             bias, expected = _fit_bias(scores, organ.masks[list(left_out)])
-        taught = _encode(model, organ, organ.slices)
-        organs.append(replace(taught, bias=bias, expected_dice=expected))
+            learned = replace(learned, bias=bias, expected_dice=expected)
+        organs.append(learned)
     return tuple(organs)
 
 
@@ -178,37 +172,27 @@ def _encode(model: FewShotModel, organ: AnnotatedOrgan, slices: Sequence[int]) -
 def _fit_bias(scores: Tensor, masks: Tensor) -> tuple[float, float]:
     """The shift of the log odds that gives the best Dice, the smallest of equals; and that Dice."""
     truth = masks.float()
-    best = (-1.0, 0.0)
+    best, most = 0.0, -1.0
     for bias in sorted(_BIASES, key=abs):
         found = (scores + bias > 0).float()
         dice = float(2 * (found * truth).sum() / (found.sum() + truth.sum()).clamp(min=1))
-        if dice > best[0] + 1e-3:
-            best = (dice, float(bias))
-    return best[1], best[0]
+        if dice > most + 1e-3:
+            best, most = float(bias), dice
+    return best, most
 
 
 def _choose_labels(
     label: Volume, labels: dict[int, str] | None, classes: Sequence[int] | None
 ) -> dict[int, str]:
     """Value -> name of the classes to register, checked against what the mask holds."""
-    found = check_labels(label, labels if classes is None else None)
-    wanted = found if classes is None else list(dict.fromkeys(classes))
-    if absent := [value for value in wanted if value not in found]:
-        raise LabelError(
-            label.name,
-            found=f"no voxel of label {_listed(absent)}",
-            allowed=f"labels that occur in this mask: {_listed(found)}",
-        )
-    if labels is None:
-        labels = {value: f"label {value}" for value in found}
-    if unknown := [value for value in wanted if value not in labels]:
-        raise LabelError(
-            "labels",
-            found=f"no name for label {_listed(unknown)}",
-            allowed="a name for every label to register",
-        )
-    return {value: labels[value] for value in sorted(wanted)}
-
-
-def _listed(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))
+    drawn = check_labels(label, labels if classes is None else None)
+    wanted = drawn if classes is None else list(dict.fromkeys(classes))
+    absent = [str(value) for value in wanted if value not in drawn]
+    found = f"no voxel of label {', '.join(absent)}"
+    allowed = f"labels that occur in this mask: {', '.join(map(str, drawn))}"
+    require(not absent, label.name, found=found, allowed=allowed, error=LabelError)
+    names = {value: f"label {value}" for value in drawn} if labels is None else labels
+    unknown = [str(value) for value in wanted if value not in names]
+    found, allowed = f"no name for label {', '.join(unknown)}", "a name for every label to register"
+    require(not unknown, "labels", found=found, allowed=allowed, error=LabelError)
+    return {value: names[value] for value in sorted(wanted)}

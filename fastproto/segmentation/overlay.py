@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,25 +16,13 @@ from fastproto.data.volume import Volume
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, with a violet for their dark
 # blue, which on bone looks as the light one does elsewhere; then lighter and darker ones.
-COLOURS = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (213, 94, 0),
-    (204, 121, 167),
-    (120, 40, 200),
-    (178, 223, 138),
-    (251, 154, 153),
-    (202, 178, 214),
-    (166, 86, 40),
-    (141, 211, 199),
-)
+_HEX = "E69F00 56B4E9 009E73 F0E442 D55E00 CC79A7 7828C8 B2DF8A FB9A99 CAB2D6 A65628 8DD3C7"
+COLOURS = tuple(tuple(bytes.fromhex(digits)) for digits in _HEX.split())
 OPACITY = 0.45
 TILE = 256  # pixels per slice
 LINE = 22  # height of a line of text in pixels
 
-Colours: TypeAlias = "dict[int, tuple[int, int, int]]"  # by label value
+Colours: TypeAlias = "dict[int, tuple[int, ...]]"  # by label value
 Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
 
 
@@ -71,16 +58,9 @@ def draw_overlay(
     """Draw a montage of slices, each organ in its colour, above a legend with their names.
 
     The slices are spread evenly over the extent of the labels, or over the whole volume where
-    nothing is labelled. They appear as the network sees them: in canonical orientation, with true
-    proportions and the grey values of the preprocessing.
-
-    Args:
-        image: The scan.
-        label: Its label map, on the same grid.
-        preprocessing: Says plane, crop and grey values.
-        names: Label value -> name, for the legend.
-        slices: Number of slices at most.
-        columns: Slices per row.
+    nothing is labelled, ``slices`` at most and ``columns`` to a row. They appear as the network
+    sees them: in canonical orientation, with true proportions and the plane, crop and grey values
+    of the preprocessing. ``label`` is on the grid of ``image``; ``names`` go by its values.
     """
     preprocessing = dataclasses.replace(preprocessing, image_size=TILE)
     prepared = preprocessing.prepare(image)
@@ -124,24 +104,14 @@ def _tile(grey: np.ndarray, labels: np.ndarray, colours: Colours) -> np.ndarray:
 
 def _legend(names: dict[int, str], colours: Colours, width: int, font: Font) -> Image.Image:
     """Coloured squares with the organs' names, in as many lines as ``width`` needs."""
-    placed = list(_flow(names.items(), width, font))
-    height = (placed[-1][1] + LINE if placed else 0) + 8
-    legend = Image.new("RGB", (width, height))
+    legend = Image.new("RGB", (width, 14 + LINE * len(names)))  # more lines than it has in the end
     draw = ImageDraw.Draw(legend)
-    for left, top, value, name in placed:
-        draw.rectangle((left, top + 4, left + 12, top + 16), fill=colours[value])
-        draw.text((left + 18, top + 2), name, fill="white", font=font)
-    return legend
-
-
-def _flow(
-    names: Iterable[tuple[int, str]], width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> Iterable[tuple[int, int, int, str]]:
-    """Place each name, yielding left, top, label value and name."""
     left, top = 8, 6
-    for value, name in names:
+    for value, name in names.items():
         length = 18 + int(font.getlength(name)) + 16
         if left > 8 and left + length > width:
             left, top = 8, top + LINE
-        yield left, top, value, name
+        draw.rectangle((left, top + 4, left + 12, top + 16), fill=colours[value])
+        draw.text((left + 18, top + 2), name, fill="white", font=font)
         left += length
+    return legend.crop((0, 0, width, top + LINE + 8 if names else 8))

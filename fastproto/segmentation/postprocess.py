@@ -13,10 +13,9 @@ PIECE = 0.2  # share of the largest piece below which another one is dropped
 
 
 def clean(mask: np.ndarray) -> np.ndarray:
-    """Keep the largest piece of an organ and those at least a fifth as large; fill their holes.
+    """Keep the largest piece of ``[n, h, w]`` bool and those at least a fifth as large.
 
-    Args:
-        mask: ``[n, h, w]`` bool, one organ; holes are those of a slice.
+    Their holes are filled, slice by slice.
     """
     pieces, count = ndimage.label(mask)
     if count == 0:

@@ -85,6 +85,7 @@ def segment_volume(
             each of them, as long as nothing changes the weights.
 
     Raises:
+        ArgumentError: No task, tasks whose slices are prepared differently, no batch.
         CheckpointError: A task was registered with another model.
         LabelError: Tasks that name a label differently.
     """
@@ -92,7 +93,7 @@ def segment_volume(
     check_tasks(tasks, model, fingerprint)
     prepared = tasks[0].preprocessing.prepare(volume)
     priors = [locate(task.atlas, volume, prior) for task in tasks]
-    claims = []
+    claims: list[Claim] = []
     before = done = 0  # slices of earlier tasks, slices in all
 
     def advance(now: int, total: int) -> None:
@@ -106,37 +107,25 @@ def segment_volume(
         ready = task.ready(model)
         found = gather(ready, task, prepared, located, batch_size=size, progress=advance)
         before = done
-        claims.append(weigh(task, found, fusion or FUSIONS[located.kind]))
-    return settle(volume, prepared, priors[0], average(claims), probabilities=probabilities)
+        claims += weigh(task, found, fusion or FUSIONS[located.kind])
+    return settle(prepared, priors[0], average(claims), probabilities=probabilities)
 
 
 def check_tasks(tasks: Sequence[Task], model: FewShotModel, fingerprint: str | None = None) -> None:
-    """Raise unless ``model`` can use all of ``tasks`` together; its fingerprint may be known.
-
-    Raises:
-        ArgumentError: None at all, or slices prepared in different ways.
-        CheckpointError: A task was registered with another model.
-        LabelError: Tasks that name a label differently.
-    """
+    """Raise what `segment_volume` does unless ``model`` can use all of ``tasks`` together."""
     require(tasks, "task", found="no task", allowed="one task or several")
     fingerprint = fingerprint or model.fingerprint()
     names: dict[int, str] = {}
     for task in tasks:
         task.check_model(model, fingerprint=fingerprint)
-        require(
-            task.preprocessing == tasks[0].preprocessing,
-            "task",
-            found=f"tasks of {task.preprocessing} and of {tasks[0].preprocessing}",
-            allowed="annotated scans of one modality, prepared alike",
-        )
+        first, own = tasks[0].preprocessing, task.preprocessing
+        allowed = "annotated scans of one modality, prepared alike"
+        require(own == first, "task", found=f"tasks of {own} and of {first}", allowed=allowed)
+        allowed = "one name for each value in all annotated scans"
         for value, name in task.labels.items():
-            require(
-                names.setdefault(value, name) == name,
-                "task",
-                found=f"label {value} as {names[value]!r} and as {name!r}",
-                allowed="one name for each value in all annotated scans",
-                error=LabelError,
-            )
+            known = names.setdefault(value, name)
+            found = f"label {value} as {known!r} and as {name!r}"
+            require(known == name, "task", found=found, allowed=allowed, error=LabelError)
 
 
 def gather(
@@ -155,37 +144,34 @@ def gather(
     """
     allowed = "a whole number above 0"
     require(batch_size > 0, "batch_size", found=str(batch_size), allowed=allowed)
+    margin = MARGINS_MM[prior.kind]
     places = [prior.only(index) for index in range(len(task.organs))]
-
-    def slices(place: Prior) -> int:
-        first, stop = place.box(MARGINS_MM[place.kind])[0]
-        return stop - first
-
-    total = sum(map(slices, places))
+    total = sum(stop - first for (first, stop), *_ in (place.box(margin) for place in places))
     done = 0
 
     def look(organ: Organ, place: Prior) -> Evidence:
         nonlocal done
-        (first, last), *sides = place.box(MARGINS_MM[place.kind])
+        (first, last), *sides = place.box(margin)
         view = prepared.at(expected_view(organ, place))
         positions = place.slice_positions().tolist()
-        # No further than the network sees.
-        box = [slice(first, last)]
-        for axis, centre in ((1, view.view.row), (2, view.view.column)):
-            reach = organ.side / 2 / prepared.spacing[axis]
-            low, high = sides[axis - 1]
+        box = []  # no further than the network sees
+        for (low, high), step, centre in zip(
+            sides, prepared.spacing[1:], view.view[:2], strict=True
+        ):
+            reach = organ.side / 2 / step
             box.append(slice(max(low, round(centre - reach)), min(high, round(centre + reach) + 1)))
+        rows, columns = box
         scores, distance = [], []
         for start in range(first, last, batch_size):
             stop = min(start + batch_size, last)
             part = score_slices(model, organ, view, range(start, stop), positions[start:stop])
             restored = torch.from_numpy(view.restore(part[:, None], start, stop))
-            scores.append(restored[:, 0, box[1], box[2]].clone())
-            distance.append(place.signed_distance(start, stop)[:, 0, box[1], box[2]].clone())
+            scores.append(restored[:, 0, rows, columns].clone())
+            distance.append(place.signed_distance(start, stop)[:, 0, rows, columns].clone())
             done += stop - start
             if progress is not None:
                 progress(done, total)
-        return Evidence((box[0], box[1], box[2]), torch.cat(scores), torch.cat(distance))
+        return Evidence((slice(first, last), rows, columns), torch.cat(scores), torch.cat(distance))
 
     found = []
     for organ, place in zip(task.organs, places, strict=True):
@@ -193,7 +179,8 @@ def gather(
         way = correction(evidence.scores + organ.bias, evidence.distance, prepared.spacing)
         if way.any():
             place = place.moved(way)
-            total += slices(place)
+            first, stop = place.box(margin)[0]
+            total += stop - first
             evidence = look(organ, place)
         found.append(evidence)
     return found
@@ -206,26 +193,18 @@ def decide(
     prior: Prior,
     found: Sequence[Evidence],
     fusion: Fusion,
-    *,
-    probabilities: bool = False,
 ) -> Segmentation:
     """One label map from the evidence for all organs of one task."""
-    claims = list(weigh(task, found, fusion).values())
-    return settle(volume, prepared, prior, claims, probabilities=probabilities)
+    return settle(prepared, prior, weigh(task, found, fusion))
 
 
 def settle(
-    volume: Volume,
-    prepared: PreparedVolume,
-    prior: Prior,
-    claims: Sequence[Claim],
-    *,
-    probabilities: bool = False,
+    prepared: PreparedVolume, prior: Prior, claims: Sequence[Claim], *, probabilities: bool = False
 ) -> Segmentation:
     """One label map from the claims of all organs."""
-    dtype = np.min_scalar_type(max(claim.value for claim in claims))
-    labels = np.zeros(volume.array.shape, dtype)
-    best = np.zeros(volume.array.shape, np.float32)
+    shape = prepared.volume.array.shape
+    labels = np.zeros(shape, np.min_scalar_type(max(claim.value for claim in claims)))
+    best = np.zeros(shape, np.float32)
     seen, best_seen = prepared.to_canonical(labels), prepared.to_canonical(best)
     organs = {}
     for claim in claims:
@@ -234,7 +213,7 @@ def settle(
         best_seen[box][wins] = odds[wins]
         seen[box][wins] = claim.value
         if probabilities:
-            whole = np.zeros(volume.array.shape, np.float32)
+            whole = np.zeros(shape, np.float32)
             prepared.to_canonical(whole)[box] = claim.odds.sigmoid().numpy()
             organs[claim.value] = whole
     confidence = {}
@@ -257,14 +236,9 @@ def score_slices(
     numbers: Sequence[int],
     positions: Sequence[float],
 ) -> Tensor:
-    """Log odds of an organ in some slices.
+    """Log odds of an organ in the slices ``numbers`` of its field of view, in any order.
 
-    Args:
-        model: The network, adapted or not, as it is or `for_inference`.
-        organ: With its prototypes.
-        view: The scan in the organ's field of view.
-        numbers: Slices of it, without gaps or not.
-        positions: The slice of the annotated scan that each of them corresponds to.
+    ``positions`` are the slices of the annotated scan that they correspond to.
 
     Returns:
         ``[n, S, S]`` float32 on the CPU.
@@ -280,8 +254,8 @@ def score_slices(
 def _nearest(organ: Organ, place: float) -> tuple[list[int], list[int]]:
     """The annotated slices to compare with, for the background and for the organ."""
     order = np.argsort([abs(number - place) for number in organ.slices], kind="stable").tolist()
-    counts = organ.prototypes.offsets.diff().view(-1, 2)[:, 1].tolist()
-    return order[:NEAREST], [i for i in order if counts[i]][:NEAREST]
+    counts = organ.prototypes.counts()
+    return order[:NEAREST], [i for i in order if counts[i][1]][:NEAREST]
 
 
 def expected_view(organ: Organ, prior: Prior) -> FieldOfView:

@@ -51,10 +51,8 @@ class Atlas:
 
     Attributes:
         kind: The most elaborate alignment it can serve: "box", "affine" or "deformable".
-        modality: "ct" or "mr".
-        plane: The plane of the slices, as in `Preprocessing`.
-        values: Label values of the organs.
-        maps: A distance map for each of them.
+        modality, plane: As in `Preprocessing`.
+        values, maps: Label values of the organs, and a distance map for each of them.
         body: [2, 3] mm, the box of the body.
         slice_spacing: In mm.
         pictures: The body at low resolution and, finer, the organs and what surrounds them; none
@@ -73,8 +71,7 @@ class Atlas:
     def __post_init__(self) -> None:
         _check_kind(self.kind, KINDS)
         counts = len(self.values), len(self.maps), len(self.pictures)
-        organs = max(counts[0], 1)
-        allowed = (organs, organs, 0 if self.kind == "box" else 2)
+        allowed = max(counts[0], 1), max(counts[0], 1), 0 if self.kind == "box" else 2
         subject = "values, maps, pictures"
         require(counts == allowed, subject, found=f"{counts} of them", allowed=f"{allowed}")
 
@@ -95,45 +92,33 @@ class Atlas:
             GeometryError: Image and label are on different grids.
             LabelError: A value does not occur.
         """
-        _check_kind(kind, KINDS)
         seen, organs = canonical(image, plane), canonical(label, plane)
         check_same_grid(seen, organs)
         spacing = np.array(seen.spacing[::-1])
         maps = []
         for value in values:
-            mask = organs.array == value
-            if not mask.any():
-                found = f"no voxel of label {value}"
-                raise LabelError(label.name, found=found, allowed="labels that occur")
-            maps.append(DistanceMap.of_mask(mask, spacing))
-        body = body_box(seen, modality)
-        pictures: tuple[Picture, ...] = ()
+            hit = organs.array == value
+            found, allowed = f"no voxel of label {value}", "labels that occur"
+            require(hit.any(), label.name, found=found, allowed=allowed, error=LabelError)
+            maps.append(DistanceMap.of_mask(hit, spacing))
+        body, parts = body_box(seen, modality), []
         if kind != "box":
             around = _around(maps).clip(*volume_box(seen))
-            pictures = (
-                make_picture(seen, modality, body, _BODY_VOXELS),
-                make_picture(seen, modality, around, _DETAIL_VOXELS),
-            )
-        return cls(
-            kind, modality, plane, tuple(values), tuple(maps), body, float(spacing[0]), pictures
-        )
+            parts = [(body, _BODY_VOXELS), (around, _DETAIL_VOXELS)]
+        pictures = tuple(make_picture(seen, modality, *part) for part in parts)
+        described = kind, modality, plane, tuple(values), tuple(maps), body
+        return cls(*described, float(spacing[0]), pictures)
 
     def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors for a safetensors file (distances as float16), and the rest as JSON takes it."""
-        tensors = {
-            f"distance.{index}": torch.from_numpy(map_.values.astype(np.float16))
-            for index, map_ in enumerate(self.maps)
+        arrays = {
+            f"distance.{i}": each.values.astype(np.float16) for i, each in enumerate(self.maps)
         }
-        for index, picture in enumerate(self.pictures):
-            tensors[f"picture.{index}"] = torch.from_numpy(picture.array)
-        return tensors, {
-            "kind": self.kind,
-            "modality": self.modality,
-            "plane": self.plane,
-            "values": list(self.values),
+        arrays |= {f"picture.{i}": each.array for i, each in enumerate(self.pictures)}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, {
+            **vars(self),
             "maps": [[map_.first.tolist(), map_.step.tolist()] for map_ in self.maps],
             "body": self.body.tolist(),
-            "slice_spacing": self.slice_spacing,
             "pictures": [[picture.first.tolist(), picture.step] for picture in self.pictures],
         }
 
@@ -145,28 +130,22 @@ class Atlas:
             ArgumentError: Fields or tensors are missing or do not fit together.
         """
         try:
-            maps = [
+            maps = tuple(
                 DistanceMap(_solid(tensors[f"distance.{i}"].float()), _triple(first), _triple(step))
                 for i, (first, step) in enumerate(fields["maps"])
-            ]
-            pictures = [
+            )
+            pictures = tuple(
                 Picture(_solid(tensors[f"picture.{i}"]), _triple(first), float(step))
                 for i, (first, step) in enumerate(fields["pictures"])
-            ]
-            return cls(
-                str(fields["kind"]),
-                str(fields["modality"]),
-                str(fields["plane"]),
-                tuple(map(int, fields["values"])),
-                tuple(maps),
-                np.array(fields["body"], dtype=float).reshape(2, 3),
-                float(fields["slice_spacing"]),
-                tuple(pictures),
             )
+            kind, modality, plane = (str(fields[name]) for name in ("kind", "modality", "plane"))
+            values = tuple(map(int, fields["values"]))
+            body = np.array(fields["body"], dtype=float).reshape(2, 3)
+            spacing = float(fields["slice_spacing"])
+            return cls(kind, modality, plane, values, maps, body, spacing, pictures)
         except (KeyError, TypeError, ValueError) as error:
-            raise ArgumentError(
-                "atlas", found=f"unusable fields ({error})", allowed="what Atlas.to_parts gives"
-            ) from error
+            found, allowed = f"unusable fields ({error})", "what Atlas.to_parts gives"
+            raise ArgumentError("atlas", found=found, allowed=allowed) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,11 +157,9 @@ class Prior:
         fallback: Why it is "box" although more was asked for; None where it is not.
         quality: Normalised cross-correlation of the two scans around the organs after alignment, -1
             to 1; NaN with "box".
-        values: Label values of the organs.
-        maps: A distance map in this scan for each of them.
+        values, maps: Label values of the organs, and a distance map in this scan for each of them.
         alignment: From this scan to the annotated one.
-        grid: This scan without its voxels.
-        plane: The plane of the slices.
+        grid, plane: This scan without its voxels, and the plane of its slices.
         atlas_spacing: Distance of the annotated scan's slices in mm.
     """
 
@@ -216,24 +193,18 @@ class Prior:
         The affine part moves with them; a displacement stays where it was.
         """
         maps = tuple(replace(map_, first=map_.first + way) for map_ in self.maps)
-        alignment = replace(
-            self.alignment, offset=self.alignment.offset - self.alignment.matrix @ way
-        )
+        old = self.alignment
+        alignment = replace(old, offset=old.offset - old.matrix @ way)
         return replace(self, maps=maps, alignment=alignment)
 
     def signed_distance(self, start: int, stop: int) -> Tensor:
-        """Distance to the surface of every organ in mm, negative inside.
-
-        Args:
-            start: First slice.
-            stop: One past the last.
+        """Distance to the surface of every organ in mm, negative inside, in a range of slices.
 
         Returns:
             ``[n, K, h, w]`` float32 for the K organs; the background is not among them.
         """
         slices, height, width = self.shape
-        allowed = f"a range within 0 to {slices}"
-        fits = 0 <= start <= stop <= slices
+        fits, allowed = 0 <= start <= stop <= slices, f"a range within 0 to {slices}"
         require(fits, "start, stop", found=f"{start}, {stop}", allowed=allowed)
         indices = np.arange(start, stop), np.arange(height), np.arange(width)
         axes = [index * side for index, side in zip(indices, self.spacing, strict=True)]
@@ -261,7 +232,7 @@ class Prior:
         middle = np.mean([(map_.first + map_.last) / 2 for map_ in self.maps], axis=0)
         points = np.tile(middle, (self.shape[0], 1))
         points[:, 0] = np.arange(len(points)) * self.spacing[0]
-        return self.alignment.affine()(points)[:, 0] / self.atlas_spacing
+        return replace(self.alignment, displacement=None)(points)[:, 0] / self.atlas_spacing
 
     def label_map(self) -> np.ndarray:
         """The prior alone as a segmentation: ``[Z, Y, X]`` label values, in the file's axes."""
@@ -278,10 +249,7 @@ class Prior:
 def locate(atlas: Atlas, volume: Volume, kind: str | None = None) -> Prior:
     """Find the atlas's organs in another scan. The same scans give the same prior, bit by bit.
 
-    Args:
-        atlas: Of the annotated scan.
-        volume: The scan to look at, of the same modality.
-        kind: "box", "affine" or "deformable", no more than the atlas can serve; None takes that.
+    ``kind`` is "box", "affine" or "deformable", no more than the atlas can serve; None takes that.
     """
     kind = kind or atlas.kind
     _check_kind(kind, KINDS[: KINDS.index(atlas.kind) + 1])

@@ -19,13 +19,10 @@ LEFT_OUT = 3  # every third of the chosen slices checks what the others taught
 
 
 def choose(masks: Tensor, name: str, wanted: int | Sequence[int]) -> tuple[int, ...]:
-    """Numbers of the slices to learn an organ from, ascending.
+    """Numbers of the slices to learn the organ ``name`` from, ascending.
 
-    Args:
-        masks: ``[n, S, S]`` bool, the organ in every slice; it is in some of them.
-        name: Of the organ, for the error.
-        wanted: How many, spread evenly over the organ, to which those beyond its ends come; or
-            their numbers.
+    ``masks`` is ``[n, S, S]`` bool, the organ in every slice; it is in some of them. ``wanted`` is
+    how many, spread evenly over the organ, to which those beyond its ends come; or their numbers.
 
     Raises:
         ArgumentError: Numbers that do not exist, or none of which shows the organ.
@@ -35,19 +32,15 @@ def choose(masks: Tensor, name: str, wanted: int | Sequence[int]) -> tuple[int, 
     if isinstance(wanted, int):
         chosen = spread(occupied, wanted)
         step = max(1, round(len(occupied) / len(chosen)))
-        for number in range(1, AROUND + 1):
-            chosen += [int(occupied[0]) - number * step, int(occupied[-1]) + number * step]
+        for way in range(step, AROUND * step + 1, step):
+            chosen += [int(occupied[0]) - way, int(occupied[-1]) + way]
         chosen = [number for number in chosen if 0 <= number < len(masks)]
     else:
         chosen = [int(number) for number in wanted]
-        within = chosen and 0 <= min(chosen) <= max(chosen) < len(masks)
-        require(
-            within and present[chosen].any(),
-            "slices",
-            found=", ".join(map(str, chosen)),
-            allowed=f"0 to {len(masks) - 1}, and some of those with {name!r} among them: "
-            f"{', '.join(map(str, occupied))}",
-        )
+        fits = chosen and 0 <= min(chosen) <= max(chosen) < len(masks) and present[chosen].any()
+        allowed = f"0 to {len(masks) - 1}, and some of those with {name!r} among them: "
+        allowed += ", ".join(map(str, occupied))
+        require(fits, "slices", found=", ".join(map(str, chosen)), allowed=allowed)
     return tuple(sorted(set(chosen)))
 
 

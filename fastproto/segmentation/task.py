@@ -10,9 +10,9 @@ patient, but with a prior by registration a picture of the scan at low resolutio
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from fastproto.data.preprocessing import Preprocessing
-from fastproto.errors import ArgumentError, CheckpointError, InputError
+from fastproto.errors import CheckpointError, InputError, require
 from fastproto.nn import FewShotUNet, Prototypes
 from fastproto.nn.base import FewShotModel
 from fastproto.nn.weights import read_safetensors, write_safetensors
@@ -37,8 +37,7 @@ class Organ:
     """One organ of a task, seen in a field of view of its own.
 
     Args:
-        value: Label value.
-        name: Its name.
+        value, name: Of its label.
         side: Side of the field of view in mm.
         slices: Numbers of the annotated scan's slices that prototypes are from, ascending.
         prototypes: An episode per slice, of two classes: what is not the organ, and the organ.
@@ -91,47 +90,34 @@ class Task:
     ) -> None:
         """Raise unless ``model`` is the one this task was registered with.
 
-        Args:
-            model: The model to use it with.
-            name: What to call the task in the error, e.g. its file.
-            fingerprint: ``model.fingerprint()``, if known: it takes a while.
+        The error calls the task ``name``, e.g. its file. ``fingerprint`` is the model's, if known:
+        it takes a while.
 
         Raises:
             CheckpointError: The model's configuration or weights differ.
         """
-        found = fingerprint or model.fingerprint()
-        if found != self.fingerprint:
-            raise CheckpointError(
-                name,
-                found=f"prototypes of another model (fingerprint {self.fingerprint[:12]})",
-                allowed=f"a task registered with this model (fingerprint {found[:12]})",
-                fix="Register the annotated scan again with this model, or use the other model.",
-            )
+        own, other = self.fingerprint, fingerprint or model.fingerprint()
+        found = f"prototypes of another model (fingerprint {own[:12]})"
+        allowed = f"a task registered with this model (fingerprint {other[:12]})"
+        fix = "Register the annotated scan again with this model, or use the other model."
+        require(own == other, name, found=found, allowed=allowed, fix=fix, error=CheckpointError)
 
     def adapted(self, model: FewShotModel) -> FewShotModel:
         """``model`` with the weights that were adapted; itself where there are none."""
         if not self.weights:
             return model
         model = copy.deepcopy(model)
-        state = model.state_dict()
-        for name, value in self.weights.items():
-            state[name].copy_(value)
+        model.load_state_dict(model.state_dict() | self.weights)
         return model
 
     def ready(self, model: FewShotModel) -> FewShotModel:
-        """The network that segments with this task: adapted and `for_inference`; kept.
-
-        Args:
-            model: One that `check_model` accepts.
-        """
+        """The network that segments with this task: adapted and `for_inference`; kept."""
         weights = tuple((name, id(t), t._version) for name, t in self.weights.items())
         key = next(model.parameters()).device, model.backend, weights
-        ready = self._ready.get(key)
-        if ready is None:
-            ready = self.adapted(model).for_inference()
+        if key not in self._ready:
             self._ready.clear()  # one at a time: it may take a GPU's memory
-            self._ready[key] = ready
-        return ready
+            self._ready[key] = self.adapted(model).for_inference()
+        return self._ready[key]
 
     def save(self, path: str | Path) -> None:
         """Write the task as one safetensors file with JSON metadata, atomically.
@@ -139,16 +125,14 @@ class Task:
         Raises:
             OutputError: ``path`` cannot be written.
         """
+        places, atlas = self.atlas.to_parts()
         tensors = {f"weights.{name}": value for name, value in self.weights.items()}
-        pictures, atlas = self.atlas.to_parts()
-        tensors |= {f"atlas.{name}": value for name, value in pictures.items()}
-        organs = []
-        for index, organ in enumerate(self.organs):
-            fields = {f.name: getattr(organ, f.name) for f in dataclasses.fields(organ)}
+        tensors |= {f"atlas.{name}": value for name, value in places.items()}
+        organs = [dict(vars(organ)) for organ in self.organs]
+        for index, fields in enumerate(organs):
             prototypes = fields.pop("prototypes").trim()
             tensors[f"protos.{index}"] = prototypes.protos.half()
             tensors[f"offsets.{index}"] = prototypes.offsets
-            organs.append(fields)
         header = {
             "kind": FORMAT,
             "organs": organs,
@@ -167,39 +151,28 @@ class Task:
             CheckpointError: The file is damaged or not a task.
         """
         path = Path(path)
-        fix = "Make one with `fastproto learn`."
-        if not path.is_file():
-            raise CheckpointError(path, found="no such file", allowed="a task file", fix=fix)
+        broken = partial(require, error=CheckpointError, fix="Make one with `fastproto learn`.")
+        broken(path.is_file(), path, found="no such file", allowed="a task file")
         tensors, header = read_safetensors(path)
-        if header.get("kind") != FORMAT:
-            raise CheckpointError(
-                path,
-                found=f"a file of kind {header.get('kind')!r}",
-                allowed=f"a task file ({FORMAT!r})",
-                fix=fix,
-            )
+        kind = header.get("kind")
+        allowed = f"a task file ({FORMAT!r})"
+        broken(kind == FORMAT, path, found=f"a file of kind {kind!r}", allowed=allowed)
         try:
             organs = tuple(
                 _organ(fields, tensors[f"protos.{index}"], tensors[f"offsets.{index}"])
                 for index, fields in enumerate(header["organs"])
             )
-            task = cls(
-                organs,
-                Preprocessing.from_dict(header["preprocessing"]),
-                Atlas.from_parts(_below("atlas.", tensors), header["atlas"]),
-                str(header["fingerprint"]),
-                _below("weights.", tensors),
-                int(header["adapted_steps"]),
-            )
-            if not organs or task.atlas.values != tuple(task.labels):
-                raise ValueError(f"an atlas of {task.atlas.values} for organs {[*task.labels]}")
-        except (KeyError, TypeError, ValueError, ArgumentError) as error:
-            raise CheckpointError(
-                path,
-                found=f"unusable contents ({error})",
-                allowed="an intact task file",
-                fix="Make it again with `fastproto learn`.",
-            ) from error
+            preprocessing = Preprocessing.from_dict(header["preprocessing"])
+            atlas = Atlas.from_parts(_below("atlas.", tensors), header["atlas"])
+            fingerprint, steps = str(header["fingerprint"]), int(header["adapted_steps"])
+            weights = _below("weights.", tensors)
+            task = cls(organs, preprocessing, atlas, fingerprint, weights, steps)
+            if not organs or atlas.values != tuple(task.labels):
+                raise ValueError(f"an atlas of {atlas.values} for organs {[*task.labels]}")
+        except (KeyError, TypeError, ValueError) as error:
+            found, fix = f"unusable contents ({error})", "Make it again with `fastproto learn`."
+            allowed = "an intact task file"
+            raise CheckpointError(path, found=found, allowed=allowed, fix=fix) from error
         return task
 
 
@@ -226,19 +199,17 @@ def known_preprocessing(model: FewShotModel) -> dict[str, Preprocessing]:
     Raises:
         CheckpointError: Its metadata does not say.
     """
-    known = model.extra.get("preprocessing", {})
+    fields = model.extra.get("preprocessing", {})
     try:
-        found = {name: Preprocessing.from_dict(fields) for name, fields in known.items()}
+        known = {name: Preprocessing.from_dict(each) for name, each in fields.items()}
     except (AttributeError, TypeError, InputError):
-        found = {}
-    if not found or any(name != each.modality for name, each in found.items()):
-        raise CheckpointError(
-            "model",
-            found="no usable preprocessing in its metadata",
-            allowed="a model written by `fastproto train`",
-            fix="Train one, or pass `preprocessing` when calling from Python.",
-        )
-    return found
+        known = {}
+    usable = known and all(name == each.modality for name, each in known.items())
+    found = "no usable preprocessing in its metadata"
+    allowed = "a model written by `fastproto train`"
+    fix = "Train one, or pass `preprocessing` when calling from Python."
+    require(usable, "model", found=found, allowed=allowed, fix=fix, error=CheckpointError)
+    return known
 
 
 def load_model(path: str | Path, *, backend: str | None = None) -> FewShotUNet:
@@ -260,13 +231,8 @@ def load_model(path: str | Path, *, backend: str | None = None) -> FewShotUNet:
         fix = f"Train one with `fastproto train`, or take the package's own, {BASE!r}."
     if path.is_dir():
         path = path / "model.safetensors"
-    if not path.is_file():
-        raise CheckpointError(
-            path,
-            found=found,
-            allowed="a model.safetensors, or the run folder that holds one",
-            fix=fix,
-        )
+    allowed = "a model.safetensors, or the run folder that holds one"
+    require(path.is_file(), path, found=found, allowed=allowed, fix=fix, error=CheckpointError)
     model = FewShotUNet.load(path)
     model.backend = backend
     return model

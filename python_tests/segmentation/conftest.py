@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproto.data import Preprocessing, Volume
-from fastproto.nn import Prototypes
+from fastproto.nn import FewShotUNet, Prototypes
 from fastproto.segmentation import Task, register
 
 GREY = {0: 100.0, 7: 200.0, 300: 0.0}  # 300 does not fit uint8
@@ -23,6 +24,8 @@ class GreyModel(nn.Module):
     """A `FewShotModel` in all that matters here. In every annotated slice each class has one
     prototype, its mean grey value; a query's grey value is compared with the nearest of a class.
     """
+
+    backend = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,21 +43,16 @@ class GreyModel(nn.Module):
         offsets = torch.tensor(ends, dtype=torch.int32)
         return Prototypes(torch.stack(protos)[:, None], offsets, num_classes)
 
-    backend = None
-
     def for_inference(self) -> GreyModel:
         return self
 
     def segment(self, images: Tensor, prototypes: Prototypes) -> Tensor:
         self.batches.append(len(images))
-        features, logits = images, []
-        bounds = prototypes.offsets.tolist()
-        for index, image in enumerate(features[:, 0, 0]):
-            for way in range(2):
-                first, last = bounds[2 * index + way], bounds[2 * index + way + 1]
-                known = prototypes.protos[first:last]
-                logits.append(-100 * ((image - known[:, :, None]) ** 2).amin(dim=0))
-        return torch.stack(logits).view(len(features), 1, 2, *features.shape[-2:])
+        logits = [
+            -100 * ((images[bag // 2, 0, 0] - prototypes.protos[first:last, :, None]) ** 2).amin(0)
+            for bag, (first, last) in enumerate(pairwise(prototypes.offsets.tolist()))
+        ]
+        return torch.stack(logits).view(len(images), 1, 2, *images.shape[-2:])
 
     def fingerprint(self) -> str:
         return f"{self.weight.item():.6f}"
@@ -63,6 +61,13 @@ class GreyModel(nn.Module):
 @pytest.fixture
 def grey_model() -> GreyModel:
     return GreyModel()
+
+
+@pytest.fixture(scope="session")
+def network() -> FewShotUNet:
+    """A real one, to be left as it is."""
+    torch.manual_seed(0)
+    return FewShotUNet("resnet18").eval()
 
 
 @pytest.fixture
@@ -76,13 +81,8 @@ def make_scan(shift: int = 0, slices: int = 10) -> tuple[Volume, Volume]:
     label[2:9, 8 + shift : 28 + shift, 5:17] = 7
     label[4:6, 12 + shift : 24 + shift, 20:30] = 300
     image = np.vectorize(GREY.get)(label).astype(np.float32)
-    grid = {
-        "spacing": (1.5, 1.2, 4.0),
-        "origin": (-20.0, 31.5, 400.0),
-        "direction": (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0),
-        "path": None,
-    }
-    return Volume(array=image, **grid), Volume(array=label, **grid)
+    grid = (1.5, 1.2, 4.0), (-20.0, 31.5, 400.0)
+    return Volume(image, *grid), Volume(label, *grid)
 
 
 @pytest.fixture
@@ -96,8 +96,15 @@ def make() -> Callable[..., tuple[Volume, Volume]]:
 
 
 @pytest.fixture
-def task(grey_model: GreyModel, scan: tuple[Volume, Volume], preprocessing: Preprocessing) -> Task:
-    return register(grey_model, *scan, labels=NAMES, preprocessing=preprocessing, prior="box")
+def teach(grey_model: GreyModel, preprocessing: Preprocessing) -> Callable[..., Task]:
+    """`register` with all that it takes beside a scan and its labels; keywords replace it."""
+    usual = {"labels": NAMES, "preprocessing": preprocessing, "prior": "box"}
+    return lambda image, label, **other: register(grey_model, image, label, **usual | other)
+
+
+@pytest.fixture
+def task(teach: Callable[..., Task], scan: tuple[Volume, Volume]) -> Task:
+    return teach(*scan)
 
 
 @pytest.fixture
@@ -109,13 +116,8 @@ def reorient() -> Callable[[Volume, str], Volume]:
         image.SetSpacing(volume.spacing)
         image.SetOrigin(volume.origin)
         image.SetDirection(volume.direction)
-        turned = sitk.DICOMOrient(image, axes)
-        return Volume(
-            array=sitk.GetArrayFromImage(turned),
-            spacing=turned.GetSpacing(),
-            origin=turned.GetOrigin(),
-            direction=turned.GetDirection(),
-            path=None,
-        )
+        image = sitk.DICOMOrient(image, axes)
+        place = image.GetSpacing(), image.GetOrigin(), image.GetDirection()
+        return Volume(sitk.GetArrayFromImage(image), *place)
 
     return turn

@@ -28,10 +28,6 @@ def scores_of(distance: Tensor) -> Tensor:
     return torch.where(distance < 0, 6.0, -6.0)
 
 
-def test_an_organ_at_its_place_stays():
-    assert not correction(scores_of(ball(CENTRE)), ball(CENTRE), SPACING).any()
-
-
 @pytest.mark.parametrize("way", [(12, 0, 0), (-9, 8, -12), (0, -16, 8), (3, 0, 24)])
 def test_it_follows_the_network(way: tuple[int, ...]):
     seen = ball(tuple(c + w for c, w in zip(CENTRE, way, strict=True)))
@@ -40,9 +36,21 @@ def test_it_follows_the_network(way: tuple[int, ...]):
     assert (np.abs(found - way) <= cells).all()
 
 
-def test_a_network_that_sees_nothing_moves_nothing():
-    assert not correction(torch.full(SHAPE, -8.0), ball(CENTRE), SPACING).any()
-    assert not correction(torch.zeros(SHAPE), ball(CENTRE), SPACING).any()
+FLAT = ball(CENTRE)[12:13, :, :30]
+
+
+@pytest.mark.parametrize(
+    ("scores", "distance"),
+    [
+        pytest.param(scores_of(ball(CENTRE)), ball(CENTRE), id="seen at its place"),
+        pytest.param(torch.full(SHAPE, -8.0), ball(CENTRE), id="nothing seen"),
+        pytest.param(torch.zeros(SHAPE), ball(CENTRE), id="a network that does not know"),
+        pytest.param(torch.zeros(SHAPE), ball(CENTRE) + 40, id="a place beyond the scan"),
+        pytest.param(scores_of(FLAT), FLAT, id="a scan of one slice"),
+    ],
+)
+def test_an_organ_stays(scores: Tensor, distance: Tensor):
+    assert not correction(scores, distance, SPACING).any()
 
 
 def test_a_little_more_agreement_is_not_worth_a_long_way():
@@ -52,12 +60,3 @@ def test_a_little_more_agreement_is_not_worth_a_long_way():
     scores[near + RADIUS < 8.0] = 6.0
     scores[far + RADIUS < 8.2] = 6.0
     assert np.abs(correction(scores, near, SPACING)).max() < 5
-
-
-def test_a_scan_of_one_slice():
-    flat = ball(CENTRE)[12:13, :, :30]
-    assert not correction(scores_of(flat), flat, (1.0, 1.0, 1.0)).any()
-
-
-def test_a_place_beyond_the_scan_stays():
-    assert not correction(torch.zeros(SHAPE), ball(CENTRE) + 40, SPACING).any()

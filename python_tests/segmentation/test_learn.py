@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastproto.data import Preprocessing
+from fastproto.data import Preprocessing, Volume
 from fastproto.errors import ArgumentError, CheckpointError, GeometryError, LabelError
-from fastproto.nn import FewShotUNet
 from fastproto.segmentation import Task, learn, register, segment_volume
 from fastproto.segmentation.adapt import AnnotatedEpisodes, adapt_model
 from fastproto.segmentation.learn import AUTO_STEPS, _fit_bias, annotate
@@ -30,6 +29,11 @@ def draw_in(scan, preprocessing, value=7, slices=12):
     return annotate(preprocessing.prepare(image), label, value, NAMES[value], slices)
 
 
+def same_prototypes(one: Task, other: Task) -> bool:
+    pairs = zip(one.organs, other.organs, strict=True)
+    return all(torch.equal(a.prototypes.protos, b.prototypes.protos) for a, b in pairs)
+
+
 class TestLabels:
     def test_every_organ_and_its_surroundings(self, task):
         assert task.labels == NAMES
@@ -40,111 +44,93 @@ class TestLabels:
             assert counts[:, 0].all()
             assert counts[:, 1].any()
 
-    def test_unchosen_labels_are_background(self, grey_model, scan, preprocessing):
-        options = {"labels": NAMES, "classes": [7], "preprocessing": preprocessing}
-        task = register(grey_model, *scan, **options)
-        assert task.labels == {7: "spleen"}
+    def test_unchosen_labels_are_background(self, teach, scan):
         image, label = scan
-        alone = np.where(label.array == 7, label.array, 0)
-        other = register(grey_model, image, dataclasses.replace(label, array=alone), **options)
-        assert torch.equal(task.organs[0].prototypes.protos, other.organs[0].prototypes.protos)
+        task = teach(image, label, classes=[7])
+        assert task.labels == {7: "spleen"}
+        alone = replace(label, array=np.where(label.array == 7, label.array, 0))
+        assert same_prototypes(task, teach(image, alone, classes=[7]))
 
-    def test_labels_are_named_where_nobody_did(self, grey_model, scan, preprocessing):
-        task = register(grey_model, *scan, preprocessing=preprocessing)
-        assert task.labels == {7: "label 7", 300: "label 300"}
-
-    def test_the_models_own_preprocessing(self, grey_model, scan, preprocessing):
+    def test_the_models_own_preprocessing_and_labels_that_nobody_named(
+        self, grey_model, scan, preprocessing
+    ):
         with pytest.raises(CheckpointError, match="preprocessing"):
             register(grey_model, *scan)
         grey_model.extra = {"preprocessing": {"mr": preprocessing.to_dict()}}
-        assert register(grey_model, *scan).preprocessing == preprocessing
+        task = register(grey_model, *scan)
+        assert task.preprocessing == preprocessing
+        assert task.labels == {7: "label 7", 300: "label 300"}
         ct = Preprocessing("ct", image_size=64, mean=0.0, std=1.0)
         grey_model.extra = {"preprocessing": {"ct": ct.to_dict()}}
         with pytest.raises(CheckpointError, match=r"trained on CT alone.* looks like MR"):
             register(grey_model, *scan)
         image, label = scan
-        hounsfield = dataclasses.replace(image, array=image.array - 1000)
+        hounsfield = replace(image, array=image.array - 1000)
         assert register(grey_model, hounsfield, label).preprocessing == ct
 
-    def test_an_empty_mask(self, grey_model, scan, preprocessing):
+    def test_a_mask_in_other_axes(self, teach, scan, task, reorient):
         image, label = scan
-        empty = dataclasses.replace(label, array=np.zeros_like(label.array))
-        with pytest.raises(LabelError, match="empty label map"):
-            register(grey_model, image, empty, preprocessing=preprocessing)
-
-    def test_a_mask_on_another_grid(self, grey_model, scan, preprocessing):
-        image, label = scan
-        moved = dataclasses.replace(label, origin=(0.0, 0.0, 0.0))
-        with pytest.raises(GeometryError):
-            register(grey_model, image, moved, preprocessing=preprocessing)
-
-    def test_a_mask_in_other_axes(self, grey_model, scan, preprocessing, task, reorient):
-        image, label = scan
-        turned = register(
-            grey_model, image, reorient(label, "PSR"), labels=NAMES, preprocessing=preprocessing,
-            prior="box",
-        )  # fmt: skip
-        for one, other in zip(task.organs, turned.organs, strict=True):
-            assert torch.equal(one.prototypes.protos, other.prototypes.protos)
-
-    def test_labels_without_a_name(self, grey_model, scan, preprocessing):
-        with pytest.raises(LabelError, match="unknown labels 300"):
-            register(grey_model, *scan, labels={7: "spleen"}, preprocessing=preprocessing)
-
-    def test_labels_that_are_not_drawn(self, grey_model, scan, preprocessing):
-        with pytest.raises(LabelError, match="no voxel of label 5"):
-            register(
-                grey_model, *scan, labels={5: "liver"}, classes=[5], preprocessing=preprocessing
-            )
-
-    def test_a_label_that_vanishes_in_resampling(self, grey_model, scan, preprocessing):
-        image, label = scan
-        thin = np.zeros_like(label.array)
-        thin[5, 20, ::2] = 7  # between the rows of the network's image
-        coarse = dataclasses.replace(preprocessing, image_size=4)
-        with pytest.raises(LabelError, match="vanishes at 4 pixels"):
-            register(
-                grey_model, image, dataclasses.replace(label, array=thin), preprocessing=coarse
-            )
-
-
-class TestFieldOfView:
-    def test_four_diameters_around_the_largest_slice(self, preprocessing, scan, make):
-        image, label = make()
-        array = np.zeros_like(label.array)
-        array[3:7, 20:24, 10:14] = 7  # 4.8 x 6 mm
-        array[4, 19:25, 10:14] = 7  # 7.2 x 6 mm: the largest slice
-        organ = draw_in((image, dataclasses.replace(label, array=array)), preprocessing)
-        # 4 diameters of 7.4 mm are less than the organ and 30 mm on every side,
-        # and both are more than the slice, 57.6 by 48 mm
-        assert organ.view.view.side == pytest.approx(57.6)
-        assert organ.view.view.row == pytest.approx((19 + 24) / 2)
-        assert organ.view.view.column == pytest.approx((10 + 13) / 2)
+        assert same_prototypes(task, teach(image, reorient(label, "PSR")))
 
     @pytest.mark.parametrize(
-        ("size", "expected"),
+        ("options", "error", "words"),
         [
-            (10, 10 * 1.5 + 60),  # a margin of 30 mm
-            (40, 4 * 2 * math.sqrt(60 * 60 / math.pi)),  # four diameters
-            (100, 300.0),  # no more than is seen without an organ
+            ({"labels": {7: "spleen"}}, LabelError, "unknown labels 300"),
+            ({"labels": {5: "liver"}, "classes": [5]}, LabelError, "no voxel of label 5"),
+            ({"slices": 0}, ArgumentError, "slices"),
+            *(({"adapt": steps}, ArgumentError, "adapt") for steps in (-1, 1.5, "much", None)),
+            *(
+                ({"slices": numbers}, ArgumentError, r"slices.*'spleen' among them: 2, 3, 4, 5")
+                for numbers in ([0, 1, 9], [5, 10], [-1, 5], [])
+            ),
         ],
+        ids=str,
     )
-    def test_sides(self, preprocessing, size, expected):
-        from fastproto.data import Volume
+    def test_options_that_cannot_be_used(self, teach, scan, options, error, words):
+        with pytest.raises(error, match=words):
+            teach(*scan, **options)
 
-        label = np.zeros((6, 200, 200), np.uint8)
-        label[2:4, 100 - size // 2 : 100 + size // 2, 100 - size // 2 : 100 + size // 2] = 7
-        volume, mask = (
-            Volume(array, spacing=(1.5, 1.5, 4.0)) for array in (label.astype(np.float32), label)
-        )
-        organ = draw_in((volume, mask), preprocessing)
-        assert organ.view.view.side == pytest.approx(expected, rel=1e-6)
-        assert organ.view.view.row == pytest.approx(99.5)
+    def test_masks_that_cannot_be_used(self, teach, scan, preprocessing):
+        image, label = scan
+        nothing = np.zeros_like(label.array)
+        with pytest.raises(LabelError, match="empty label map"):
+            teach(image, replace(label, array=nothing))
+        with pytest.raises(GeometryError):
+            teach(image, replace(label, origin=(0.0, 0.0, 0.0)))
+        thin = nothing.copy()
+        thin[5, 20, ::2] = 7  # between the rows of the network's image
+        coarse = replace(preprocessing, image_size=4)
+        with pytest.raises(LabelError, match="vanishes at 4 pixels"):
+            teach(image, replace(label, array=thin), preprocessing=coarse)
 
-    def test_the_masks_are_those_of_the_view(self, preprocessing, scan):
-        organ = draw_in(scan, preprocessing)
-        expected = organ.view.labels(scan[1]) == 7
-        assert torch.equal(organ.masks, expected)
+
+@pytest.mark.parametrize(
+    ("shape", "boxes", "side", "centre"),
+    [
+        # 10 pixels of 1.5 mm and a margin of 30 mm
+        ((200, 200), [np.s_[2:4, 95:105, 95:105]], 10 * 1.5 + 60, (99.5, 99.5)),
+        # four diameters of the largest slice
+        (
+            (200, 200),
+            [np.s_[2:4, 80:120, 80:120], np.s_[4:5, 80:90, 80:120]],
+            4 * 2 * math.sqrt(60 * 60 / math.pi),
+            (99.5, 99.5),
+        ),
+        # no more than is seen without an organ
+        ((200, 200), [np.s_[2:4, 50:150, 50:150]], 300.0, (99.5, 99.5)),
+        ((40, 30), [np.s_[2:3, 20:24, 9:13], np.s_[3:4, 18:23, 10:14]], 60.0, (20.5, 11.0)),
+    ],
+)
+def test_the_field_of_view_is_around_the_organ(preprocessing, shape, boxes, side, centre):
+    label = np.zeros((6, *shape), np.uint8)
+    for box in boxes:
+        label[box] = 7
+    volume, mask = (Volume(each, (1.5, 1.5, 4.0)) for each in (label.astype(np.float32), label))
+    organ = draw_in((volume, mask), preprocessing)
+    view = organ.view.view
+    assert view.side == pytest.approx(side, rel=1e-6)
+    assert (view.row, view.column) == pytest.approx(centre)
+    assert torch.equal(organ.masks, organ.view.labels(mask) == 7)
 
 
 class TestSlices:
@@ -160,27 +146,21 @@ class TestSlices:
         assert set(chosen) <= present
         assert len(chosen) == min(number, len(present))
 
-    def test_slices_beyond_the_ends_come_on_top(self, preprocessing, make):
+    def test_slices_beyond_the_ends_come_on_top_unless_there_are_numbers(self, preprocessing, make):
         scan = make(0, 20)
         organ = draw_in(scan, preprocessing, slices=3)  # in slices 2 to 8
         assert organ.inside == [3, 5, 7]
         assert organ.slices == (0, 3, 5, 7, 10, 12)  # each two slices from the next; none at -2
         tumour = draw_in(scan, preprocessing, value=300)  # in slices 4 and 5
         assert tumour.slices == (2, 3, 4, 5, 6, 7)
-
-    def test_numbers_of_slices_are_taken_as_they_are(self, preprocessing, scan):
         organ = draw_in(scan, preprocessing, slices=[9, 5, 3, 5])
         assert organ.slices == (3, 5, 9)
         assert organ.inside == [3, 5]
 
-    @pytest.mark.parametrize("slices", [[0, 1, 9], [5, 10], [-1, 5], []])
-    def test_numbers_of_slices_that_cannot_be_used(self, preprocessing, scan, slices):
-        with pytest.raises(ArgumentError, match=r"slices.*'spleen' among them: 2, 3, 4, 5"):
-            draw_in(scan, preprocessing, slices=slices)
-
-    def test_no_slices(self, grey_model, scan, preprocessing):
-        with pytest.raises(ArgumentError, match="slices"):
-            register(grey_model, *scan, slices=0, preprocessing=preprocessing)
+    def test_a_region_is_the_organ_and_what_lies_within_30_mm(self, preprocessing, make):
+        organ = draw_in(make(0, 30), preprocessing, slices=3)  # 2 to 8, of 4 mm
+        assert organ.slices == (0, 3, 5, 7, 10, 12)
+        assert organ.region == [0, 1, 3, 5, 7, *range(9, 17)]  # no slice that was left out
 
 
 class TestSelfCheck:
@@ -193,55 +173,34 @@ class TestSelfCheck:
         few = draw_in(scan, preprocessing, slices=3)
         assert split(few) == (few.slices, ())
 
-    def test_a_good_organ_and_one_without_slices_to_spare(self, task):
+    def test_organs_that_are_clear_that_look_like_all_else_and_without_slices_to_spare(
+        self, task, teach, scan
+    ):
         spleen, tumour = task.organs
         assert spleen.expected_dice > 0.95
         assert spleen.slices == tuple(range(10))  # what was left out teaches in the end
         assert tumour.expected_dice is None
         assert tumour.bias == 0
-
-    def test_an_organ_that_looks_like_all_else(self, grey_model, scan, preprocessing):
         image, label = scan
         noise = np.random.default_rng(0).normal(0, 1, image.array.shape).astype(np.float32)
-        task = register(
-            grey_model, dataclasses.replace(image, array=noise), label, preprocessing=preprocessing
-        )
-        assert task.organs[0].expected_dice < 0.7
+        assert teach(replace(image, array=noise), label).organs[0].expected_dice < 0.7
 
     @pytest.mark.parametrize("shift", [0.0, -2.5, 3.25])
     def test_the_bias_undoes_a_shift(self, shift):
-        generator = torch.Generator().manual_seed(0)
-        truth = torch.rand(3, 20, 20, generator=generator) < 0.3
-        scores = torch.where(truth, 0.1, -0.1) + shift
-        bias, dice = _fit_bias(scores, truth)
-        assert bias == -shift
-        assert dice == 1.0
+        truth = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0)) < 0.3
+        assert _fit_bias(torch.where(truth, 0.1, -0.1) + shift, truth) == (-shift, 1.0)
 
     def test_of_equal_biases_the_smallest_is_taken(self):
         truth = torch.tensor([[[True, True, False]]])
-        bias, dice = _fit_bias(torch.tensor([[[3.0, 3.0, -3.0]]]), truth)
-        assert (bias, dice) == (0.0, 1.0)
-        bias, dice = _fit_bias(torch.tensor([[[3.0, -1.0, -3.0]]]), truth)
-        assert (bias, dice) == (1.25, 1.0)
-
-    def test_the_bias_moves_the_result(self, grey_model, task, scan):
-        organs = tuple(dataclasses.replace(organ, bias=-1e4) for organ in task.organs)
-        nothing = dataclasses.replace(task, organs=organs)
-        assert not segment_volume(grey_model, nothing, scan[0]).labels.any()
-
-
-@pytest.fixture(scope="module")
-def network() -> FewShotUNet:
-    torch.manual_seed(0)
-    return FewShotUNet("resnet18").eval()
-
-
-@pytest.fixture
-def small() -> Preprocessing:
-    return Preprocessing("mr", image_size=32, crop=False)
+        assert _fit_bias(torch.tensor([[[3.0, 3.0, -3.0]]]), truth) == (0.0, 1.0)
+        assert _fit_bias(torch.tensor([[[3.0, -1.0, -3.0]]]), truth) == (1.25, 1.0)
 
 
 class TestAdaptation:
+    @pytest.fixture
+    def small(self) -> Preprocessing:
+        return Preprocessing("mr", image_size=32, crop=False)
+
     def test_it_is_a_function_of_the_seed(self, network, scan, small):
         organs = [draw_in(scan, small, value) for value in NAMES]
         calls = []
@@ -255,46 +214,38 @@ class TestAdaptation:
         assert [call[:2] for call in calls] == [(1, 2), (2, 2)] * 3
         assert all(math.isfinite(loss) and loss > 0 for _, _, loss in calls)
 
-    @pytest.mark.parametrize("parts", ["decoder", "all"])
-    def test_only_some_weights_change(self, network, scan, small, parts):
+    @pytest.mark.parametrize(("parts", "prefix"), [("decoder", "decoder."), ("all", "")])
+    def test_only_some_weights_change(self, network, scan, small, parts, prefix):
         before = {name: value.clone() for name, value in network.state_dict().items()}
         adapted, weights = adapt_model(network, [draw_in(scan, small)], 1, parts=parts)
-        for name, value in network.state_dict().items():
-            assert torch.equal(value, before[name]), name  # the model stays as it is
         assert not adapted.training
-        changed = {
-            name
-            for name, value in adapted.state_dict().items()
-            if not torch.equal(value, before[name])
-        }
+        changed = set()
+        for name, value in adapted.state_dict().items():
+            assert torch.equal(network.state_dict()[name], before[name]), name  # it stays as it is
+            if not torch.equal(value, before[name]):
+                changed.add(name)
         assert changed
         assert changed <= weights.keys()  # the statistics of normalisation stay
-        wanted = {
-            "decoder": lambda name: name.startswith("decoder."),
-            "all": lambda name: True,
-        }[parts]
-        parameters = [name for name, _ in network.named_parameters()]
-        assert weights.keys() == {name for name in parameters if wanted(name)}
+        parameters = dict(network.named_parameters())
+        assert weights.keys() == {name for name in parameters if name.startswith(prefix)}
         assert {value.dtype for value in weights.values()} == {torch.float16}
 
     def test_it_goes_through_the_file(self, network, scan, small, tmp_path, monkeypatch):
         dice = iter([0.9, 0.1])  # afterwards and before
         monkeypatch.setattr(learn, "_expected", lambda organs: next(dice))
-        task = register(network, *scan, labels=NAMES, preprocessing=small, adapt=2)
+        task = register(network, *scan, labels=NAMES, preprocessing=small, adapt=2, prior="box")
         assert task.adapted_steps == 2
         assert task.weights
         assert task.fingerprint == network.fingerprint()
         task.save(tmp_path / "organs.task")
         again = Task.load(tmp_path / "organs.task")
-        assert again.adapted_steps == 2
-        assert again.weights.keys() == task.weights.keys()
+        adapted = again.adapted(network).state_dict()
         for name, value in task.weights.items():
             assert torch.equal(again.weights[name], value)
-            assert torch.equal(again.adapted(network).state_dict()[name], value.float())
-        plain = dataclasses.replace(task, weights={})
+            assert torch.equal(adapted[name], value.float())
         results = [
             segment_volume(network, t, scan[0], probabilities=True).probabilities[7]
-            for t in (task, again, plain)
+            for t in (task, again, replace(task, weights={}))
         ]
         assert np.array_equal(results[0], results[1])
         assert not np.array_equal(results[0], results[2])
@@ -324,60 +275,39 @@ class TestAdaptation:
             unadapted = register(before, *scan, **options)
             assert task.organs[0].expected_dice == unadapted.organs[0].expected_dice
 
-    def test_it_is_spared_where_nothing_could_judge_it(
-        self, grey_model, scan, preprocessing, monkeypatch
-    ):
+    def test_it_is_spared_where_nothing_could_judge_it(self, teach, scan, monkeypatch):
         monkeypatch.setattr(learn, "adapt_model", lambda *_, **__: pytest.fail("adapted"))
-        task = register(grey_model, *scan, slices=3, preprocessing=preprocessing, adapt=5)
-        assert task.adapted_steps == 0
+        assert teach(*scan, slices=3, adapt=5).adapted_steps == 0
 
-    @pytest.mark.parametrize("adapt", [-1, 1.5, "much", None])
-    def test_steps_are_checked(self, grey_model, scan, preprocessing, adapt):
-        with pytest.raises(ArgumentError, match="adapt"):
-            register(grey_model, *scan, preprocessing=preprocessing, adapt=adapt)
-
-
-class TestAnnotatedEpisodes:
-    @pytest.fixture
-    def source(self, scan, preprocessing) -> AnnotatedEpisodes:
+    def test_episodes_show_the_organs_in_a_view_that_moves_and_scales_a_little(
+        self, scan, preprocessing
+    ):
         organs = [draw_in(scan, preprocessing, value) for value in NAMES]
-        return AnnotatedEpisodes(organs, 0, size=64)
-
-    def test_slices_and_masks_are_those_of_the_organ(self, source):
-        seen = Counter()
+        source = AnnotatedEpisodes(organs, 0, size=64)
+        seen, sides, moves = Counter(), [], []
         away = drawn = 0
         for index in range(300):
             draw = source.draw(episode_generator(0, index))
             name, slices = draw.description.split(", slices ")
             seen[name] += 1
-            organ = next(organ for organ in source.organs if organ.name == name)
+            organ = next(organ for organ in organs if organ.name == name)
             numbers = list(map(int, slices.split(", ")))
             assert len(numbers) == len(draw.cuts) == source.shots + source.queries
             assert set(numbers[: source.shots]) <= set(organ.inside)
             assert set(numbers) <= set(organ.region)
+            side = organ.view.view.side
             for cut, number in zip(draw.cuts, numbers, strict=True):
                 assert torch.equal(cut.label.bool(), organ.masks[number])
                 assert torch.equal(cut.image, organ.view.images(number, number + 1)[0, 0])
+                assert cut.extent == (side, side)
+                assert cut.side == draw.cuts[0].side
+                moves += [place / side - 0.5 for place in cut.centre]
+            sides.append(draw.cuts[0].side / side)
             if name == "spleen":  # 3 of its 10 slices are outside
                 away += sum(number not in organ.inside for number in numbers[source.shots :])
                 drawn += source.queries
         assert seen.keys() == {"spleen", "tumour"}
         assert away / drawn == pytest.approx(0.3 * 3 / 10, abs=0.04)
-
-    def test_a_region_is_the_organ_and_what_lies_within_30_mm(self, preprocessing, make):
-        organ = draw_in(make(0, 30), preprocessing, slices=3)  # 2 to 8, of 4 mm
-        assert organ.slices == (0, 3, 5, 7, 10, 12)
-        assert organ.region == [0, 1, 3, 5, 7, *range(9, 17)]  # no slice that was left out
-
-    def test_the_view_moves_and_scales_a_little(self, source):
-        sides, moves = [], []
-        for index in range(300):
-            draw = source.draw(episode_generator(1, index))
-            side = draw.cuts[0].extent[0]
-            assert {cut.extent for cut in draw.cuts} == {(side, side)}
-            assert len({cut.side for cut in draw.cuts}) == 1
-            sides.append(draw.cuts[0].side / side)
-            moves += [(place / side) - 0.5 for cut in draw.cuts for place in cut.centre]
         assert 0.8 <= min(sides) < 0.82
         assert 1.22 < max(sides) <= 1.25
         assert -0.1 <= min(moves) < -0.095

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastproto.errors import OutputError
 from fastproto.segmentation import draw_overlay, write_overlay
-from fastproto.segmentation.overlay import COLOURS, OPACITY, TILE, _flow, _spread, _tile
+from fastproto.segmentation.overlay import COLOURS, LINE, OPACITY, TILE, _spread, _tile
 
 NAMES = {7: "spleen", 300: "tumour"}
 
@@ -56,14 +56,14 @@ def test_organs_are_tinted_over_their_grey_value():
     assert picture[9, 0, 2] == int((1 - OPACITY) * 255)
 
 
-def test_a_long_legend_wraps():
-    class Font:
-        def getlength(self, text: str) -> float:
-            return 10.0 * len(text)
-
-    placed = list(_flow(dict.fromkeys(range(1, 9), "organ").items(), 200, Font()))
-    assert len({top for _, top, _, _ in placed}) == 4
-    assert all(left + 68 <= 200 for left, _, _, _ in placed)
+def test_a_long_legend_wraps(scan, preprocessing):
+    names = dict.fromkeys(range(1, 9), "an organ")  # two to a line of 256 pixels
+    picture = draw_overlay(*scan, preprocessing, names, slices=1, columns=1)
+    assert picture.size == (TILE, TILE + 4 * LINE + 14)
+    legend = np.asarray(picture)[TILE:]
+    for index, colour in enumerate(COLOURS[:8]):
+        line = legend[6 + index // 2 * LINE : 6 + (index // 2 + 1) * LINE]
+        assert (line == colour).all(axis=2).sum() == 13 * 13
 
 
 def test_write_overlay_is_atomic(scan, preprocessing, tmp_path):

@@ -21,6 +21,7 @@ def test_small_pieces_go_and_large_ones_stay():
     before = mask.copy()
     assert np.array_equal(clean(mask), expected)
     assert np.array_equal(mask, before)
+    assert not clean(np.zeros((2, 3, 4), bool)).any()
 
 
 def test_holes_of_a_slice_are_filled():
@@ -31,10 +32,6 @@ def test_holes_of_a_slice_are_filled():
     expected = mask.copy()
     expected[1, 4:6, 4:6] = True
     assert np.array_equal(clean(mask), expected)
-
-
-def test_nothing_stays_nothing():
-    assert not clean(np.zeros((2, 3, 4), bool)).any()
 
 
 def test_uncertainty_of_one_organ_is_the_binary_entropy():
