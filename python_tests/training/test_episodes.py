@@ -289,7 +289,6 @@ class TestSupervoxelEpisodes:
         assert set_of_steps(pieces_source(case, absent=0, gap=12.0)) == {-3, 3}
 
     @pytest.mark.parametrize("absent", [0.0, 0.4, 1.0])
-    @pytest.mark.parametrize("absent", [0.0, 0.4, 1.0])
     def test_a_share_of_the_queries_is_any_slice_of_the_scan(
         self, pieces: CaseSlices, absent: float
     ):
