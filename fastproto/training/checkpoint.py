@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastproto.errors import CheckpointError
+from fastproto.errors import CheckpointError, require
 from fastproto.nn.weights import load_state as load_weights
 from fastproto.nn.weights import read_safetensors, write_safetensors
 
@@ -27,13 +27,12 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     metadata: dict[str, Any],
 ) -> None:
-    """Write the state of a run atomically.
+    """Write the state of a run; an existing file survives any failure.
 
     Args:
-        path: File to write; an existing one survives any failure.
+        path: File to write.
         model: Its parameters and buffers are saved under ``model.``.
-        optimizer: Over parameters of ``model``; its tensors are saved under
-            ``optimizer.<parameter>.``.
+        optimizer: Its tensors are saved under ``optimizer.<parameter of model>.``.
         metadata: JSON-able: the step, the configuration, ...
 
     Raises:
@@ -72,8 +71,7 @@ def load_state(
     metadata, tensors = _read(path)
     load_weights(model, _below("model.", tensors), path)
     for name, parameter in model.named_parameters():
-        moments = _below(f"optimizer.{name}.", tensors)
-        if moments:
+        if moments := _below(f"optimizer.{name}.", tensors):
             # Laid out in memory like the parameter: the fused optimiser walks both side by side.
             optimizer.state[parameter] = {
                 key: torch.empty_like(parameter).copy_(value)
@@ -93,11 +91,12 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, header = read_safetensors(Path(path))
-    if header.get("kind") != _KIND:
-        raise CheckpointError(
-            path,
-            found=f"a file of kind {header.get('kind')!r}",
-            allowed=f"a {_KIND}",
-            fix="Give the folder of a training run, with its state.safetensors.",
-        )
+    require(
+        header.get("kind") == _KIND,
+        path,
+        found=f"a file of kind {header.get('kind')!r}",
+        allowed=f"a {_KIND}",
+        fix="Give the folder of a training run, with its state.safetensors.",
+        error=CheckpointError,
+    )
     return header["metadata"], tensors

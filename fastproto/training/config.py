@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from fastproto import defaults
-from fastproto.errors import ArgumentError
+from fastproto.errors import ArgumentError, require
 
 T = TypeVar("T")
 
@@ -73,13 +73,11 @@ def _list_of(words: str, *types: type, read: Callable[[str], str | int] = str) -
     return Allowed(f"a list of {words}", holds, {"nargs": "+", "type": read}, tuple)
 
 
-def _class(text: str) -> str | int:
-    """A class given by its label value or its name."""
+def _class(text: str) -> str | int:  # given by its label value or its name
     return int(text) if text.isdigit() else text
 
 
-def _text(value: Any) -> Any:
-    """JSON takes no path."""
+def _text(value: Any) -> Any:  # JSON takes no path
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -247,11 +245,9 @@ class TrainConfig:
         """The reverse of ``to_dict``, with defaults; ArgumentError names a wrong name or value."""
         names = sorted(option.name for option in fields(cls))
         for name in values:
-            if name not in names:
-                raise ArgumentError(name, found="an unknown option", allowed=", ".join(names))
+            require(name in names, name, found="an unknown option", allowed=", ".join(names))
         for name in ("data", "output"):
-            if name not in values:
-                raise ArgumentError(name, found="nothing", allowed="a path")
+            require(name in values, name, found="nothing", allowed="a path")
         return cls(**values)
 
     @classmethod
@@ -262,8 +258,8 @@ class TrainConfig:
         except (OSError, ValueError) as error:
             found = f"no readable JSON ({error})"
             raise ArgumentError(path, found=found, allowed="a config.json of a run") from error
-        if not isinstance(values, dict):
-            raise ArgumentError(path, found=type(values).__name__, allowed="a JSON object")
+        found = type(values).__name__
+        require(isinstance(values, dict), path, found=found, allowed="a JSON object")
         return cls.from_dict(values)
 
     def resolved(self, *, gpu: bool) -> TrainConfig:

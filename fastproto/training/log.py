@@ -8,14 +8,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from fastproto._files import atomic_write
+from fastproto._files import write_text
 from fastproto.errors import ArgumentError, CheckpointError, OutputError
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager["RunLog"]):
     """Appends records to ``log.jsonl``; each has a ``step``, and none appears twice.
 
     A resumed run repeats the steps after its checkpoint, so records after ``step`` (and a last
@@ -35,9 +34,10 @@ class RunLog:
     def __init__(self, folder: Path, step: int, *, tensorboard: bool = False):
         self.path = folder / "log.jsonl"
         self._events = _open_events(folder / "tensorboard", step) if tensorboard else None
-        kept = [line for line in _lines(self.path) if 0 < _step_of(self.path, line) <= step]
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        kept = [line for line in lines if 0 < _step_of(self.path, line) <= step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
         with self._reporting():
             self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
@@ -67,16 +67,7 @@ class RunLog:
                 fix="Free some space and resume the run.",
             ) from error
 
-    def __enter__(self) -> RunLog:
-        """Nothing to open: the constructor did."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the files."""
         self._file.close()
         if self._events is not None:
@@ -93,14 +84,6 @@ def _step_of(path: Path, line: str) -> int:
             allowed="one JSON object with a step in each line",
             fix="Take that line out; the run itself is in state.safetensors.",
         ) from error
-
-
-def _lines(path: Path) -> list[str]:
-    """The finished lines of a log."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def _open_events(folder: Path, step: int) -> Any:

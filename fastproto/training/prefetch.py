@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fastproto.errors import FastprotoError
 from fastproto.training.episodes import Episode, EpisodeSource
@@ -32,10 +33,17 @@ def prefetch(
     Raises:
         FastprotoError: What the source raised, in whichever process.
     """
-    loader = DataLoader(
-        _Batches(source, size),
+
+    def batch_of(step: Any) -> Episode | FastprotoError:
+        try:
+            return source.batch(range((step - 1) * size, step * size))
+        except FastprotoError as error:  # raised here, it would reach the reader as a RuntimeError
+            return error
+
+    loader: DataLoader[Any] = DataLoader(
+        steps,  # type: ignore[arg-type]  # any sequence will do
         batch_size=None,
-        sampler=steps,
+        collate_fn=batch_of,
         num_workers=workers,
         prefetch_factor=_AHEAD if workers else None,
         pin_memory=workers > 0 and torch.cuda.is_available(),
@@ -72,15 +80,3 @@ def ahead(episodes: Generator[Episode], device: torch.device) -> Generator[Episo
             before = copied
         if before is not None:
             yield before
-
-
-class _Batches(Dataset["Episode | FastprotoError"]):
-    def __init__(self, source: EpisodeSource, size: int):
-        self.source = source
-        self.size = size
-
-    def __getitem__(self, step: int) -> Episode | FastprotoError:
-        try:
-            return self.source.batch(range((step - 1) * self.size, step * self.size))
-        except FastprotoError as error:  # raised here, it would reach the reader as a RuntimeError
-            return error

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastproto.data.dataset import Case, Dataset
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.data.volume import check_labels, read_label, read_volume
-from fastproto.errors import DatasetError
+from fastproto.errors import DatasetError, require
 from fastproto.training.supervoxels import Spacing, Supervoxels
 
 RegionFinder = Callable[[Mapping[str, tuple[np.ndarray, Spacing]]], Mapping[str, Supervoxels]]
@@ -63,13 +62,8 @@ class CaseSlices:
         """The slices where ``keep`` [n] is true."""
         if keep.all():
             return self
-        return dataclasses.replace(
-            self,
-            numbers=[number for number, kept in zip(self.numbers, keep, strict=True) if kept],
-            images=self.images[keep],
-            labels=None if self.labels is None else self.labels[keep],
-            regions=None if self.regions is None else self.regions[keep],
-        )
+        numbers = [number for number, kept in zip(self.numbers, keep, strict=True) if kept]
+        return replace(self, numbers=numbers, **self._each(lambda stack: stack[keep]))
 
     def upright(self, picture: Tensor) -> Tensor:
         """A slice of ``images``, ``labels`` or ``regions`` with its first row on top."""
@@ -81,17 +75,21 @@ class CaseSlices:
         complete = self.numbers == list(range(len(self.numbers)))
         if not complete or max(self.spacing) > _ISOTROPIC * min(self.spacing):
             return
-        for plane, axes in _VIEWS.items():
-            yield CaseSlices(
-                f"{self.id} {plane}",
-                list(range(self.images.shape[axes[0]])),
-                self.images.permute(axes),
-                None if self.labels is None else self.labels.permute(axes),
-                (self.spacing[axes[0]], self.spacing[axes[1]], self.spacing[axes[2]]),
-                None if self.regions is None else self.regions.permute(axes),
-                self.parents,
+        for plane, (z, y, x) in _VIEWS.items():
+            turned = self._each(partial(torch.permute, dims=(z, y, x)))
+            yield replace(
+                self,
+                id=f"{self.id} {plane}",
+                numbers=list(range(len(turned["images"]))),
+                spacing=(self.spacing[z], self.spacing[y], self.spacing[x]),
                 upside_down=True,
+                **turned,
             )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Images, labels and regions, as far as there are any, changed."""
+        stacks = {name: getattr(self, name) for name in ("images", "labels", "regions")}
+        return {name: stack if stack is None else change(stack) for name, stack in stacks.items()}
 
     def region(self, scale: int, position: int) -> Tensor:
         """[h, w] int32: the supervoxels of a scale in one slice."""
@@ -128,18 +126,14 @@ class SliceStore:
     def __init__(self, cases: Sequence[CaseSlices]):
         self.cases = list(cases)
 
-    def __len__(self) -> int:
-        """Number of slices."""
-        return sum(map(len, self.cases))
-
     @classmethod
     def build(
         cls,
         dataset: Dataset,
         cases: Sequence[Case],
         preprocessing: Preprocessing,
-        labels: Literal["needed", "wanted", "unused"] = "needed",
         *,
+        labels: bool = True,
         find_regions: RegionFinder | None = None,
         holding: Collection[int] | None = None,
         without: Collection[int] = (),
@@ -147,12 +141,11 @@ class SliceStore:
         """Read and prepare cases once, keeping only the slices that training can use.
 
         Args:
-            dataset: Where the cases are from; named in errors.
+            dataset: Where the cases are from.
             cases: Cases to read.
             preprocessing: Turns a volume into slices. Its image size is the largest that is kept;
                 a scan with fewer pixels keeps its own.
-            labels: Keep label maps: of every case, where there are some, or not at all (then they
-                are read only for ``without``).
+            labels: Keep label maps; otherwise they are read only for ``holding`` and ``without``.
             find_regions: Finds the supervoxels of whole scans by case, as ``all_supervoxels``
                 does; a case without them is left out. None for no supervoxels.
             holding: Keep only slices with at least one of these labels; None keeps every slice.
@@ -163,22 +156,22 @@ class SliceStore:
             DatasetError: A case has no label map where one is needed, or no slice is left at all.
             InputError: A file that cannot be used.
         """
-        needed = labels == "needed" or bool(without) or holding is not None
+        needed = labels or bool(without) or holding is not None
         whole = []
         for case in cases:
-            if needed and case.label is None:
-                raise DatasetError(
-                    f"{dataset.root}: case {case.id}",
-                    found="no label map",
-                    allowed="a label map for every case of label episodes and held-out classes",
-                    fix="Leave the case out, or train without labels.",
-                )
-            reads = needed or (labels == "wanted" and case.label is not None)
-            whole.append(_read_case(case, preprocessing, dataset.labels if reads else None))
+            require(
+                case.label is not None or not needed,
+                f"{dataset.root}: case {case.id}",
+                found="no label map",
+                allowed="a label map for every case of label episodes and held-out classes",
+                fix="Leave the case out, or train without labels.",
+                error=DatasetError,
+            )
+            whole.append(_read_case(case, preprocessing, dataset.labels if needed else None))
         if find_regions is not None:  # before slices are dropped, so that neighbours are neighbours
             found = find_regions({c.id: (c.images.numpy(), c.spacing) for c in whole})
             whole = [
-                dataclasses.replace(
+                replace(
                     case,
                     regions=torch.from_numpy(found[case.id].finest),
                     parents=found[case.id].parents,
@@ -193,17 +186,18 @@ class SliceStore:
                 if holding is not None:
                     keep &= _holds(slices.labels, holding)
                 keep &= ~_holds(slices.labels, without)
-            if labels == "unused":
-                slices = dataclasses.replace(slices, labels=None)
+            if not labels:
+                slices = replace(slices, labels=None)
             if keep.any():
                 kept.append(slices.only(keep))
-        if not kept:
-            raise DatasetError(
-                dataset.root,
-                found="no slice that can be used",
-                allowed="at least one slice with a wanted and without an excluded class",
-                fix="Check the classes held out and the cases chosen.",
-            )
+        require(
+            kept,
+            dataset.root,
+            found="no slice that can be used",
+            allowed="at least one slice with a wanted and without an excluded class",
+            fix="Check the classes held out and the cases chosen.",
+            error=DatasetError,
+        )
         return cls(kept)
 
 
@@ -222,8 +216,8 @@ def _read_case(
     size = prepared.image_size
     images = torch.empty(len(prepared), size, size, dtype=torch.float16)
     for start in range(0, len(prepared), _CHUNK):
-        stop = min(start + _CHUNK, len(prepared))
-        images[start:stop] = prepared.images(start, stop)[:, 0]
+        part = images[start : start + _CHUNK]
+        part[:] = prepared.images(start, start + len(part))[:, 0]
     spacing = (prepared.spacing[0], prepared.pixel_size, prepared.pixel_size)
     return CaseSlices(case.id, list(range(len(prepared))), images, labels, spacing)
 
@@ -231,5 +225,4 @@ def _read_case(
 def _holds(labels: Tensor, wanted: Collection[int]) -> Tensor:
     """[n] bool: which slices hold at least one of these labels."""
     possible = [value for value in wanted if value <= torch.iinfo(labels.dtype).max]
-    values = torch.tensor(possible, dtype=labels.dtype)
-    return torch.isin(labels, values).flatten(1).any(dim=1)
+    return torch.isin(labels, torch.tensor(possible, dtype=labels.dtype)).flatten(1).any(dim=1)

@@ -12,7 +12,7 @@ from typing import Any
 from fastproto.data.dataset import Case, Dataset, open_dataset
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.data.volume import read_volume
-from fastproto.errors import ArgumentError, DatasetError, LabelError
+from fastproto.errors import DatasetError, require
 from fastproto.training.augment import Augmentation
 from fastproto.training.config import TrainConfig
 from fastproto.training.episodes import (
@@ -57,11 +57,6 @@ class _Part:
     classes: list[int]
     excluded: list[int]
 
-    @property
-    def labelled(self) -> bool:
-        """Whether label episodes can be drawn."""
-        return bool(self.classes) and all(case.label is not None for case in self.cases)
-
 
 def read_training_data(
     config: TrainConfig, preprocessing: Mapping[str, Any] | None = None
@@ -74,6 +69,7 @@ def read_training_data(
 
     Raises:
         ArgumentError: Classes both held out and to be trained on, or none left.
+        LabelError: Classes that no data set has.
         DatasetError: Unknown cases, no case left, or no slices.
         InputError: Files that cannot be used.
     """
@@ -81,25 +77,20 @@ def read_training_data(
     parts = _parts(config)
     fitted = dict(preprocessing or {})
     for modality in dict.fromkeys(part.dataset.modality for part in parts):
+        if modality in fitted:
+            continue
         cases = [c for part in parts if part.dataset.modality == modality for c in part.cases]
-        if modality not in fitted:
-            fitted[modality] = Preprocessing.fit(
-                (read_volume(case.image) for case in cases),
-                modality,
-                config.image_size,
-                crop=config.crop,
-                plane=config.plane,
-            ).to_dict()
+        volumes = (read_volume(case.image) for case in cases)
+        fitted[modality] = Preprocessing.fit(
+            volumes, modality, config.image_size, crop=config.crop, plane=config.plane
+        ).to_dict()
 
-    options: dict[str, Any] = {
-        "size": config.image_size,
-        "shots": config.shots,
-        "ways": config.ways,
-        "queries": config.queries,
-    }
+    options: dict[str, Any] = {n: getattr(config, n) for n in ("shots", "ways", "queries")}
+    options["size"] = config.image_size
     find_regions = partial(
         all_supervoxels, folder=Path(config.output) / "supervoxels", progress=config.progress
     )
+    share = config.label_fraction
     augmentation = Augmentation() if config.augment else None
     sources: list[EpisodeSource] = []
     validation: list[EpisodeSource] = []
@@ -108,28 +99,29 @@ def read_training_data(
     counts = {"supervoxels": 0, "labels": 0}
     for number, part in enumerate(parts):
         dataset = part.dataset
-        stored = replace(
-            Preprocessing.from_dict(fitted[dataset.modality]), image_size=config.store_size
-        )
-        on_labels = config.label_fraction > 0 and part.labelled
-        on_regions = config.label_fraction < 1 or not on_labels
+        fit = Preprocessing.from_dict(fitted[dataset.modality])
+        stored = replace(fit, image_size=config.store_size)
+        on_labels = bool(share > 0 and part.classes and _labelled(part.cases))
+        on_regions = share < 1 or not on_labels
         store = SliceStore.build(
             dataset,
             part.cases,
             stored,
-            "needed" if on_labels else "unused",
+            labels=on_labels,
             find_regions=find_regions if on_regions else None,
             holding=None if on_regions else part.classes,
             without=part.excluded if config.drop_excluded_slices else [],
         )
         slices |= {f"{number}/{case.id}": case.numbers for case in store.cases}
-        label_options = {
-            "excluded": part.excluded,
-            "names": dataset.labels,
-            "min_pixels": config.min_pixels,
+        label_episodes = partial(
+            LabelEpisodes,
+            classes=part.classes,
+            excluded=part.excluded,
+            names=dataset.labels,
+            min_pixels=config.min_pixels,
             **options,
-        }
-        regions = labels = None
+        )
+        own: list[EpisodeSource] = []
         if on_regions:
             regions = SupervoxelEpisodes(
                 store,
@@ -141,27 +133,22 @@ def read_training_data(
                 augmentation=augmentation,
                 **options,
             )
+            own.append(regions)
             counts["supervoxels"] += len(store.cases)
         if on_labels:
-            labels = LabelEpisodes(
-                store, part.classes, config.seed, augmentation=augmentation, **label_options
-            )
+            labels = label_episodes(store=store, seed=config.seed, augmentation=augmentation)
+            own.append(labels)
             trained |= {str(number): dataset.labels[number] for number in labels.classes}
             counts["labels"] += len(store.cases)
-        if regions is not None and labels is not None:
-            share = config.label_fraction
-            sources.append(MixedEpisodes([regions, labels], [1 - share, share]))
-        else:
-            sources += [source for source in (regions, labels) if source is not None]
+        sources.append(_mixed(own, [1 - share, share]))
         if config.validation_episodes > 0 and part.classes:
-            known = store if on_labels else None
             if part.validation_cases:
-                usable = all(case.label is not None for case in part.validation_cases)
+                usable = _labelled(part.validation_cases)
                 known = SliceStore.build(dataset, part.validation_cases, stored) if usable else None
+            else:
+                known = store if on_labels else None
             if known is not None:
-                validation.append(
-                    LabelEpisodes(known, part.classes, _VALIDATION_SEED, **label_options)
-                )
+                validation.append(label_episodes(store=known, seed=_VALIDATION_SEED))
 
     names = ", ".join(trained.values())
     by_labels = f" and, in {counts['labels']}, from the labels of {names}" if trained else ""
@@ -193,30 +180,30 @@ def _parts(config: TrainConfig) -> list[_Part]:
         classes = _known_labels(dataset, config.classes)
         if not config.classes:
             classes = [number for number in dataset.labels if number not in excluded]
-        if both := sorted(set(classes) & set(excluded)):
-            raise ArgumentError("holdout", found=f"base classes {both}", allowed="other classes")
+        both = sorted(set(classes) & set(excluded))
+        require(not both, "holdout", found=f"base classes {both}", allowed="other classes")
         own = {case.id for case in dataset.cases}
         validation = dataset.select(id_ for id_ in config.validation_cases if id_ in own)
         away = {*config.holdout_cases, *(case.id for case in validation)}
         cases = [case for case in dataset.cases if case.id not in away]
-        if not cases:
-            raise DatasetError(
-                dataset.root,
-                found="no case left to train on",
-                allowed="cases that are neither held out nor for validation",
-            )
+        require(
+            cases,
+            dataset.root,
+            found="no case left to train on",
+            allowed="cases that are neither held out nor for validation",
+            error=DatasetError,
+        )
         parts.append(_Part(dataset, cases, validation, classes, excluded))
     ids = [case.id for dataset in datasets for case in dataset.cases]
     for name in ("holdout_cases", "validation_cases"):
-        if unknown := [id_ for id_ in getattr(config, name) if id_ not in ids]:
-            raise DatasetError(
-                ", ".join(config.data), found=f"no case {', '.join(unknown)}", allowed=str(ids)
-            )
-    for name in ("holdout", "classes"):
-        for label in getattr(config, name):
-            if not any(_known_labels(dataset, [label]) for dataset in datasets):
-                datasets[0].label_ids([label])  # says what there is
-                raise LabelError(name, found=repr(label), allowed="a label of the data")
+        unknown = [id_ for id_ in getattr(config, name) if id_ not in ids]
+        found = f"no case {', '.join(unknown)}"
+        require(
+            not unknown, ", ".join(config.data), found=found, allowed=str(ids), error=DatasetError
+        )
+    for label in (*config.holdout, *config.classes):
+        if not any(_known_labels(dataset, [label]) for dataset in datasets):
+            datasets[0].label_ids([label])  # raises, and says what there is
     return parts
 
 
@@ -224,6 +211,10 @@ def _known_labels(dataset: Dataset, labels: Sequence[str | int]) -> list[int]:
     """Numbers of those labels, names or numbers, that the data set has."""
     known = {*dataset.labels.values(), *map(str, dataset.labels)}
     return dataset.label_ids([label for label in labels if str(label) in known])
+
+
+def _labelled(cases: Sequence[Case]) -> bool:
+    return all(case.label is not None for case in cases)
 
 
 def _mixed(sources: Sequence[EpisodeSource], weights: Sequence[float]) -> EpisodeSource:

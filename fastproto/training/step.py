@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fastproto.training.episodes import Episode
 _WARM_UP = 3  # what libraries do in their first calls cannot be captured
 
 
+@dataclass(eq=False)
 class Step:
     """Forward, losses, backward, clipping and AdamW, unless a number is not finite.
 
@@ -34,28 +36,25 @@ class Step:
         capture: Whether to capture; for a model on a GPU.
     """
 
-    def __init__(
-        self,
-        model: FewShotModel,
-        optimizer: torch.optim.Optimizer,
-        loss: EpisodeLoss,
-        clip_norm: float,
-        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
-        *,
-        capture: bool,
-    ):
-        self._model, self._optimizer, self._loss = model, optimizer, loss
-        self._clip_norm, self._autocast, self._capture = clip_norm, autocast, capture
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+    model: FewShotModel
+    optimizer: torch.optim.Optimizer
+    loss: EpisodeLoss
+    clip_norm: float
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    _: KW_ONLY
+    capture: bool
+
+    def __post_init__(self) -> None:
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device
         self._names: list[str] = []
         self._eager_steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._episode: Episode | None = None  # what the graph reads
         # Not the default stream, on which nothing can be captured: gradients stay on theirs.
-        self._stream = torch.cuda.Stream(self._device) if capture else None
-        if capture:
-            for group in optimizer.param_groups:
+        self._stream = torch.cuda.Stream(self._device) if self.capture else None
+        if self.capture:
+            for group in self.optimizer.param_groups:
                 group["lr"] = torch.tensor(0.0, dtype=torch.float32, device=self._device)
 
     def __call__(self, episode: Episode, rate: float) -> dict[str, float]:
@@ -69,13 +68,13 @@ class Step:
             The loss, the norm of the gradients and the single losses. If the first or the second is
             not finite, the weights are what they were.
         """
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:  # the same bits as from a tensor
                 group["lr"] = torch.tensor(rate, dtype=torch.float32).item()
         with self._on_stream():
-            values = self._replay(episode) if self._capture else None
+            values = self._replay(episode) if self.capture else None
             if values is None:
                 values = self._work(episode.to(self._device))
                 self._eager_steps += 1
@@ -83,10 +82,10 @@ class Step:
             return dict(zip(self._names, values.tolist(), strict=True))
 
     def _work(self, episode: Episode) -> Tensor:
-        with self._autocast():
-            total, parts, _ = self._loss(self._model, episode)
+        with self.autocast():
+            total, parts, _ = self.loss(self.model, episode)
         total.backward()
-        norm = clip_grad_norm_(self._parameters, self._clip_norm)
+        norm = clip_grad_norm_(self._parameters, self.clip_norm)
         self._names = ["loss", "grad_norm", *parts]
         numbers = [total, norm, *parts.values()]
         values = torch.stack(
@@ -94,9 +93,9 @@ class Step:
         )
         # The fused AdamW leaves weights, moments and step counts alone where this is 1.
         stop = values[:2].isfinite().all().logical_not().float()
-        self._optimizer.found_inf = stop  # type: ignore[attr-defined]
-        self._optimizer.step()
-        self._optimizer.zero_grad()  # here, so that gradients do not live beside the activations
+        self.optimizer.found_inf = stop  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # here, so that gradients do not live beside the activations
         return values
 
     def _replay(self, episode: Episode) -> Tensor | None:
@@ -120,20 +119,19 @@ class Step:
             # Other threads go on using the device: one pins memory.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._values = self._work(self._episode)
+            self._graph = graph
         except RuntimeError as error:
             print(
                 f"fastproto: steps are not captured as a CUDA graph and stay slower: {error}",
                 file=sys.stderr,
             )
-            self._capture, self._episode = False, None
-            self._optimizer.zero_grad()
-        else:
-            self._graph = graph
+            self.capture, self._episode = False, None
+            self.optimizer.zero_grad()
         finally:
             self._set_capturable(False)  # it warns of steps that are not captured
 
     def _set_capturable(self, value: bool) -> None:
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["capturable"] = value
 
     def _on_stream(self) -> contextlib.AbstractContextManager[Any]:

@@ -23,7 +23,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from fastproto._files import atomic_write
-from fastproto.errors import ArgumentError, OutputError, TrainingError
+from fastproto.errors import OutputError, TrainingError, require
 
 logger = logging.getLogger("fastproto")
 
@@ -59,48 +59,30 @@ class Supervoxels:
     parents: np.ndarray
     min_volumes: tuple[float, ...]
 
-    def at(self, scale: int, slices: int | slice = slice(None)) -> np.ndarray:
-        """Labels at one of the S scales: [n, h, w], or [h, w] of one slice."""
-        return np.take(self.parents[scale], self.finest[slices])
-
-
-def foreground_threshold(images: np.ndarray) -> float:
-    """The intensity above which a pixel of this patient can be body rather than air.
-
-    3 % of the way from the darkest value to the 99.5th percentile of the whole volume: -113 HU in
-    CT clipped to [-125, 275], just above the noise of air in MR.
-
-    Args:
-        images: [n, H, W], all slices of one patient.
-    """
-    sample = images[:, ::4, ::4].astype(np.float32)
-    low = float(sample.min())
-    return low + 0.03 * (float(np.percentile(sample, 99.5)) - low)
-
 
 def body_mask(image: np.ndarray) -> np.ndarray:
-    """The body: large components above the threshold, their holes filled slice by slice.
+    """The body: large components of what is no air, their holes filled slice by slice.
 
-    A component counts that has at least a tenth of the voxels of the largest, such as an arm.
+    Air ends 3 % of the way from the darkest value to the 99.5th percentile of the whole volume: at
+    -113 HU in CT clipped to [-125, 275], just above the noise of air in MR. A component counts that
+    has at least a tenth of the voxels of the largest, such as an arm.
 
     Args:
         image: [n, h, w].
 
     Returns:
-        [n, h, w] bool; all False where nothing is above the threshold.
+        [n, h, w] bool; all False where everything is air.
     """
-    components, count = ndimage.label(image > foreground_threshold(image))
+    sample = image[:, ::4, ::4].astype(np.float32)
+    low = float(sample.min())
+    threshold = low + 0.03 * (float(np.percentile(sample, 99.5)) - low)
+    components, count = ndimage.label(image > threshold)
     if count == 0:
         return np.zeros(image.shape, dtype=bool)
     sizes = np.bincount(components.ravel())
     sizes[0] = 0
-    air = ~(sizes >= sizes.max() / 10)[components]
-    pockets, count = ndimage.label(air, np.pad(_IN_PLANE, ((1, 1), (0, 0), (0, 0))))
-    outside = np.zeros(count + 1, dtype=bool)
-    for border in (pockets[:, 0], pockets[:, -1], pockets[:, :, 0], pockets[:, :, -1]):
-        outside[border] = True
-    outside[0] = False
-    return ~outside[pockets]
+    inside = (sizes >= sizes.max() / 10)[components]
+    return ndimage.binary_fill_holes(inside, _IN_PLANE)
 
 
 def supervoxels(image: np.ndarray, spacing: Spacing) -> Supervoxels:
@@ -156,31 +138,20 @@ def cached_supervoxels(
     """``supervoxels``, read from ``folder`` where they were kept before, else kept there.
 
     A file's name is a hash of the voxels, the spacing and the algorithm's version. A file that
-    cannot be used is made again; one that cannot be written is a warning.
-
-    Args:
-        image: [n, h, w] floating point.
-        spacing: Slice, row and column distance in mm.
-        folder: Made if missing.
+    cannot be used is made again; one that cannot be written is a warning. The folder is made if
+    missing.
     """
     image = _checked(image, spacing)
     digest = hashlib.blake2b(f"{_VERSION} {image.shape} {spacing}".encode(), digest_size=16)
     digest.update(image.data)
     key = digest.hexdigest()
     path = Path(folder) / f"supervoxels-{key}.npz"
-    kept = _read(path, key, image.shape)
-    if kept is not None:
+    if kept := _read(path, key):
         return kept
     made = supervoxels(image, spacing)
     try:
         with atomic_write(path) as temporary:
-            np.savez_compressed(
-                temporary,
-                key=np.array(key),
-                finest=made.finest,
-                parents=made.parents,
-                min_volumes=np.array(made.min_volumes),
-            )
+            np.savez_compressed(temporary, key=np.array(key), **vars(made))
     except OutputError as error:
         logger.warning("supervoxels are not kept: %s", error)
     return made
@@ -188,20 +159,18 @@ def cached_supervoxels(
 
 def all_supervoxels(
     volumes: Mapping[str, tuple[np.ndarray, Spacing]],
-    folder: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str],
     *,
-    workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Supervoxels]:
-    """Supervoxels of many volumes, several at a time.
+    """Supervoxels of many volumes, several at a time: one on each core, 16 at most.
 
     The work is done in threads: almost all of it runs without Python's lock, and nothing is copied.
 
     Args:
         volumes: Image [n, h, w] and spacing (mm) of each case; a float16 image becomes float32
             only while it is worked on.
-        folder: Where they are kept from run to run, see ``cached_supervoxels``; None for nowhere.
-        workers: Volumes at a time; None for one on each core, 16 at most.
+        folder: Where they are kept from run to run, see ``cached_supervoxels``.
         progress: Show a bar.
 
     Returns:
@@ -212,15 +181,13 @@ def all_supervoxels(
     """
     _native()
 
-    def compute(image: np.ndarray, spacing: Spacing) -> Supervoxels:
-        if folder is None:
-            return supervoxels(image, spacing)
-        return cached_supervoxels(image, spacing, folder)
-
     found: dict[str, Supervoxels] = {}
-    pool = concurrent.futures.ThreadPoolExecutor(workers or min(cores(), _WORKERS))
+    pool = concurrent.futures.ThreadPoolExecutor(min(cores(), _WORKERS))
     try:
-        cases = {pool.submit(compute, *volume): case for case, volume in volumes.items()}
+        cases = {
+            pool.submit(cached_supervoxels, *volume, folder): case
+            for case, volume in volumes.items()
+        }
         done = concurrent.futures.as_completed(cases)
         for future in tqdm(
             done, "supervoxels", len(cases), unit="scan", leave=False, disable=not progress
@@ -249,22 +216,20 @@ def _native() -> Any:
 
 def cores() -> int:
     """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _checked(image: np.ndarray, spacing: Spacing) -> np.ndarray:
     """The image as contiguous float32."""
-    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise ArgumentError(
-            "spacing", found=f"{spacing}", allowed="three finite numbers above 0 (mm)"
-        )
-    if image.ndim != 3 or image.size == 0:
-        raise ArgumentError("image", found=f"shape {image.shape}", allowed="[n, h, w], not empty")
+    valid = len(spacing) == 3 and all(math.isfinite(s) and s > 0 for s in spacing)
+    allowed = "three finite numbers above 0 (mm)"
+    require(valid, "spacing", found=f"{spacing}", allowed=allowed)
+    valid = image.ndim == 3 and image.size > 0
+    require(valid, "image", found=f"shape {image.shape}", allowed="[n, h, w], not empty")
     image = np.ascontiguousarray(image, np.float32)
-    if not np.isfinite(image).all():
-        raise ArgumentError("image", found="NaN or infinity", allowed="finite numbers")
+    finite = np.isfinite(image).all()
+    require(finite, "image", found="NaN or infinity", allowed="finite numbers")
     return image
 
 
@@ -279,21 +244,15 @@ def _unit(
     return np.divide(smooth, weight, out=smooth, where=body)
 
 
-def _read(path: Path, key: str, shape: tuple[int, ...]) -> Supervoxels | None:
+def _read(path: Path, key: str) -> Supervoxels | None:
     """What was kept; None where there is nothing, or nothing that can be used."""
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as stored:
-            kept = Supervoxels(
-                stored["finest"], stored["parents"], tuple(stored["min_volumes"].tolist())
-            )
-            usable = str(stored["key"]) == key
-        finest, parents = kept.finest, kept.parents
-        usable &= finest.shape == shape and finest.dtype in (np.int16, np.int32)
-        usable &= parents.shape == (len(kept.min_volumes), finest.max() + 1) and finest.min() >= 0
-        usable &= parents.dtype == finest.dtype
+            volumes = tuple(stored["min_volumes"].tolist())
+            kept = Supervoxels(stored["finest"], stored["parents"], volumes)
+            return kept if str(stored["key"]) == key else None
     except Exception as error:  # a damaged archive raises nearly anything
         logger.info("%s is made again: %s", path, error)
         return None
-    return kept if usable else None

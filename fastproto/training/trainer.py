@@ -9,9 +9,9 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fastproto._files import write_text
 from fastproto._memory import return_large_buffers
-from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError
+from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError, require
 from fastproto.losses import EpisodeLoss
 from fastproto.nn import FewShotUNet
 from fastproto.nn.inference import computes_bfloat16
@@ -65,7 +65,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     folder = Path(config.output)
     state = folder / "state.safetensors"
     device = _device(config.device)
-    asked = config
+    chosen = any(getattr(config, name) == "auto" for name in NETWORK)
     config = config.resolved(gpu=device.type == "cuda")
     saved = _saved_run(config, folder, state, resume)
     start = None
@@ -82,21 +82,27 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         config = replace(config, **network)
     data = read_training_data(config, preprocessing)
     if config.progress:
-        print(f"fastproto: {data.summary}; {_network(config)} on {device}", file=sys.stderr)
-        chosen = any(getattr(asked, name) == "auto" for name in NETWORK)
+        until = f"{config.steps} steps" if config.minutes is None else f"{config.minutes:g} minutes"
+        print(
+            f"fastproto: {data.summary}; {config.encoder}, output stride {config.output_stride}, "
+            f"images of {config.image_size} pixels, {config.batch} episodes a step, {until} "
+            f"on {device}",
+            file=sys.stderr,
+        )
         if saved is None and start is None and device.type == "cpu" and chosen:
             print(
                 "fastproto: a network and images small enough for a CPU were chosen; encoder "
                 "and image_size choose others",
                 file=sys.stderr,
             )
-    if saved is not None and saved["slices"] != data.slices:
-        raise CheckpointError(
-            state,
-            found="a run on other cases or slices",
-            allowed="the data set that the run began with",
-            fix=f"Restore the data set in {config.data}, or start a new run in another folder.",
-        )
+    require(
+        saved is None or saved["slices"] == data.slices,
+        state,
+        found="a run on other cases or slices",
+        allowed="the data set that the run began with",
+        fix=f"Restore the data set in {config.data}, or start a new run in another folder.",
+        error=CheckpointError,
+    )
     for partial in folder.glob(".partial-*"):  # what a killed process was writing
         partial.unlink()
     write_text(folder / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
@@ -111,16 +117,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         # Channels last: a third faster on CPUs, and what tensor cores want.
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
+            model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
+        step, seconds = 0, 0.0
         if saved is not None:
             load_state(state, model, optimizer)
-        done = {"step": 0, "seconds": 0.0, **(saved or {})}
-        with RunLog(folder, done["step"], tensorboard=config.tensorboard) as log:
-            _Run(config, folder, data, model, optimizer, log).go(done["step"], done["seconds"])
+            step, seconds = saved["step"], saved["seconds"]
+        with RunLog(folder, step, tensorboard=config.tensorboard) as log:
+            _Run(config, data, model, optimizer, log, seconds).go(step)
     return folder
 
 
@@ -148,61 +152,55 @@ def episode_dice(logits: Tensor, target: Tensor) -> float:
         size = int(truth.sum())
         if size > 0:
             scores.append(2 * int((mine & truth).sum()) / (int(mine.sum()) + size))
-    return sum(scores) / len(scores) if scores else math.nan
+    return _mean(scores)
 
 
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+@dataclass
 class _Run:
-    """The loop and what it needs."""
+    """The loop and what it needs; ``seconds`` are those of all steps so far."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        data: TrainingData,
-        model: FewShotUNet,
-        optimizer: torch.optim.Optimizer,
-        log: RunLog,
-    ):
-        self.config = config
-        self.folder = folder
-        self.data = data
-        self.model = model
-        self.optimizer = optimizer
-        self.log = log
-        self.device = next(model.parameters()).device
-        self.low_precision = _bfloat16_wanted(config.precision, self.device)
+    config: TrainConfig
+    data: TrainingData
+    model: FewShotUNet
+    optimizer: torch.optim.Optimizer
+    log: RunLog
+    seconds: float
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.device = next(self.model.parameters()).device
+        self.low_precision = config.precision == "bfloat16"
+        if config.precision == "auto":
+            self.low_precision = computes_bfloat16(self.device)
         weights = torch.tensor([config.background_weight] + [1.0] * config.ways)
-        loss = EpisodeLoss(
-            ce=config.ce,
-            align=config.align,
-            cycle=config.cycle,
-            class_weights=weights.to(self.device),
-        )
         self.take_step = Step(
-            model,
-            optimizer,
-            loss,
+            self.model,
+            self.optimizer,
+            EpisodeLoss(config.ce, config.align, config.cycle, weights.to(self.device)),
             config.clip_norm,
             self.autocast,
             capture=config.cuda_graph and self.device.type == "cuda",
         )
         self.validation_dice = math.nan
         self.saved_step = 0
-        self.seconds = 0.0
         self.episodes: Iterator[Episode] = iter(())
 
-    def go(self, step: int, seconds: float) -> None:
-        """Train on from the state after ``step`` steps and ``seconds`` seconds."""
+    def go(self, step: int) -> None:
+        """Train on from the state after ``step`` steps."""
         config = self.config
-        self.seconds = seconds
         if step == 0:
             self.checkpoint(0)
         else:
             self.save_model(step)  # the process may have died between the state and the model
         self.model.train()
+        auto = min(8, cores()) if self.device.type == "cuda" else 0
+        workers = auto if config.workers == "auto" else config.workers
         steps = range(step + 1, config.steps + 1)
-        batches = prefetch(self.data.training, config.batch, steps, self.workers())
-        episodes = ahead(batches, self.device)
+        episodes = ahead(prefetch(self.data.training, config.batch, steps, workers), self.device)
         with (
             contextlib.closing(episodes) as self.episodes,
             tqdm(
@@ -214,10 +212,11 @@ class _Run:
                 disable=not config.progress,
             ) as bar,
         ):
-            while not self.finished(step):
+            last = self.progress(step) >= 1  # steps or minutes are used up
+            while not last:
                 step += 1
                 loss = self.step(step)
-                last = self.finished(step)
+                last = self.progress(step) >= 1
                 if last or step % config.validate_every == 0:
                     self.validate(step)
                 if last or step % config.checkpoint_every == 0:
@@ -230,22 +229,11 @@ class _Run:
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
 
-    def workers(self) -> int:
-        """Processes that prepare episodes: on a GPU one for each core, up to 8; on a CPU none."""
-        if self.config.workers == "auto":
-            return min(8, cores()) if self.device.type == "cuda" else 0
-        return self.config.workers
-
-    def finished(self, step: int) -> bool:
-        """Whether steps or minutes are used up."""
-        return self.progress(step) >= 1
-
     def progress(self, step: int) -> float:
         """Share of the run that is done when ``step`` ends, as far as is known before it."""
-        by_steps = step / self.config.steps
-        if self.config.minutes is None:
-            return by_steps
-        return max(by_steps, self.seconds / 60 / self.config.minutes)
+        minutes = self.config.minutes
+        by_minutes = 0.0 if minutes is None else self.seconds / 60 / minutes
+        return max(step / self.config.steps, by_minutes)
 
     def step(self, step: int) -> float:
         """One optimiser step; returns the loss."""
@@ -253,24 +241,21 @@ class _Run:
         episode = next(self.episodes)
         rate = learning_rate(self.config, self.progress(step))
         record = self.take_step(episode, rate)
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            self.stop(step, episode.description, record)
+        loss, norm = record["loss"], record["grad_norm"]
+        require(  # a bad step has not touched the weights
+            math.isfinite(loss) and math.isfinite(norm),
+            f"step {step}",
+            found=f"loss {loss}, gradient norm {norm} in {episode.description}",
+            allowed="finite numbers",
+            fix=f"The weights of step {self.saved_step} are in {self.file('model')}, and "
+            f"{self.file('state')} can be resumed. Look at the slices named; a lower learning rate "
+            "or clip_norm, or precision float32, may help.",
+            error=TrainingError,
+        )
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.log.write(step, **record, learning_rate=rate, seconds=round(seconds, 4))
-        return record["loss"]
-
-    def stop(self, step: int, description: str, record: dict[str, float]) -> NoReturn:
-        """Give up before the weights are touched."""
-        state = self.folder / "state.safetensors"
-        raise TrainingError(
-            f"step {step}",
-            found=f"loss {record['loss']}, gradient norm {record['grad_norm']} in {description}",
-            allowed="finite numbers",
-            fix=f"The weights of step {self.saved_step} are in "
-            f"{self.folder / 'model.safetensors'}, and {state} can be resumed. Look at the slices "
-            "named; a lower learning rate or clip_norm, or precision float32, may help.",
-        )
+        return loss
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
@@ -291,8 +276,7 @@ class _Run:
                 )
             scores.append(episode_dice(logits, episode.query_masks))
         self.model.train()
-        scores = [score for score in scores if not math.isnan(score)]
-        self.validation_dice = sum(scores) / len(scores) if scores else math.nan
+        self.validation_dice = _mean([score for score in scores if not math.isnan(score)])
         self.log.write(step, validation_dice=self.validation_dice)
 
     def checkpoint(self, step: int) -> None:
@@ -305,14 +289,16 @@ class _Run:
             "preprocessing": self.data.extra["preprocessing"],
             "slices": self.data.slices,
         }
-        save_state(self.folder / "state.safetensors", self.model, self.optimizer, metadata)
+        save_state(self.file("state"), self.model, self.optimizer, metadata)
         self.save_model(step)
 
     def save_model(self, step: int) -> None:
         """Write the weights to use, with what is needed to use them."""
-        extra = {**self.data.extra, "step": step}
-        self.model.save(self.folder / "model.safetensors", extra)
+        self.model.save(self.file("model"), {**self.data.extra, "step": step})
         self.saved_step = step
+
+    def file(self, name: str) -> Path:
+        return Path(self.config.output, f"{name}.safetensors")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Bfloat16 where it is wanted."""
@@ -323,43 +309,36 @@ def _saved_run(
     config: TrainConfig, folder: Path, state: Path, resume: bool
 ) -> dict[str, Any] | None:
     """The metadata of the checkpoint to carry on from; None to begin at step 0."""
-    if not resume:
-        if state.exists():
-            raise OutputError(
-                folder,
-                found="a training run",
-                allowed="a new or empty folder",
-                fix="Resume it, or choose another output folder.",
-            )
-        return None
+    written = folder / "config.json"
+    require(
+        resume or not state.exists(),
+        folder,
+        found="a training run",
+        allowed="a new or empty folder",
+        fix="Resume it, or choose another output folder.",
+        error=OutputError,
+    )
+    require(
+        not resume or state.exists() or written.exists(),
+        folder,
+        found="no training run",
+        allowed="the output folder of an earlier run",
+        fix="Check the path, or start without resuming.",
+        error=CheckpointError,
+    )
     if not state.exists():
-        if not (folder / "config.json").exists():
-            raise CheckpointError(
-                folder,
-                found="no training run",
-                allowed="the output folder of an earlier run",
-                fix="Check the path, or start without resuming.",
-            )
         return None
     saved = load_metadata(state)
     differences = config.differences(saved["config"])
-    if differences:
-        raise CheckpointError(
-            state,
-            found=f"a run with another configuration ({'; '.join(differences)})",
-            allowed="the configuration that the run began with",
-            fix=f"Take it from {folder / 'config.json'}, or start a new run in another folder.",
-        )
-    return saved
-
-
-def _network(config: TrainConfig) -> str:
-    """The network in a few words."""
-    until = f"{config.steps} steps" if config.minutes is None else f"{config.minutes:g} minutes"
-    return (
-        f"{config.encoder}, output stride {config.output_stride}, images of {config.image_size} "
-        f"pixels, {config.batch} episodes a step, {until}"
+    require(
+        not differences,
+        state,
+        found=f"a run with another configuration ({'; '.join(differences)})",
+        allowed="the configuration that the run began with",
+        fix=f"Take it from {written}, or start a new run in another folder.",
+        error=CheckpointError,
     )
+    return saved
 
 
 def _device(name: str) -> torch.device:
@@ -373,9 +352,3 @@ def _device(name: str) -> torch.device:
             found=f"{name!r} ({str(error).splitlines()[0]})",
             allowed="auto, cpu, or a GPU that this PyTorch can use",
         ) from error
-
-
-def _bfloat16_wanted(precision: str, device: torch.device) -> bool:
-    if precision != "auto":
-        return precision == "bfloat16"
-    return computes_bfloat16(device)

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny data set on disk, and stores of synthetic slices in memory."""
+"""A tiny data set on disk, a tiny run on it, and stores of synthetic slices in memory."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.tiny_encoder import TinyEncoder
 
 from fastproto.data.phantom import write_phantom
+from fastproto.nn.encoders.registry import ENCODERS, Entry
+from fastproto.training import TrainConfig
 from fastproto.training.slices import CaseSlices, SliceStore
 
 SIZE = 48
@@ -19,6 +24,31 @@ SIZE = 48
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three CT patients with all organs."""
     return write_phantom(tmp_path_factory.mktemp("phantom") / "ct", patients=3, shape=(16, 64, 64))
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder() -> Iterator[str]:
+    """The name of an encoder whose training takes a tenth of a ResNet's time and disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENCODERS, "tiny", Entry(TinyEncoder))
+        yield "tiny"
+
+
+@pytest.fixture(scope="module")
+def configure(phantom: Path, tiny_encoder: str) -> Callable[..., TrainConfig]:
+    """Makes configurations of six steps with both sources, all losses and validation."""
+
+    def make(output: Path, **changes: object) -> TrainConfig:
+        config = TrainConfig(
+            data=str(phantom), output=str(output), holdout=("spleen",),
+            validation_cases=("ct_002",), label_fraction=0.6, min_pixels=5, image_size=32,
+            encoder=tiny_encoder, output_stride=16, align=1.0, cycle=1.0, batch=1, steps=6,
+            warmup_fraction=0.2, precision="float32", checkpoint_every=3, validate_every=4,
+            validation_episodes=2, progress=False,
+        )  # fmt: skip
+        return dataclasses.replace(config, **changes)
+
+    return make
 
 
 @pytest.fixture
@@ -31,9 +61,8 @@ def store() -> SliceStore:
     cases = []
     for number, name in enumerate("abc"):
         labels = torch.zeros(12, SIZE, SIZE, dtype=torch.uint8)
-        for label in (1, 2, 3):
-            if label < 3 or name == "c":
-                labels[label : label + 8, 10 * label : 10 * label + 8, 5:15] = label
+        for label in (1, 2, 3) if name == "c" else (1, 2):
+            labels[label : label + 8, 10 * label : 10 * label + 8, 5:15] = label
         if name == "a":
             labels[0, 40:48, 40:48] = 4
         images = (100.0 * number + torch.arange(12)).view(12, 1, 1).expand(12, SIZE, SIZE)

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from fastproto.data import Preprocessing, Volume
 from fastproto.errors import ArgumentError, DatasetError, LabelError
 from fastproto.training.augment import Augmentation, Cut
 from fastproto.training.episodes import (
@@ -39,6 +40,11 @@ def pieces_source(case: CaseSlices, seed: int = 0, **options) -> SupervoxelEpiso
     return SupervoxelEpisodes(SliceStore([case]), seed, size=SIZE, **options)
 
 
+def chance(source: EpisodeSource, what: str, count: int = 400) -> float:
+    """How often a description has this part."""
+    return sum(what in draw.description for draw in draws(source, count)) / count
+
+
 def draws(source: EpisodeSource, count: int = COUNT) -> list[Draw]:
     return [source.draw(episode_generator(source.seed, index)) for index in range(count)]
 
@@ -58,13 +64,12 @@ def test_an_episode_is_a_function_of_seed_and_index(store: SliceStore, pieces: C
         lambda seed: labels_source(store, [1, 2, 3], seed, augmentation=Augmentation()),
         lambda seed: pieces_source(pieces, seed, augmentation=Augmentation()),
     ):
-        first, again, other = make(0), make(0), make(1)
+        first, again = make(0), make(0)
         later = first.episode(7)
-        for index in (3, 7):
-            assert equal(first.episode(index), again.episode(index))
-        assert equal(first.episode(7), later)
-        assert not equal(first.episode(3), first.episode(7))
-        assert not equal(first.episode(3), other.episode(3))
+        assert equal(first.episode(3), again.episode(3))
+        assert equal(again.episode(7), later)
+        assert not equal(first.episode(3), later)
+        assert not equal(first.episode(3), make(1).episode(3))
 
 
 def test_generators_of_neighbouring_episodes_differ():
@@ -73,8 +78,10 @@ def test_generators_of_neighbouring_episodes_differ():
 
 
 def test_a_batch_is_its_episodes_side_by_side(store: SliceStore):
-    source = labels_source(store, [1, 2], shots=2, queries=2, augmentation=Augmentation())
+    options = {"shots": 2, "queries": 2, "names": {1: "liver"}, "augmentation": Augmentation()}
+    source = labels_source(store, [1], **options)
     batch = source.batch([4, 9])
+    assert re.match(r"episode 4: class 1 \(liver\), support [abc] slice \d", batch.description)
     assert batch.support_images.shape == (2, 2, 3, SIZE, SIZE)
     assert batch.query_masks.shape == (2, 2, SIZE, SIZE)
     assert torch.equal(batch.support_images[:, :, 0], batch.support_images[:, :, 2])
@@ -87,66 +94,46 @@ def test_a_batch_is_its_episodes_side_by_side(store: SliceStore):
 
 class TestFieldOfView:
     @staticmethod
-    def case(height: int, width: int, spacing: tuple[float, float, float]) -> CaseSlices:
-        return CaseSlices("p", [0], torch.zeros(1, height, width), None, spacing)
-
-    @staticmethod
-    def drawn(case: CaseSlices, label: torch.Tensor, count: int = 400):
-        views = [field_of_view(case, label, episode_generator(0, i)) for i in range(count)]
+    def drawn(label: torch.Tensor, row: float, column: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Centres and sides of 400 fields of view around a label map."""
+        case = CaseSlices("p", [0], torch.zeros(1, *label.shape), None, (3.0, row, column))
+        views = [field_of_view(case, label, episode_generator(0, i)) for i in range(400)]
         return torch.tensor([centre for centre, _ in views]), torch.tensor([s for _, s in views])
 
     def test_sides_are_two_to_eight_diameters(self):
-        case = self.case(400, 300, (3.0, 1.0, 2.0))
         label = torch.zeros(400, 300, dtype=torch.uint8)
         label[100:160, 50:80] = 1  # 60 mm by 60 mm
         diameter = 2 * math.sqrt(60 * 60 / math.pi)
-        centres, sides = self.drawn(case, label)
+        centres, sides = self.drawn(label, 1.0, 2.0)
         assert 2 * diameter <= sides.min() < 2.05 * diameter
         assert 7.8 * diameter < sides.max() <= 8 * diameter
         # as often from two to four diameters as from four to eight
         assert (sides < 4 * diameter).float().mean() == pytest.approx(0.5, abs=0.08)
         away = (centres - torch.tensor([130.0, 130.0])) / sides[:, None]
-        assert away.abs().max() <= 0.25 + 1e-5
-        assert away.min() < -0.24
-        assert away.max() > 0.24
+        assert -0.25 - 1e-5 <= away.min() < -0.24
+        assert 0.24 < away.max() <= 0.25 + 1e-5
 
-    def test_a_dot_is_seen_in_at_least_24_stored_pixels(self):
-        case = self.case(400, 300, (3.0, 1.0, 2.0))
-        label = torch.zeros(400, 300, dtype=torch.uint8)
-        label[100, 50] = 1
-        _, sides = self.drawn(case, label)
-        assert sides.unique().tolist() == [24 * 2.0]
-
-    def test_no_side_is_longer_than_a_tenth_more_than_the_slice(self):
-        case = self.case(100, 50, (3.0, 1.0, 1.5))
-        label = torch.ones(100, 50, dtype=torch.uint8)
-        _, sides = self.drawn(case, label)
-        assert sides.tolist() == pytest.approx([110.0] * len(sides))
+    def test_sides_have_24_stored_pixels_at_least_and_a_tenth_more_than_the_slice_at_most(self):
+        dot = torch.zeros(400, 300, dtype=torch.uint8)
+        dot[100, 50] = 1
+        assert self.drawn(dot, 1.0, 2.0)[1].unique().tolist() == [24 * 2.0]
+        full = torch.ones(100, 50, dtype=torch.uint8)
+        assert self.drawn(full, 1.0, 1.5)[1].tolist() == pytest.approx([110.0] * 400)
 
     def test_without_foreground_it_lies_in_the_middle(self):
-        case = self.case(100, 60, (3.0, 1.0, 1.5))
-        centres, sides = self.drawn(case, torch.zeros(100, 60, dtype=torch.uint8))
+        centres, sides = self.drawn(torch.zeros(100, 60, dtype=torch.uint8), 1.0, 1.5)
         assert (centres - torch.tensor([50.0, 45.0])).abs().max() <= 0.25 * sides.max()
 
-    def test_slices_of_an_episode_share_scale_and_nearly_place(self, pieces: CaseSlices):
+    def test_views_of_an_episode_share_scale_and_nearly_place_and_hardly_leave_the_slice(
+        self, pieces: CaseSlices
+    ):
         for draw in draws(pieces_source(pieces, shots=2, queries=2, planes=False)):
-            first, *others = draw.cuts
-            assert first.extent == (80.0, 64.0)
-            for cut in others:
-                assert cut.side == first.side
-                for here, there in zip(cut.centre, first.centre, strict=True):
-                    assert abs(here - there) <= 2 * 0.1 * first.side + 1e-4
-
-    def test_as_little_as_can_be_leaves_the_slice(self, pieces: CaseSlices):
-        for draw in draws(pieces_source(pieces)):
-            for cut in draw.cuts:
-                for place, extent in zip(cut.centre, cut.extent, strict=True):
-                    low, high = place - cut.side / 2, place + cut.side / 2
-                    if cut.side <= extent:
-                        assert -1e-3 <= low <= high <= extent + 1e-3
-                    else:
-                        assert low <= 1e-3
-                        assert high >= extent - 1e-3
+            (side,) = {cut.side for cut in draw.cuts}
+            assert {cut.extent for cut in draw.cuts} == {(80.0, 64.0)}
+            centres = np.array([cut.centre for cut in draw.cuts])
+            assert np.abs(centres - centres[0]).max() <= 2 * 0.1 * side + 1e-4
+            low, high = np.sort([[side / 2, side / 2], [80 - side / 2, 64 - side / 2]], axis=0)
+            assert np.array_equal(centres.clip(low - 1e-3, high + 1e-3), centres)
 
 
 class TestLabelEpisodes:
@@ -159,32 +146,24 @@ class TestLabelEpisodes:
             (patient, position), (other, query_position) = origin(support), origin(query)
             label = int(draw.description.split("class ")[1].split(",")[0])
             seen.add((label, patient, other))
-            if label == 3:
-                assert (patient, other) == (2, 2)
-                assert position != query_position
-            else:
-                assert patient != other
+            assert (patient == other == 2) == (label == 3)
+            assert position != query_position or patient != other
             # a slice of the class, and its mask is that class and nothing else
             assert position in range(label, label + 8)
             expected = store.cases[patient].labels[position] == label
             assert torch.equal(support.label, expected.to(torch.uint8))
-        assert len({label for label, _, _ in seen}) == 3
-        assert {(a, b) for _, a, b in seen if a != b} == {
-            (a, b) for a in range(3) for b in range(3) if a != b
-        }
+        assert {label for label, _, _ in seen} == {1, 2, 3}
+        others = set(itertools.permutations(range(3), 2))
+        assert {(a, b) for _, a, b in seen} == others | {(2, 2)}
 
     def test_the_class_is_in_the_field_of_view(self, store: SliceStore):
-        source = labels_source(store, [1, 2, 3])
-        for index in range(COUNT):
-            episode = source.episode(index)
-            assert episode.support_masks.eq(1).sum() > 10
-            assert episode.query_masks.eq(1).sum() > 10
+        episodes = labels_source(store, [1, 2, 3]).batch(range(COUNT))
+        for masks in (episodes.support_masks, episodes.query_masks):
+            assert masks.eq(1).flatten(1).sum(1).min() > 10
 
     def test_query_lies_within_a_sixth_of_the_extent(self, store: SliceStore):
-        distances = []
-        for draw in draws(labels_source(store, [1])):
-            (_, position), (_, query_position) = map(origin, draw.cuts)
-            distances.append(abs(position - query_position))
+        pairs = [map(origin, draw.cuts) for draw in draws(labels_source(store, [1]))]
+        distances = [abs(position - other) for (_, position), (_, other) in pairs]
         assert max(distances) <= 8 / 6 + 1
         assert len(set(distances)) > 1
 
@@ -196,10 +175,11 @@ class TestLabelEpisodes:
     def test_more_ways_share_the_support_patient(self, store: SliceStore):
         source = labels_source(store, [1, 2, 3], ways=3, shots=2, queries=3)
         for draw in draws(source, 10):
-            assert len(draw.cuts) == 9
-            assert {origin(cut)[0] for cut in draw.cuts[:6]} == {2}
-            assert torch.stack([c.label for c in draw.cuts[:6]]).unique().tolist() == [0, 1, 2, 3]
-            assert any((cut.label == 1).any() for cut in draw.cuts[6:])
+            support, query = draw.cuts[:6], draw.cuts[6:]
+            assert {origin(cut)[0] for cut in support} == {2}
+            assert torch.stack([cut.label for cut in support]).unique().tolist() == [0, 1, 2, 3]
+            assert len(query) == 3
+            assert any((cut.label == 1).any() for cut in query)
         assert source.episode(0).num_classes == 4
 
     def test_ways_are_renumbered_in_the_order_of_the_description(self, store: SliceStore):
@@ -221,8 +201,7 @@ class TestLabelEpisodes:
         for draw in draws(labels_source(store, [1, 3], excluded=[2])):
             for cut in draw.cuts:
                 patient, position = origin(cut)
-                held_out = store.cases[patient].labels[position] == 2
-                assert not cut.label[held_out].any()
+                assert not cut.label[store.cases[patient].labels[position] == 2].any()
 
     def test_classes_without_slices_enough_are_left_out(self, store: SliceStore):
         assert labels_source(store, [1, 4]).classes == [1]
@@ -243,20 +222,18 @@ class TestLabelEpisodes:
         with pytest.raises(DatasetError, match="slices without labels"):
             labels_source(SliceStore([pieces]), [1])
 
-    def test_names_and_slice_numbers_are_in_the_description(self, store: SliceStore):
-        description = labels_source(store, [1], names={1: "liver"}).episode(0).description
-        assert description.startswith("episode 0: class 1 (liver), support ")
-        assert " slice " in description
-
 
 def parse(draw: Draw) -> tuple[int, int, list[int], list[int]]:
     """Supervoxel, scale, support and query slices of the description; one way."""
-    what, support, query = (
-        draw.description.removeprefix("supervoxel ").replace(", query ", ", support ")
-    ).split(", support ")
-    number, scale = what.split(" of ")
-    slices = ([int(n) for n in part.split(" slice ")[1].split(", ")] for part in (support, query))
-    return int(number), int(scale), *slices
+    pattern = r"supervoxel (\d+) of (\d+), support .* slice ([\d, ]+), query .* slice ([\d, ]+)"
+    number, scale, *slices = re.fullmatch(pattern, draw.description).groups()
+    return int(number), int(scale), *([int(n) for n in part.split(", ")] for part in slices)
+
+
+def set_of_steps(source: SupervoxelEpisodes, count: int = COUNT) -> set[int]:
+    """Slices from the support to the query, over some episodes."""
+    parsed = map(parse, draws(source, count))
+    return {query - support for *_, (support,), (query,) in parsed}
 
 
 class TestSupervoxelEpisodes:
@@ -287,13 +264,11 @@ class TestSupervoxelEpisodes:
         pieces.regions[19, 4:10, 4:13] = 1  # 54 of 192 pixels, 0.28
         pieces.regions[18, 4:20, 4:16] = 0
         pieces.regions[18, 4:10, 4:14] = 1  # 60 pixels, 0.31
-        seen = {
-            support
-            for draw in draws(pieces_source(pieces, planes=False, absent=0), 1500)
-            for number, scale, (support,), (query,) in [parse(draw)]
-            if (number, scale) == (1, 0)
-            for support in (support, query)
-        }
+        seen = set()
+        for draw in draws(pieces_source(pieces, planes=False, absent=0), 1500):
+            number, scale, support, query = parse(draw)
+            if (number, scale) == (1, 0):
+                seen |= {*support, *query}
         assert 18 in seen
         assert 19 not in seen
 
@@ -305,56 +280,41 @@ class TestSupervoxelEpisodes:
         self, pieces: CaseSlices, spacing: float, gap: float, reach: int
     ):
         case = dataclasses.replace(pieces, spacing=(spacing, 2.0, 2.0))
-        steps = set()
-        for draw in draws(pieces_source(case, planes=False, absent=0, gap=gap), 300):
-            _, _, (support,), (query,) = parse(draw)
-            steps.add(query - support)
+        steps = set_of_steps(pieces_source(case, planes=False, absent=0, gap=gap), 300)
         assert steps == set(range(-reach, reach + 1)) - {0}
 
     def test_distances_are_those_of_the_scan_where_slices_were_dropped(self, pieces: CaseSlices):
-        keep = torch.arange(24) % 3 == 0
-        case = pieces.only(keep)
-        for draw in draws(pieces_source(case, absent=0)):  # 12 mm between those that are left
-            _, _, (support,), (query,) = parse(draw)
-            assert query == support
-        for draw in draws(pieces_source(case, absent=0, gap=12.0)):
-            _, _, (support,), (query,) = parse(draw)
-            assert abs(query - support) == 3
+        case = pieces.only(torch.arange(24) % 3 == 0)  # 12 mm between those that are left
+        assert set_of_steps(pieces_source(case, absent=0)) == {0}
+        assert set_of_steps(pieces_source(case, absent=0, gap=12.0)) == {-3, 3}
 
     @pytest.mark.parametrize("absent", [0.0, 0.4, 1.0])
     def test_a_share_of_the_queries_is_any_slice_of_the_scan(
         self, pieces: CaseSlices, absent: float
     ):
-        source = pieces_source(pieces, planes=False, absent=absent, queries=2)
         far, without = [], []
-        for draw in draws(source, 500):
+        for draw in draws(pieces_source(pieces, planes=False, absent=absent, queries=2), 500):
             _, _, (support,), queries = parse(draw)
             far += [abs(query - support) > 2 for query in queries]
             without += [not cut.label.any() for cut in draw.cuts[1:]]
         # Of 24 slices some 20 are further than two slices away.
-        assert sum(far) / len(far) == pytest.approx(absent * 19.5 / 24, abs=0.05)
-        if absent == 0:
-            assert not any(without)
-        if absent == 1:
-            assert sum(without) / len(without) > 0.3
+        assert np.mean(far) == pytest.approx(absent * 19.5 / 24, abs=0.05)
+        assert np.mean(without) > 0.3 or absent < 1
+        assert not any(without) or absent > 0
 
     @pytest.mark.parametrize("same", [0.0, 0.3, 1.0])
     def test_a_share_of_the_others_is_the_support_slice(self, pieces: CaseSlices, same: float):
         source = pieces_source(pieces, planes=False, absent=0, same_slice=same)
         found = [support == query for *_, (support,), (query,) in map(parse, draws(source, 500))]
-        assert sum(found) / len(found) == pytest.approx(same, abs=0.07)
+        assert np.mean(found) == pytest.approx(same, abs=0.07)
 
     def test_clouds_of_pixels_are_not_drawn(self, pieces: CaseSlices):
         assert pieces.regions is not None
         scattered = torch.rand(24, 16, 12, generator=episode_generator(0, 0)) < 0.5
         pieces.regions[:, 4:20, 4:16][scattered] = 2  # supervoxel 1 is a cloud now
-        numbers = Counter(
-            (scale, number)
-            for draw in draws(pieces_source(pieces, planes=False), 400)
-            for number, scale, _, _ in [parse(draw)]
-        )
-        assert (0, 1) not in numbers
-        assert {(0, 3), (0, 4), (1, 1), (1, 2)} <= numbers.keys()
+        drawn = {parse(draw)[:2] for draw in draws(pieces_source(pieces, planes=False), 400)}
+        assert (1, 0) not in drawn
+        assert {(3, 0), (4, 0), (1, 1), (2, 1)} <= drawn
 
     def test_supervoxels_of_dropped_slices_are_not_drawn(self, pieces: CaseSlices):
         case = pieces.only(torch.arange(24) < 12)  # without any of supervoxel 4
@@ -365,12 +325,11 @@ class TestSupervoxelEpisodes:
     def test_more_shots_and_ways(self, pieces: CaseSlices):
         source = pieces_source(pieces, planes=False, ways=2, shots=2, absent=0)
         for draw in draws(source, 30):
-            assert len(draw.cuts) == 5
             what = draw.description.removeprefix("supervoxel ").split(" of ")[0]
-            first, second = map(int, what.split(", "))
-            assert first != second
+            assert len(set(what.split(", "))) == 2
             assert draw.cuts[0].label.unique().tolist() == [0, 1, 2]
             positions = [int(cut.image[0, 0]) for cut in draw.cuts]
+            assert len(positions) == 5
             assert all(abs(p - positions[0]) <= 2 for p in positions)
         episode = source.episode(0)
         assert episode.support_masks.shape == (1, 4, SIZE, SIZE)
@@ -387,8 +346,7 @@ class TestSupervoxelEpisodes:
 
     def test_support_and_query_are_augmented_differently(self, pieces: CaseSlices):
         single = pieces.only(torch.arange(24) == 5)
-        plain = pieces_source(single, absent=0)
-        support, query = plain.draw(episode_generator(0, 0)).cuts
+        support, query = pieces_source(single, absent=0).draw(episode_generator(0, 0)).cuts
         assert torch.equal(support.label, query.label)
         assert support.centre != query.centre
         episode = pieces_source(single, absent=0, augmentation=Augmentation()).episode(0)
@@ -397,55 +355,39 @@ class TestSupervoxelEpisodes:
 
     def test_all_planes_are_drawn_upright(self):
         """A patient whose head is bright: in the other planes it is on top."""
-        volume = Volume(np.zeros((30, 30, 30), np.float32), spacing=(2.0, 2.0, 2.0))
-        volume.array[:] = np.arange(30)[:, None, None]
-        regions = np.zeros((30, 30, 30), np.int16)
+        images = torch.arange(30.0).view(30, 1, 1).expand(30, 30, 30).half()
+        regions = torch.zeros(30, 30, 30, dtype=torch.int16)
         regions[4:26, 4:26, 4:26] = 1
         regions[20:26, 4:26, 4:26] = 2
-        case = CaseSlices(
-            "p", list(range(30)), torch.from_numpy(volume.array).half(), None, (2.0,) * 3,
-            torch.from_numpy(regions), np.array([[0, 1, 2]], np.int16),
-        )  # fmt: skip
-        prepared = Preprocessing("mr", image_size=30, crop=False, plane="coronal").prepare(volume)
-        assert prepared.images(0, 1)[0, 0, 0, 0] > prepared.images(0, 1)[0, 0, -1, 0]
-        source = pieces_source(case, absent=0)
+        parents = np.array([[0, 1, 2]], np.int16)
+        case = CaseSlices("p", list(range(30)), images, None, (2.0, 2.0, 2.0), regions, parents)
         planes = Counter()
-        for draw in draws(source, 300):
-            text = draw.description.split("support p ")[1]
-            plane = text.split(" ")[0].replace("slice", "axial")
+        for draw in draws(pieces_source(case, absent=0), 300):
+            plane = draw.description.split("support p ")[1].split(" ")[0].replace("slice", "axial")
             planes[plane] += 1
-            for cut in draw.cuts:
-                if plane == "axial":
-                    continue
+            for cut in draw.cuts if plane != "axial" else ():
                 assert cut.image[0, 0] == 29
                 assert cut.image[-1, 0] == 0
                 # the supervoxel in the head is on top, and within the field of view
                 row = (cut.label == 1).any(dim=1).nonzero().float().mean() * 2
-                if draw.description.startswith("supervoxel 2"):
-                    assert row < 20
-                else:
-                    assert row > 20
+                assert (row < 20) == draw.description.startswith("supervoxel 2")
                 assert abs(row - cut.centre[0]) <= 0.5 * cut.side + 1
         assert planes.keys() == {"axial", "coronal", "sagittal"}
         assert min(planes.values()) > 300 / 3 * 0.7
-        for draw in draws(pieces_source(case, planes=False)):
-            assert "al slice" not in draw.description
+        assert chance(pieces_source(case, planes=False), "al slice", COUNT) == 0
 
     def test_a_case_with_three_planes_is_drawn_as_often_as_one_with_one(self, pieces: CaseSlices):
         thick = dataclasses.replace(pieces, id="thick", spacing=(8.0, 2.0, 2.0))
         source = SupervoxelEpisodes(SliceStore([pieces, thick]), 0, size=SIZE)
-        share = sum("support thick" in draw.description for draw in draws(source, 400)) / 400
-        assert share == pytest.approx(0.5, abs=0.07)
+        assert chance(source, "support thick") == pytest.approx(0.5, abs=0.07)
 
 
 def test_mixed_episodes_come_from_all_by_their_weights(store: SliceStore, pieces: CaseSlices):
     labels = labels_source(store, [1, 2], 5, queries=2, augmentation=Augmentation())
     regions = pieces_source(pieces, 5, queries=2, augmentation=Augmentation())
     mixed = MixedEpisodes([labels, regions], [3.0, 1.0])
-    share = sum("supervoxel" in draw.description for draw in draws(mixed, 400)) / 400
-    assert share == pytest.approx(0.25, abs=0.06)
+    assert chance(mixed, "supervoxel") == pytest.approx(0.25, abs=0.06)
     for name in ("seed", "size", "shots", "ways", "queries", "augmentation", "device"):
         assert getattr(mixed, name) == getattr(labels, name), name
     assert mixed.batch(range(4)).query_images.shape == (4, 2, 3, SIZE, SIZE)
-    alone = MixedEpisodes([labels, regions], [0.0, 2.0])
-    assert all("supervoxel" in draw.description for draw in draws(alone))
+    assert chance(MixedEpisodes([labels, regions], [0.0, 2.0]), "supervoxel", COUNT) == 1

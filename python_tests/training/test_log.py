@@ -42,7 +42,7 @@ def test_every_record_is_in_the_file_at_once(tmp_path: Path):
 def test_tensorboard_gets_the_numbers(tmp_path: Path):
     pytest.importorskip("tensorboard")
     with RunLog(tmp_path, 0, tensorboard=True) as log:
-        log.write(1, loss=0.5)
+        log.write(1, loss=0.5, note="text")
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in events.read_bytes()
 

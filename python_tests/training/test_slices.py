@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,16 +20,6 @@ from fastproto.training.supervoxels import Supervoxels
 PREPROCESSING = Preprocessing("ct", image_size=32, mean=-50.0, std=100.0)
 
 
-def halves(volumes: Mapping[str, tuple[np.ndarray, object]]) -> dict[str, Supervoxels]:
-    """Stands in for ``all_supervoxels``: the upper and the lower half of every slice."""
-    found = {}
-    for case, (image, _) in volumes.items():
-        finest = np.ones(image.shape, np.int16)
-        finest[:, image.shape[1] // 2 :] = 2
-        found[case] = Supervoxels(finest, np.array([[0, 1, 2], [0, 1, 1]], np.int16), (1.0, 2.0))
-    return found
-
-
 def test_slices_are_those_of_the_prepared_volume(phantom: Path):
     dataset = open_dataset(phantom)
     case = dataset.cases[0]
@@ -36,14 +27,11 @@ def test_slices_are_those_of_the_prepared_volume(phantom: Path):
     prepared = PREPROCESSING.prepare(read_volume(case.image))
     (kept,) = store.cases
     assert kept.numbers == list(range(len(prepared)))
-    assert len(store) == 16
-    assert kept.images.dtype == torch.float16
-    assert kept.labels is not None
-    assert kept.labels.dtype == torch.uint8
+    assert len(kept) == 16
+    assert (kept.images.dtype, kept.labels.dtype) == (torch.float16, torch.uint8)
     torch.testing.assert_close(
         kept.images.float(), prepared.images(0, 16)[:, 0], atol=2e-3, rtol=1e-3
     )
-    assert case.label is not None
     assert torch.equal(kept.labels, prepared.labels(read_label(case.label)))
     assert kept.spacing == (prepared.spacing[0], prepared.pixel_size, prepared.pixel_size)
     assert kept.extent == pytest.approx((prepared.view.side, prepared.view.side))
@@ -62,61 +50,50 @@ def test_no_pixel_is_finer_than_the_scans_own(phantom: Path):
 def test_only_wanted_slices_are_kept(phantom: Path):
     dataset = open_dataset(phantom)
     whole = SliceStore.build(dataset, dataset.cases, PREPROCESSING)
-    wanted, unwanted = [1], [2]
-    some = SliceStore.build(dataset, dataset.cases, PREPROCESSING, holding=wanted, without=unwanted)
+    some = SliceStore.build(dataset, dataset.cases, PREPROCESSING, holding=[1], without=[2])
     for before, after in zip(whole.cases, some.cases, strict=True):
-        expected = [
-            number
-            for number, labels in zip(before.numbers, before.labels, strict=True)
-            if (labels == 1).any() and not (labels == 2).any()
-        ]
+        one, two = ((before.labels == label).flatten(1).any(1) for label in (1, 2))
+        expected = (one & ~two).nonzero().flatten().tolist()
         assert after.numbers == expected
         assert 0 < len(expected) < len(before.numbers)
         assert torch.equal(after.images, before.images[expected])
-        assert not (after.labels == 2).any()
+        assert torch.equal(after.labels, before.labels[expected])
 
 
-def test_labels_needed_wanted_or_unused(phantom: Path):
+def test_labels_are_needed_unless_nothing_asks_for_them(phantom: Path):
     dataset = open_dataset(phantom)
     labelled, bare = dataset.cases[0], dataclasses.replace(dataset.cases[1], label=None)
-    store = SliceStore.build(dataset, [labelled], PREPROCESSING, "unused", without=[2])
+    store = SliceStore.build(dataset, [labelled], PREPROCESSING, labels=False, without=[2])
     assert store.cases[0].labels is None
-    assert len(store) < 16
-    first, second = SliceStore.build(dataset, [labelled, bare], PREPROCESSING, "wanted").cases
-    assert first.labels is not None
-    assert second.labels is None
-    assert len(SliceStore.build(dataset, [bare], PREPROCESSING, "unused")) == 16
-    with pytest.raises(DatasetError, match=f"case {bare.id}: found no label map"):
-        SliceStore.build(dataset, [bare], PREPROCESSING)
-    with pytest.raises(DatasetError, match=f"case {bare.id}: found no label map"):
-        SliceStore.build(dataset, [bare], PREPROCESSING, "unused", without=[2])
-
-
-def test_a_store_without_slices_is_an_error(phantom: Path):
-    dataset = open_dataset(phantom)
+    assert len(store.cases[0]) < 16
+    assert len(SliceStore.build(dataset, [bare], PREPROCESSING, labels=False).cases[0]) == 16
+    for labels, without in ((True, []), (False, [2])):
+        with pytest.raises(DatasetError, match=f"case {bare.id}: found no label map"):
+            SliceStore.build(dataset, [bare], PREPROCESSING, labels=labels, without=without)
     with pytest.raises(DatasetError, match="no slice that can be used"):
-        SliceStore.build(dataset, dataset.cases, PREPROCESSING, holding=[250])
+        SliceStore.build(dataset, [labelled], PREPROCESSING, holding=[250])
 
 
 def test_supervoxels_are_found_in_whole_scans(phantom: Path):
     dataset = open_dataset(phantom)
     seen = {}
 
-    def find(volumes: Mapping[str, tuple[np.ndarray, object]]) -> dict[str, Supervoxels]:
+    def halves(volumes: Mapping[str, tuple[np.ndarray, object]]) -> dict[str, Supervoxels]:
+        """The upper and the lower half of every slice."""
         seen.update(volumes)
-        found = halves(volumes)
-        del found["ct_001"]  # as where they cannot be found
-        return found
+        finest = np.ones((16, 32, 32), np.int16)
+        finest[:, 16:] = 2
+        found = Supervoxels(finest, np.array([[0, 1, 2], [0, 1, 1]], np.int16), (1.0, 2.0))
+        return dict.fromkeys(volumes.keys() - {"ct_001"}, found)  # as where none can be found
 
     store = SliceStore.build(
-        dataset, dataset.cases, PREPROCESSING, "unused", find_regions=find, without=[2]
+        dataset, dataset.cases, PREPROCESSING, labels=False, find_regions=halves, without=[2]
     )
     assert [case.id for case in store.cases] == ["ct_000", "ct_002"]
     for case in store.cases:
         image, spacing = seen[case.id]
         assert image.shape == (16, 32, 32)
         assert spacing == case.spacing
-        assert case.regions is not None
         assert len(case.regions) == len(case) < 16
         assert case.region(0, 0).unique().tolist() == [1, 2]
         assert case.region(1, 0).unique().tolist() == [1]
@@ -126,11 +103,10 @@ def test_areas_count_the_pixels_of_every_supervoxel(pieces: CaseSlices):
     fine, coarse = pieces.areas
     assert fine.shape == (24, 5)
     assert coarse.shape == (24, 3)
-    for position in (0, 2, 11, 12, 19, 20):
-        for areas, scale in ((fine, 0), (coarse, 1)):
-            labels = pieces.region(scale, position).flatten()
-            expected = torch.bincount(labels, minlength=areas.shape[1])
-            assert areas[position].tolist() == expected.tolist()
+    for position, scale in itertools.product((0, 2, 11, 12, 19, 20), (0, 1)):
+        labels = pieces.region(scale, position).flatten()
+        areas = pieces.areas[scale][position]
+        assert areas.tolist() == torch.bincount(labels, minlength=len(areas)).tolist()
 
 
 @pytest.mark.parametrize("plane", ["coronal", "sagittal"])
@@ -146,8 +122,7 @@ def test_other_planes_look_like_slices_prepared_in_them(plane: str):
     case = CaseSlices("a", list(range(20)), images, labels, (2.0, 2.0, 2.0), labels, np.eye(2))
     first, *rest = case.planes()
     assert first is case
-    view = {"coronal": rest[0], "sagittal": rest[1]}[plane]
-    assert view.id == f"a {plane}"
+    (view,) = (each for each in rest if each.id == f"a {plane}")
     assert view.upside_down
     assert len(view) == 20
     expected = other.images(0, 20)[:, 0]

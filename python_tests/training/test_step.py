@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fastproto.training import step as step_module
 from fastproto.training.episodes import Episode
 from fastproto.training.step import Step
 
+pytestmark = pytest.mark.usefixtures("tiny_encoder")
 LOSS = EpisodeLoss(class_weights=torch.tensor([0.2, 1.0]))
 
 
@@ -36,14 +38,13 @@ def episode(seed: int, queries: int = 1) -> Episode:
 
 def make(capture: bool = False) -> tuple[FewShotUNet, Step]:
     torch.manual_seed(0)
-    model = FewShotUNet("resnet18").train()
+    model = FewShotUNet("tiny").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True)
     return model, Step(model, optimizer, LOSS, 1.0, contextlib.nullcontext, capture=capture)
 
 
-def state(model: FewShotUNet, step: Step) -> list[Tensor]:
-    moments = [v for each in step._optimizer.state.values() for v in each.values()]
-    return [value.clone() for value in [*model.parameters(), *moments]]
+def same(ones: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
 
 
 def test_equals_the_plain_loop() -> None:
@@ -61,22 +62,22 @@ def test_equals_the_plain_loop() -> None:
         assert found["loss"] == total.item()
         assert found["grad_norm"] == norm.item()
         assert {name: found[name] for name in parts} == {n: v.item() for n, v in parts.items()}
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True)
-    )
+    assert same(model.parameters(), plain.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_number_that_is_not_finite_changes_no_weight() -> None:
     model, step = make()
     step(episode(0), 1e-3)
-    before = state(model, step)
+    moments = (value for each in step.optimizer.state.values() for value in each.values())
+    state = [*model.parameters(), *moments]
+    before = [value.clone() for value in state]
     bad = episode(1)
     bad.query_images[0, 0, 0, 5, 5] = math.inf
     assert not math.isfinite(step(bad, 1e-3)["loss"])
-    assert all(torch.equal(a, b) for a, b in zip(before, state(model, step), strict=True))
+    assert same(before, state)
     step(episode(2), 1e-3)
-    assert not torch.equal(before[0], next(model.parameters()))
+    assert not torch.equal(before[0], state[0])
 
 
 @pytest.fixture
@@ -85,6 +86,8 @@ def without_a_chip(pretended_streams: None, monkeypatch: pytest.MonkeyPatch) -> 
     events: list[str] = []
 
     class Graph:
+        step: Step
+
         def replay(self) -> None:
             events.append("replay")
             self.step._values.copy_(work(self.step, self.step._episode))
@@ -95,16 +98,10 @@ def without_a_chip(pretended_streams: None, monkeypatch: pytest.MonkeyPatch) -> 
         if self._episode is None or self._graph is not None:
             events.append("eager")
             return work(self, each)
-        graphs[-1].step = self
+        Graph.step = self
         return torch.zeros(len(self._names))
 
-    graphs: list[Graph] = []
-
-    def graph() -> Graph:
-        graphs.append(Graph())
-        return graphs[-1]
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(Step, "_work", noted)
     return events
 
@@ -116,22 +113,21 @@ def test_the_graph_gets_every_episode_and_rate(without_a_chip: list[str]) -> Non
     results, models = [], []
     for capture in (False, True):
         model, step = make(capture)
-        for group in step._optimizer.param_groups:
+        for group in step.optimizer.param_groups:
             group["lr"] = torch.tensor(0.0)  # the graph's rate is of float32
         without_a_chip.clear()
         results.append([step(*both) for both in zip(batches, rates, strict=True)])
         models.append(model)
     assert without_a_chip == ["eager"] * 3 + ["replay", "eager"] + ["replay"] * 2
     assert results[0] == results[1]
-    for one, other in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(one, other)
+    assert same(*(model.parameters() for model in models))
 
 
 def test_where_capturing_fails_the_step_is_taken_and_said(
     without_a_chip: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, plain = make()
-    plain._optimizer.param_groups[0]["lr"] = torch.tensor(0.0)
+    plain.optimizer.param_groups[0]["lr"] = torch.tensor(0.0)
     _, step = make(capture=True)
     monkeypatch.setattr(step_module, "_WARM_UP", 1)
 

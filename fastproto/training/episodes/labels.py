@@ -8,17 +8,10 @@ from typing import Any
 
 import torch
 
-from fastproto.errors import ArgumentError, DatasetError, LabelError
+from fastproto.errors import DatasetError, LabelError, require
 from fastproto.training.augment import Cut
 from fastproto.training.episodes.source import Draw, EpisodeSource, choice
-from fastproto.training.episodes.views import (
-    cut,
-    field_of_view,
-    nearest_slice,
-    nudge,
-    renumber,
-    where,
-)
+from fastproto.training.episodes.views import cut, field_of_view, renumber, where
 from fastproto.training.slices import CaseSlices, SliceStore
 
 
@@ -65,48 +58,41 @@ class LabelEpisodes(EpisodeSource):
         **options: Any,
     ):
         super().__init__(seed, **options)
-        shots, ways = self.shots, self.ways
         both = sorted(set(classes) & set(excluded))
-        if both or 0 in classes:
-            raise ArgumentError(
-                "classes", found=f"{both or 0}", allowed="foreground labels that are not held out"
-            )
+        require(
+            not both and 0 not in classes,
+            "classes",
+            found=f"{both or 0}",
+            allowed="foreground labels that are not held out",
+        )
         self.store = store
         self.names = dict(names or {})
+        positions = [_positions_of(case, classes, min_pixels) for case in store.cases]
+        wanted = sorted(set(classes))
+        self._query_holders: dict[int, list[int]] = {}  # the cases that have a class
+        for label in wanted:
+            cases = [case for case, held in enumerate(positions) if label in held]
+            if len(cases) > 1 or (cases and len(positions[cases[0]][label]) > self.shots):
+                self._query_holders[label] = cases
+        usable = self._query_holders.keys()
+        require(
+            usable,
+            "classes",
+            found=f"none of {wanted} with {min_pixels} pixels in slices enough",
+            allowed=f"a class in two patients, or in {self.shots + 1} slices of one",
+            fix="Choose other classes or cases, or lower min_pixels.",
+            error=LabelError,
+        )
         # positions[case][label]: the case's slices of that class, in order
-        self._positions = [_positions_of(case, classes, min_pixels) for case in store.cases]
-        holders = {
-            label: [case for case, held in enumerate(self._positions) if label in held]
-            for label in sorted(set(classes))
-        }
-        usable = {
-            label
-            for label, cases in holders.items()
-            if len(cases) > 1 or (cases and len(self._positions[cases[0]][label]) > shots)
-        }
-        if not usable:
-            raise LabelError(
-                "classes",
-                found=f"none of {sorted(set(classes))} with {min_pixels} pixels in slices enough",
-                allowed=f"a class in two patients, or in {shots + 1} slices of one",
-                fix="Choose other classes or cases, or lower min_pixels.",
-            )
-        self._positions = [
-            {label: found for label, found in held.items() if label in usable}
-            for held in self._positions
-        ]
-        self._holders = {
-            label: [case for case in holders[label] if len(self._positions[case]) >= ways]
-            for label in sorted(usable)
+        self._positions = [{n: held[n] for n in held if n in usable} for held in positions]
+        self._holders = {  # those of them that have classes enough
+            label: [case for case in cases if len(self._positions[case]) >= self.ways]
+            for label, cases in self._query_holders.items()
         }
         self.classes = [label for label, cases in self._holders.items() if cases]
-        self._query_holders = {label: holders[label] for label in self.classes}
-        if not self.classes:
-            raise ArgumentError(
-                "ways",
-                found=str(ways),
-                allowed=f"at most {max(map(len, self._positions))}, the classes of one patient",
-            )
+        most = max(map(len, self._positions))
+        allowed = f"at most {most}, the classes of one patient"
+        require(self.ways <= most, "ways", found=str(self.ways), allowed=allowed)
 
     def draw(self, generator: torch.Generator) -> Draw:
         """See ``EpisodeSource.draw``."""
@@ -117,12 +103,12 @@ class LabelEpisodes(EpisodeSource):
         chosen = [first, *(others[i] for i in order)]
 
         support: list[int] = []
-        centres: dict[int, list[float]] = {}
+        centres = {}
         for label in chosen:
             slices = self._positions[support_case][label]
             parts = torch.arange(self.shots) + torch.rand(self.shots, generator=generator)
             centres[label] = (parts / self.shots).tolist()
-            support += [nearest_slice(centre, slices) for centre in centres[label]]
+            support += [_nearest_slice(centre, slices) for centre in centres[label]]
 
         candidates = [case for case in self._query_holders[first] if case != support_case]
         query_case = choice(candidates, generator) if candidates else support_case
@@ -134,26 +120,22 @@ class LabelEpisodes(EpisodeSource):
             if query_case == support_case:
                 slices = [s for s in slices if s not in support] or slices
             jitter = (float(torch.rand(1, generator=generator)) - 0.5) / 3
-            query.append(nearest_slice(choice(centres[label], generator) + jitter, slices))
+            query.append(_nearest_slice(choice(centres[label], generator) + jitter, slices))
 
-        picked = [(self.store.cases[support_case], s) for s in support]
-        picked += [(self.store.cases[query_case], s) for s in query]
+        taught, asked = self.store.cases[support_case], self.store.cases[query_case]
         cuts: list[Cut] = []
-        for case, position in picked:
+        for case, position in [(taught, s) for s in support] + [(asked, s) for s in query]:
             assert case.labels is not None
             label = renumber(case.labels[position], chosen)
             centre, own = field_of_view(case, label, generator)
             side = cuts[0].side if cuts else own  # one scale an episode, the first slice's
-            cuts.append(cut(case, position, label, nudge(case, centre, side, generator), side))
+            cuts.append(cut(case, position, label, centre, side, generator))
+        names = [f"{n} ({self.names[n]})" if n in self.names else str(n) for n in chosen]
         return Draw(
             cuts,
-            f"class {', '.join(self._name(label) for label in chosen)}, "
-            f"support {where(self.store.cases[support_case], support)}, "
-            f"query {where(self.store.cases[query_case], query)}",
+            f"class {', '.join(names)}, "
+            f"support {where(taught, support)}, query {where(asked, query)}",
         )
-
-    def _name(self, label: int) -> str:
-        return f"{label} ({self.names[label]})" if label in self.names else str(label)
 
 
 def _positions_of(
@@ -170,3 +152,8 @@ def _positions_of(
         label: (counts[:, label] >= min_pixels).nonzero().flatten().tolist() for label in classes
     }
     return {label: found for label, found in sorted(positions.items()) if found}
+
+
+def _nearest_slice(centre: float, slices: Sequence[int]) -> int:
+    """The slice at a relative position in the extent, 0 to 1; beyond it the first or last."""
+    return slices[min(max(int(centre * len(slices)), 0), len(slices) - 1)]

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import require
 from fastproto.training.augment import Augmentation, AugmentParams, Cut, cut_batch
 
 T = TypeVar("T")
@@ -56,8 +56,7 @@ class Episode:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Episode:
         moved: dict[str, Any] = {name: move(value) for name, value in self.tensors().items()}
@@ -77,11 +76,12 @@ class Draw:
     description: str
 
 
+@dataclass(eq=False)
 class EpisodeSource(ABC):
     """Draws episodes, augments them in one batch, and puts them on a device.
 
     Args:
-        seed: First half of what an episode is a function of.
+        seed: Episode i is a function of seed and i.
         size: Side of the network's images in pixels.
         shots: Support slices of each foreground class; an episode has ``shots * ways``.
         ways: Foreground classes.
@@ -90,27 +90,20 @@ class EpisodeSource(ABC):
         device: Where the augmentation runs and the tensors end.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        *,
-        size: int,
-        shots: int = 1,
-        ways: int = 1,
-        queries: int = 1,
-        augmentation: Augmentation | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        for name, value in (("shots", shots), ("ways", ways), ("queries", queries)):
-            if value < 1:
-                raise ArgumentError(name, found=repr(value), allowed="an integer of at least 1")
-        self.seed = seed
-        self.size = size
-        self.shots = shots
-        self.ways = ways
-        self.queries = queries
-        self.augmentation = augmentation
-        self.device = torch.device(device)
+    seed: int
+    _: KW_ONLY
+    size: int
+    shots: int = 1
+    ways: int = 1
+    queries: int = 1
+    augmentation: Augmentation | None = None
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("shots", "ways", "queries"):
+            value = getattr(self, name)
+            require(value >= 1, name, found=repr(value), allowed="an integer of at least 1")
+        self.device = torch.device(self.device)
 
     @abstractmethod
     def draw(self, generator: torch.Generator) -> Draw:
@@ -122,20 +115,20 @@ class EpisodeSource(ABC):
 
     def batch(self, indices: Sequence[int]) -> Episode:
         """Several episodes as one, augmented together."""
-        draws, params = [], []
+        cuts, params, said = [], [], []
         for index in indices:
             generator = episode_generator(self.seed, index)
             drawn = self.draw(generator)
-            draws.append(drawn)
+            cuts += drawn.cuts
             params.append(
                 AugmentParams.identity(len(drawn.cuts))
                 if self.augmentation is None
                 else self.augmentation.draw(generator, len(drawn.cuts), self.size, self.size)
             )
-        cuts = [cut for drawn in draws for cut in drawn.cuts]
+            said.append(f"episode {index}: {drawn.description}")
         images, labels = cut_batch(cuts, self.size, AugmentParams.cat(params), self.device)
-        images = images.repeat(1, 3, 1, 1).unflatten(0, (len(draws), -1))
-        labels = labels.unflatten(0, (len(draws), -1))
+        images = images.repeat(1, 3, 1, 1).unflatten(0, (len(said), -1))
+        labels = labels.unflatten(0, (len(said), -1))
         support = self.shots * self.ways
         return Episode(
             support_images=images[:, :support],
@@ -143,10 +136,7 @@ class EpisodeSource(ABC):
             query_images=images[:, support:],
             query_masks=labels[:, support:],
             num_classes=self.ways + 1,
-            description="; ".join(
-                f"episode {index}: {drawn.description}"
-                for index, drawn in zip(indices, draws, strict=True)
-            ),
+            description="; ".join(said),
         )
 
 
@@ -159,16 +149,8 @@ class MixedEpisodes(EpisodeSource):
     """
 
     def __init__(self, sources: Sequence[EpisodeSource], weights: Sequence[float]):
-        first = sources[0]
-        super().__init__(
-            first.seed,
-            size=first.size,
-            shots=first.shots,
-            ways=first.ways,
-            queries=first.queries,
-            augmentation=first.augmentation,
-            device=first.device,
-        )
+        shared = {field.name: getattr(sources[0], field.name) for field in fields(EpisodeSource)}
+        super().__init__(**shared)
         self.sources = list(sources)
         self.weights = torch.tensor(weights, dtype=torch.float32)
 

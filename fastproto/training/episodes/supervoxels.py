@@ -11,13 +11,7 @@ from torch import Tensor
 
 from fastproto.errors import DatasetError
 from fastproto.training.episodes.source import Draw, EpisodeSource, choice
-from fastproto.training.episodes.views import (
-    cut,
-    field_of_view,
-    nudge,
-    renumber,
-    where,
-)
+from fastproto.training.episodes.views import cut, field_of_view, renumber, where
 from fastproto.training.slices import SliceStore
 
 _ATTEMPTS = 1000  # slices looked at for supervoxels before giving up
@@ -84,12 +78,8 @@ class SupervoxelEpisodes(EpisodeSource):
             position = choice(seen, generator)
             if _compactness(case.region(scale, position) == first) < _COMPACT:
                 continue
-            others = []
-            if self.ways > 1:
-                here = np.flatnonzero(areas[position]).tolist()
-                others = [
-                    n for n in here if n not in (0, first) and position in _large(areas[:, n])
-                ]
+            here = np.flatnonzero(areas[position]).tolist() if self.ways > 1 else []
+            others = [n for n in here if n not in (0, first) and position in _large(areas[:, n])]
             if len(others) >= self.ways - 1:
                 break
         else:
@@ -103,26 +93,22 @@ class SupervoxelEpisodes(EpisodeSource):
         chosen = [first, *(others[i] for i in order)]
         reach = max(self.gap, 2.01 * case.spacing[0]) / case.spacing[0]
         near = [p for p in seen if 0 < abs(case.numbers[p] - case.numbers[position]) <= reach]
-        support = [position]
-        while len(support) < self.shots * self.ways:
-            support.append(choice(near or seen, generator))
+        more = self.shots * self.ways - 1
+        support = [position, *(choice(near or seen, generator) for _ in range(more))]
         query = []
         for _ in range(self.queries):
             absent, same = torch.rand(2, generator=generator).tolist()
             if absent < self.absent:
-                query.append(int(torch.randint(len(case), (1,), generator=generator)))
+                query.append(choice(range(len(case)), generator))
             elif same < self.same_slice or not near:
                 query.append(position)
             else:
                 query.append(choice(near, generator))
 
-        labels = [renumber(case.region(scale, p), chosen) for p in (*support, *query)]
-        centre, side = field_of_view(case, labels[0], generator)
+        pictures = [(p, renumber(case.region(scale, p), chosen)) for p in (*support, *query)]
+        centre, side = field_of_view(case, pictures[0][1], generator)
         return Draw(
-            [
-                cut(case, p, label, nudge(case, centre, side, generator), side)
-                for p, label in zip((*support, *query), labels, strict=True)
-            ],
+            [cut(case, p, label, centre, side, generator) for p, label in pictures],
             f"supervoxel {', '.join(map(str, chosen))} of {scale}, "
             f"support {where(case, support)}, query {where(case, query)}",
         )

@@ -32,37 +32,29 @@ def field_of_view(
     side = diameter * _WIDTHS[0] * (_WIDTHS[1] / _WIDTHS[0]) ** draw[0]
     side = min(max(side, _SMALLEST * max(row, column)), 1.1 * max(case.extent))
     middle = inside.mean(dim=0).tolist() if len(inside) else [n / 2 for n in label.shape]
-    middle = [place * spacing for place, spacing in zip(middle, (row, column), strict=True)]
-    return (
-        middle[0] + (draw[1] - 0.5) / 2 * side,
-        middle[1] + (draw[2] - 0.5) / 2 * side,
-    ), side
+    down, right = ((random - 0.5) / 2 * side for random in draw[1:])
+    return (middle[0] * row + down, middle[1] * column + right), side
 
 
-def nudge(
-    case: CaseSlices, centre: tuple[float, float], side: float, generator: torch.Generator
-) -> tuple[float, float]:
-    """A centre near the given one, such that as little of the field as can be leaves the slice."""
+def cut(
+    case: CaseSlices,
+    position: int,
+    label: Tensor,
+    centre: tuple[float, float],
+    side: float,
+    generator: torch.Generator,
+) -> Cut:
+    """A field of view near ``centre``, such that as little of it as can be leaves the slice."""
     moved = []
     draw = torch.rand(2, generator=generator).tolist()
     for place, extent, random in zip(centre, case.extent, draw, strict=True):
         low, high = sorted((side / 2, extent - side / 2))
         moved.append(min(max(place + (2 * random - 1) * _NUDGE * side, low), high))
-    return moved[0], moved[1]
-
-
-def cut(
-    case: CaseSlices, position: int, label: Tensor, centre: tuple[float, float], side: float
-) -> Cut:
+    row, column = moved
     if case.upside_down:
-        centre = case.extent[0] - centre[0], centre[1]
+        row = case.extent[0] - row
     image, label = case.upright(case.images[position]), case.upright(label)
-    return Cut(image, label, case.extent, centre, side)
-
-
-def nearest_slice(centre: float, slices: Sequence[int]) -> int:
-    """The slice at a relative position in the extent, 0 to 1; beyond it the first or last."""
-    return slices[min(max(int(centre * len(slices)), 0), len(slices) - 1)]
+    return Cut(image, label, case.extent, (row, column), side)
 
 
 def renumber(labels: Tensor, chosen: Sequence[int]) -> Tensor:
