@@ -109,8 +109,7 @@ def build_info() -> dict[str, Any]:
 
 def built_for() -> list[str]:
     """Architectures of the CUDA library, as FASTPROTO_CUDA_ARCHS has them."""
-    architectures: str = build_info().get("cuda_architectures", "")
-    return architectures.split()
+    return str(build_info().get("cuda_architectures", "")).split()
 
 
 def cpu_level() -> str | None:
