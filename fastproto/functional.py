@@ -75,7 +75,7 @@ def proto_attention(
         temperature = temperature.float()
     chosen = backends.choose(feat.device, backend, feat.dtype, backends.padded_dim(feat.shape[2]))
     inputs = (feat, protos, offsets, temperature, eps, concat)
-    traced, on_cpu = torch.compiler.is_compiling(), feat.device.type == "cpu"
+    traced = torch.compiler.is_compiling()
     # A GPU is not asked for values, which would be to wait for it: its kernels answer what makes no
     # sense with NaN.
     if chosen == "native":
@@ -87,7 +87,7 @@ def proto_attention(
             return native.proto_attention(*inputs)
         except RuntimeError as error:
             # What the library says may be lost on the way (torch < 2.13), so it is found again.
-            if on_cpu:
+            if feat.device.type == "cpu":
                 _check_values(offsets, protos, temperature)
             elif (reason := backends.why_failed(feat, protos, offsets)) is not None:
                 found = f"'native', which has no plan for this: {reason}"
@@ -96,7 +96,7 @@ def proto_attention(
     if chosen == "triton":
         from fastproto.op.triton import ops as triton
 
-        if on_cpu and not traced:
+        if feat.device.type == "cpu" and not traced:
             _check_values(offsets, protos, temperature)
         return triton.proto_attention(*inputs)
     _check_values(offsets, protos, temperature)

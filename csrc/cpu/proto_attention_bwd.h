@@ -42,15 +42,15 @@ struct BwdScratch : Scratch {
 
 // Per-pixel sums of the incoming gradient of one (image, class).
 template <class Acc>
-struct GradStats {
+struct alignas(64) GradStats {
   Acc delta[kMostPixels];     // <dO, Gc>
   Acc total[kMostPixels];     // sum over channels of dO
   Acc agg_mean[kMostPixels];  // sum_j A_j (mean(P_j) - origin), so that G = Gc + mean
-  Acc origin;                 // mean(P) of the bag's first prototype, 0 in a bag of one
   Acc mean[kMostPixels];      // origin + agg_mean
   Acc bound[kMostPixels];
   Acc rsum[kMostPixels];
   Acc along[kMostPixels] = {};  // sum_j dS_j c_j over all bags so far
+  Acc origin;                   // mean(P) of the bag's first prototype, 0 in a bag of one
 };
 
 // What the kernels in float32 and on bfloat16 units have in common: where a task lies, its turn at

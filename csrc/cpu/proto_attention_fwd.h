@@ -25,14 +25,14 @@ constexpr int64_t kMostStrips = 2;
 // A strip of pixels and what one bag has added up for it.
 template <class Acc>
 struct Strip {
-  Acc* centred;  // [D][width]
-  Acc* out;      // [D][width]
-  int64_t pixel;
-  int64_t count;
   PixelStats<Acc> stats;
   Acc bound[kMostPixels];     // of c/t
   Acc sum[kMostPixels];       // of weights
   Acc mean_sum[kMostPixels];  // of weights times the prototypes' means
+  Acc* centred;               // [D][width]
+  Acc* out;                   // [D][width]
+  int64_t pixel;
+  int64_t count;
 };
 
 template <class Acc>

@@ -16,9 +16,9 @@
 namespace fastproto::cpu {
 namespace {
 
-struct StripBf16 {
-  uint16_t* pairs;                 // [D/2][width][2] F
+struct alignas(64) StripBf16 {
   float scaled_mean[kMostPixels];  // F_mean rq
+  uint16_t* pairs;                 // [D/2][width][2] F
   bool ordinary;                   // fit for the algebraic centring
 };
 

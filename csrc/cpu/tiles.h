@@ -216,9 +216,9 @@ class PixelSums {
   Acc part_[kMostPixels] = {};
 };
 
-// Per-pixel statistics of a strip.
+// Per-pixel statistics of a strip. Aligned as panels are: vectors are loaded from it.
 template <class Acc>
-struct PixelStats {
+struct alignas(64) PixelStats {
   Acc mean[kMostPixels];
   Acc rnorm[kMostPixels];  // 1 / max(|F - mean|, eps)
   Acc free[kMostPixels];

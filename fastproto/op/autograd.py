@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """What both ops are called with, in the order of their schemas; checked."""
+    """What both ops are called with, checked, in the order of their schemas."""
 
     feat: Tensor
     protos: Tensor
@@ -79,9 +79,11 @@ def call(
     modes: tuple[bool, ...] = (),
 ) -> Tensor:
     """Call the pair on checked arguments; shapes as in ``fastproto.proto_attention``."""
-    tensor = temperature if isinstance(temperature, Tensor) else None
-    number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    inputs = Inputs(feat, protos, offsets, tensor, number, eps, concat)
+    if isinstance(temperature, Tensor):
+        tensor, number = temperature, 1.0
+    else:
+        tensor, number = None, float(temperature)
+    inputs = (feat, protos, offsets, tensor, number, eps, concat)  # Inputs would cost 0.5 us
     save = torch.is_grad_enabled() and (
         feat.requires_grad or protos.requires_grad or (tensor is not None and tensor.requires_grad)
     )

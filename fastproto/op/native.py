@@ -37,10 +37,10 @@ def allows_tf32() -> bool:
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def proto_attention(feat: Tensor, *rest: Any) -> Tensor:
+def proto_attention(*arguments: Any) -> Tensor:
     """Call the native op on checked arguments, those of :func:`autograd.call`."""
-    single_on_gpu = feat.device.type != "cpu" and feat.dtype == torch.float32
-    arguments = (feat, *rest, (allows_tf32(),) if single_on_gpu else ())
+    if arguments[0].device.type != "cpu" and arguments[0].dtype == torch.float32:
+        arguments = (*arguments, (allows_tf32(),))
     return autograd.call(_PAIR, *arguments)
 
 
