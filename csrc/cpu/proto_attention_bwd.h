@@ -20,24 +20,16 @@ namespace {
 
 template <class Acc>
 struct BwdScratch : Scratch {
-  Acc* centred;      // [D][W]
-  Acc* grad_out;     // [D][W] dO of the current bag
-  Acc* grad_feat;    // [D][W] sums of all bags
-  Acc* transposed;   // [2 W][row_stride(D)] dO, then Fc
-  Acc* protos;       // [kBlockProtos][row_stride(D)] centred
-  Acc* weights;      // [kBlockProtos][2 W] A, then dS'
-  Acc* grad_scores;  // [kBlockProtos][W]
+  BwdScratch(void* memory, int64_t d, Tiling t) : Scratch(memory), dim(d), width(t.width) {}
 
-  BwdScratch(void* memory, int64_t dim, Tiling t) : Scratch(memory) {
-    const int64_t width = t.width, stride = row_stride<Acc>(dim);
-    centred = take<Acc>(dim * width);
-    grad_out = take<Acc>(dim * width);
-    grad_feat = take<Acc>(dim * width);
-    transposed = take<Acc>(2 * width * stride);
-    protos = take<Acc>(kBlockProtos * stride);
-    weights = take<Acc>(kBlockProtos * 2 * width);
-    grad_scores = take<Acc>(kBlockProtos * width);
-  }
+  const int64_t dim, width, stride = row_stride<Acc>(dim);
+  Acc* const centred = take<Acc>(dim * width);               // [D][W]
+  Acc* const grad_out = take<Acc>(dim * width);              // [D][W] dO of the current bag
+  Acc* const grad_feat = take<Acc>(dim * width);             // [D][W] sums of all bags
+  Acc* const transposed = take<Acc>(2 * width * stride);     // [2 W][stride] dO, then Fc
+  Acc* const protos = take<Acc>(kBlockProtos * stride);      // [kBlockProtos][stride] centred
+  Acc* const weights = take<Acc>(kBlockProtos * 2 * width);  // [kBlockProtos][2 W] A, then dS'
+  Acc* const grad_scores = take<Acc>(kBlockProtos * width);  // [kBlockProtos][W]
 };
 
 // Per-pixel sums of the incoming gradient of one (image, class).

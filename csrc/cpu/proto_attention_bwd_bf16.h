@@ -16,32 +16,23 @@ namespace fastproto::cpu {
 namespace {
 
 struct BwdScratchBf16 : Scratch {
-  uint16_t* feat;         // [D/2][W][2] pairs of channels of F
-  uint16_t* grad_out;     // [D/2][W][2] pairs of channels of dO
-  uint16_t* transposed;   // [W][D][2] pairs of pixels: W/2 of dO, then W/2 of Fc
-  float* grad_feat;       // [D][W] sums of all bags
-  uint16_t* rows;         // [kBlockProtos][D]
-  uint16_t* proto_panel;  // [D][kBlockProtos] P^T
-  float* scores;          // [kBlockProtos][W]
-  float* grad_scores;     // [kBlockProtos][W]
-  uint16_t* weights;      // [kBlockProtos][2 W] A, then dS'
-  uint16_t* pairs;        // [kBlockProtos/2][W][2] dS'
-  float* sums;            // [kBlockProtos][D] what a block of odd size adds to dP
+  BwdScratchBf16(void* memory, int64_t d, Tiling t) : Scratch(memory), dim(d), width(t.width) {}
 
-  BwdScratchBf16(void* memory, int64_t dim, Tiling t) : Scratch(memory) {
-    const int64_t width = t.width;
-    feat = take<uint16_t>(dim * width);
-    grad_out = take<uint16_t>(dim * width);
-    transposed = take<uint16_t>(2 * width * dim);
-    grad_feat = take<float>(dim * width);
-    rows = take<uint16_t>(kBlockProtos * dim);
-    proto_panel = take<uint16_t>(dim * kBlockProtos);
-    scores = take<float>(kBlockProtos * width);
-    grad_scores = take<float>(kBlockProtos * width);
-    weights = take<uint16_t>(kBlockProtos * 2 * width);
-    pairs = take<uint16_t>(kBlockProtos * width);
-    sums = take<float>(kBlockProtos * dim);
-  }
+  const int64_t dim, width;
+  // [D/2][W][2] pairs of channels of F and of dO.
+  uint16_t* const feat = take<uint16_t>(dim * width);
+  uint16_t* const grad_out = take<uint16_t>(dim * width);
+  // [W][D][2] pairs of pixels: W/2 of dO, then W/2 of Fc.
+  uint16_t* const transposed = take<uint16_t>(2 * width * dim);
+  float* const grad_feat = take<float>(dim * width);                 // [D][W] sums of all bags
+  uint16_t* const rows = take<uint16_t>(kBlockProtos * dim);         // [kBlockProtos][D]
+  uint16_t* const proto_panel = take<uint16_t>(dim * kBlockProtos);  // [D][kBlockProtos] P^T
+  float* const scores = take<float>(kBlockProtos * width);           // [kBlockProtos][W]
+  float* const grad_scores = take<float>(kBlockProtos * width);      // [kBlockProtos][W]
+  // [kBlockProtos][2 W] A, then dS'; and [kBlockProtos/2][W][2] dS'.
+  uint16_t* const weights = take<uint16_t>(kBlockProtos * 2 * width);
+  uint16_t* const pairs = take<uint16_t>(kBlockProtos * width);
+  float* const sums = take<float>(kBlockProtos * dim);  // [kBlockProtos][D] of a block of odd size
 };
 
 // values: one vector of pixels of 16 channels -> pairs of pixels at out[pair][channel][2], rows of

@@ -27,7 +27,7 @@ def why_not_cpu() -> str | None:
     """Loads the CPU library; why it cannot be used, in a sentence, or None when it can."""
     reason = _load("fastproto_cpu")
     if reason is None:
-        cpu_level()
+        cpu_level()  # refuses FASTPROTO_CPU_LEVEL where it names none
     return reason
 
 
