@@ -67,10 +67,9 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         assert torch is not None  # why_pure() has looked
         build = Path(self.build_temp).resolve()
-        prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         build.mkdir(parents=True, exist_ok=True)
         options = {
-            "CMAKE_INSTALL_PREFIX": prefix,
+            "CMAKE_INSTALL_PREFIX": ROOT if self.inplace else Path(self.build_lib).resolve(),
             "FASTPROTO_TORCH_DIR": torch,
             "FASTPROTO_TORCH_VERSION": torch_version(torch),
             "FASTPROTO_CUDA": os.environ.get("FASTPROTO_CUDA", "auto"),
@@ -80,8 +79,7 @@ class CMakeBuild(build_ext):
                 [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
             ).strip(),
         }
-        ninja = shutil.which("ninja")
-        if ninja is not None:  # not that of an earlier build's environment, which pip has deleted
+        if ninja := shutil.which("ninja"):  # not an earlier build's, which pip has deleted
             options["CMAKE_MAKE_PROGRAM"] = ninja
         if "FASTPROTO_CUDA_ARCHS" in os.environ:
             options["FASTPROTO_CUDA_ARCHS"] = os.environ["FASTPROTO_CUDA_ARCHS"]

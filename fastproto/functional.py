@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -73,45 +74,37 @@ def proto_attention(
     if isinstance(temperature, Tensor) and temperature.dtype not in (torch.float32, torch.float64):
         temperature = temperature.float()
     chosen = backends.choose(feat.device, backend, feat.dtype, backends.padded_dim(feat.shape[2]))
+    inputs = (feat, protos, offsets, temperature, eps, concat)
+    traced = torch.compiler.is_compiling()
+    # A GPU is not asked for values, which would be to wait for it: its kernels answer what makes no
+    # sense with NaN.
     if chosen == "native":
         from fastproto.op import native
 
-        if torch.compiler.is_compiling():
-            return native.proto_attention(feat, protos, offsets, temperature, eps, concat)
+        if traced:
+            return native.proto_attention(*inputs)
         try:
-            return native.proto_attention(feat, protos, offsets, temperature, eps, concat)
+            return native.proto_attention(*inputs)
         except RuntimeError as error:
-            # What the library says may be lost on the way (torch < 2.13), so it is found again. A
-            # GPU is not asked for values, which would be to wait for it.
+            # What the library says may be lost on the way (torch < 2.13), so it is found again.
             if feat.device.type == "cpu":
                 _check_values(offsets, protos, temperature)
-            else:
-                reason = backends.why_failed(feat, protos, offsets)
-                if reason is not None:
-                    raise ArgumentError(
-                        "backend",
-                        found=f"'native', which has no plan for this: {reason}",
-                        allowed="triton, reference",
-                    ) from error
+            elif (reason := backends.why_failed(feat, protos, offsets)) is not None:
+                found = f"'native', which has no plan for this: {reason}"
+                raise ArgumentError("backend", found=found, allowed="triton, reference") from error
             raise
     if chosen == "triton":
         from fastproto.op.triton import ops as triton
 
-        # A GPU is not asked for values, which would be to wait for it: its kernels answer what
-        # makes no sense with NaN.
-        if feat.device.type == "cpu" and not torch.compiler.is_compiling():
+        if feat.device.type == "cpu" and not traced:
             _check_values(offsets, protos, temperature)
-        return triton.proto_attention(feat, protos, offsets, temperature, eps, concat)
+        return triton.proto_attention(*inputs)
     _check_values(offsets, protos, temperature)
-    if feat.dtype in (torch.bfloat16, torch.float16):
-        # As every backend does: sums in float32.
-        wide = reference.proto_attention(
-            feat.float(), protos.float(), offsets, temperature=temperature, eps=eps, concat=concat
-        )
-        return wide.to(feat.dtype)
-    return reference.proto_attention(
-        feat, protos, offsets, temperature=temperature, eps=eps, concat=concat
+    wide = torch.promote_types(feat.dtype, torch.float32)  # of sums, as in every backend
+    out = reference.proto_attention(
+        feat.to(wide), protos.to(wide), offsets, temperature=temperature, eps=eps, concat=concat
     )
+    return out.to(feat.dtype)
 
 
 def _autocast(feat: Tensor, protos: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,78 +115,53 @@ def _autocast(feat: Tensor, protos: Tensor) -> tuple[Tensor, Tensor]:
     return feat.to(dtype), protos.to(dtype)
 
 
+def _refuse(argument: str, found: object, allowed: str) -> NoReturn:
+    raise ArgumentError(argument, found=str(found), allowed=allowed)
+
+
 def _check(
     feat: Tensor, protos: Tensor, offsets: Tensor, temperature: float | Tensor, eps: float
 ) -> None:
     """Everything that can be checked without reading a tensor's values."""
     if feat.dim() != 5:
-        raise ArgumentError("feat", found=f"shape {tuple(feat.shape)}", allowed="[E, Q, D, H, W]")
+        _refuse("feat", f"shape {tuple(feat.shape)}", "[E, Q, D, H, W]")
     if feat.dtype not in _DTYPES:
-        raise ArgumentError(
-            "feat", found=str(feat.dtype), allowed="float32, bfloat16, float16, float64"
-        )
-    if protos.dim() != 2 or protos.shape[1] != feat.shape[2] or feat.shape[2] == 0:
-        raise ArgumentError(
-            "protos",
-            found=f"shape {tuple(protos.shape)}",
-            allowed=f"[N_total, D] with the D of feat, {feat.shape[2]}, at least 1",
-        )
+        _refuse("feat", feat.dtype, "float32, bfloat16, float16, float64")
+    episodes, _, dim, _, _ = feat.shape
+    if protos.dim() != 2 or protos.shape[1] != dim or dim == 0:
+        allowed = f"[N_total, D] with the D of feat, {dim}, at least 1"
+        _refuse("protos", f"shape {tuple(protos.shape)}", allowed)
     if protos.dtype != feat.dtype:
-        raise ArgumentError(
-            "protos", found=str(protos.dtype), allowed=f"the dtype of feat, {feat.dtype}"
-        )
+        _refuse("protos", protos.dtype, f"the dtype of feat, {feat.dtype}")
     if offsets.dtype != torch.int32:
-        raise ArgumentError("offsets", found=str(offsets.dtype), allowed="torch.int32")
-    episodes = feat.shape[0]
-    if (
-        offsets.dim() != 1
-        or episodes == 0
-        or offsets.shape[0] < 2
-        or (offsets.shape[0] - 1) % episodes != 0
-    ):
-        raise ArgumentError(
-            "offsets",
-            found=f"shape {tuple(offsets.shape)} for {episodes} episodes",
-            allowed="[E*K + 1] with the E of feat, E and K at least 1",
-        )
+        _refuse("offsets", offsets.dtype, "torch.int32")
+    bags = offsets.shape[0] - 1 if offsets.dim() == 1 else 0
+    if episodes == 0 or bags < 1 or bags % episodes != 0:
+        found = f"shape {tuple(offsets.shape)} for {episodes} episodes"
+        _refuse("offsets", found, "[E*K + 1] with the E of feat, E and K at least 1")
     for name, tensor in (("protos", protos), ("offsets", offsets)):
         if tensor.device != feat.device:
-            raise ArgumentError(
-                name, found=str(tensor.device), allowed=f"the device of feat, {feat.device}"
-            )
-    if isinstance(temperature, Tensor):
-        if temperature.device != feat.device:
-            raise ArgumentError(
-                "temperature",
-                found=f"a tensor on {temperature.device}",
-                allowed=f"a number, or a tensor on the device of feat, {feat.device}",
-            )
-        if temperature.numel() != 1:
-            raise ArgumentError(
-                "temperature",
-                found=f"a tensor of shape {tuple(temperature.shape)}",
-                allowed="a number above 0 or a tensor with one element",
-            )
-    elif not temperature > 0:
-        raise ArgumentError("temperature", found=str(temperature), allowed="a number above 0")
+            _refuse(name, tensor.device, f"the device of feat, {feat.device}")
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            _refuse("temperature", temperature, "a number above 0")
+    elif temperature.device != feat.device:
+        allowed = f"a number, or a tensor on the device of feat, {feat.device}"
+        _refuse("temperature", f"a tensor on {temperature.device}", allowed)
+    elif temperature.numel() != 1:
+        found = f"a tensor of shape {tuple(temperature.shape)}"
+        _refuse("temperature", found, "a number above 0 or a tensor with one element")
     if not eps > 0:
-        raise ArgumentError("eps", found=str(eps), allowed="a number above 0")
+        _refuse("eps", eps, "a number above 0")
 
 
 def _check_values(offsets: Tensor, protos: Tensor, temperature: float | Tensor) -> None:
     """Checks that read values: free on the CPU, a synchronisation elsewhere."""
     bounds = offsets.tolist()
     if bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise ArgumentError(
-            "offsets", found=str(bounds), allowed="numbers that never fall, the first 0"
-        )
+        _refuse("offsets", bounds, "numbers that never fall, the first 0")
     if bounds[-1] > protos.shape[0]:
-        raise ArgumentError(
-            "offsets",
-            found=f"{bounds[-1]} last",
-            allowed=f"at most the number of rows of protos, {protos.shape[0]}",
-        )
+        allowed = f"at most the number of rows of protos, {protos.shape[0]}"
+        _refuse("offsets", f"{bounds[-1]} last", allowed)
     if isinstance(temperature, Tensor) and not temperature.item() > 0:
-        raise ArgumentError(
-            "temperature", found=f"a tensor of {temperature.item()}", allowed="a number above 0"
-        )
+        _refuse("temperature", f"a tensor of {temperature.item()}", "a number above 0")

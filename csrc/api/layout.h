@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "../params.h"
+
 namespace fastproto {
 
 // channels_last when channels are contiguous and that says something, else NCHW; must agree with
@@ -64,6 +66,34 @@ inline torch::stable::Tensor dense(const torch::stable::Tensor& t, bool channels
   if (rows.is_contiguous()) return t;
   const torch::stable::Tensor packed = torch::stable::contiguous(rows);
   return transpose(transpose(packed, n - 3, n - 1), n - 2, n - 1);
+}
+
+// Strides of walkable maps [E, Q, (K,) C, H, W]; those of sizes of 1 say what a dense tensor's
+// would.
+inline Strided strided(const torch::stable::Tensor& maps, bool channels_last) {
+  const int64_t n = maps.dim(), channels = maps.size(n - 3);
+  const int64_t pixels = maps.size(n - 2) * maps.size(n - 1);
+  Strided s;
+  s.data = maps.data_ptr();
+  s.channel = channels_last ? 1 : channels > 1 ? maps.stride(n - 3) : pixels;
+  s.pixel = channels_last ? pixel_stride(maps, channels) : 1;
+  const auto outer = [&maps](int64_t at, int64_t alone) {
+    return maps.size(at) > 1 ? maps.stride(at) : alone;
+  };
+  const int64_t map = channels * pixels;
+  s.way = n == 6 ? outer(2, map) : 0;
+  const int64_t image = n == 6 ? maps.size(2) * map : map;
+  s.query = outer(1, image);
+  s.episode = outer(0, maps.size(1) * image);
+  return s;
+}
+
+// A new or dense tensor [..., C, H, W].
+inline Dense dense_maps(const torch::stable::Tensor& maps, bool channels_last) {
+  const int64_t n = maps.dim(), channels = maps.size(n - 3);
+  const int64_t pixels = maps.size(n - 2) * maps.size(n - 1);
+  return {maps.data_ptr(), channels * pixels, channels_last ? 1 : pixels,
+          channels_last ? channels : 1};
 }
 
 }  // namespace fastproto

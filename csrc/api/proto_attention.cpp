@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // proto_attention on the CPU: check, allocate, fill the parameter struct, share out the tasks.
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -16,71 +17,52 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A dense [..., C, H, W] tensor as a stack of maps.
-Maps maps_of(const Tensor& t, bool channels_last) {
-  const int64_t n = t.dim(), channels = t.size(n - 3), pixels = t.size(n - 2) * t.size(n - 1);
-  return {t.data_ptr(), channels_last ? 1 : pixels, channels_last ? channels : 1,
-          channels * pixels};
-}
-
-struct Checked {
-  ProtoAttnShape shape;
+// What both ops make of their arguments.
+struct Call {
+  cpu::Problem problem;
   DType dtype;
-  bool channels_last;
-  Tensor feat;
-  Tensor protos;
-  Tensor offsets;
+  bool channels_last;  // all maps of the call
+  Tensor feat, protos, offsets;
 
-  Features features() const {
-    const int64_t pixel = pixel_stride(feat, channels_last ? feat.size(2) : 1);
-    return {feat.data_ptr(), feat.stride(0), feat.stride(1), channels_last ? 1 : feat.stride(2),
-            pixel};
+  const cpu::Kernels& kernels() const { return cpu::kernels(cpu::current_level(), dtype); }
+  const int32_t* starts() const { return static_cast<const int32_t*>(offsets.data_ptr()); }
+  int64_t images() const { return problem.episodes * problem.queries; }
+  // Of a number in the kernels' panels: its bytes and type.
+  int64_t item() const { return dtype == DType::kFloat64 ? 8 : 4; }
+  ScalarType wide() const { return item() == 8 ? ScalarType::Double : ScalarType::Float; }
+  // New [E, Q, K, channels, H, W].
+  Tensor stack(int64_t channels, std::optional<ScalarType> dtype = std::nullopt) const {
+    return new_maps(
+        feat,
+        {problem.episodes, problem.queries, problem.ways, channels, feat.size(3), feat.size(4)},
+        channels_last, dtype);
   }
-  Bags bags() const { return {protos.data_ptr(), static_cast<const int32_t*>(offsets.data_ptr())}; }
 };
 
-double temperature_of(const std::optional<Tensor>& tensor, double number, const Tensor& feat) {
-  double t = number;
-  if (tensor.has_value()) {
-    check_temperature_tensor(*tensor, feat);
-    t = tensor->scalar_type() == ScalarType::Double
-            ? *static_cast<const double*>(tensor->data_ptr())
-            : double(*static_cast<const float*>(tensor->data_ptr()));
-  }
-  FP_CHECK(t > 0, "temperature: found ", t, "; allowed: a number above 0.");
-  return t;
-}
-
-Checked check(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
-              const std::optional<Tensor>& temperature_tensor, double temperature, double eps,
-              bool concat) {
-  check_inputs(feat, protos, offsets, eps);
-  const int64_t episodes = feat.size(0), bags = offsets.size(0) - 1;
-  Checked c;
-  const std::optional<DType> dtype = dtype_of(feat);
-  FP_CHECK(dtype.has_value(),
-           "feat: found another dtype; allowed: float32, bfloat16, float16, float64.");
-  c.dtype = *dtype;
+Call prepare(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
+             const std::optional<Tensor>& temperature_tensor, double temperature, double eps,
+             bool concat) {
+  Call c;
+  c.dtype = dtype_of(feat);
   c.channels_last = is_channels_last(feat);
   c.feat = is_walkable(feat, c.channels_last) ? feat : dense(feat, c.channels_last);
   c.protos = dense(protos, false);
   c.offsets = dense(offsets, false);
-  const int32_t* starts = static_cast<const int32_t*>(c.offsets.data_ptr());
-  FP_CHECK(starts[0] == 0, "offsets: found ", starts[0], " first; allowed: 0.");
-  for (int64_t i = 0; i < bags; ++i)
-    FP_CHECK(starts[i] <= starts[i + 1], "offsets: found ", starts[i], " before ", starts[i + 1],
-             " at position ", i, "; allowed: numbers that never fall.");
+  const int64_t episodes = feat.size(0), bags = offsets.size(0) - 1;
+  const int32_t* starts = c.starts();
+  FP_CHECK(starts[0] == 0 && std::is_sorted(starts, starts + bags + 1), "offsets: found ",
+           starts[0],
+           " first, or numbers that fall; allowed: 0 first, and numbers that never fall.");
   FP_CHECK(starts[bags] <= protos.size(0), "offsets: found ", starts[bags],
            " last; allowed: at most the rows of protos, ", protos.size(0), ".");
-  c.shape = {episodes,
-             feat.size(1),
-             bags / episodes,
-             feat.size(2),
-             feat.size(3) * feat.size(4),
-             protos.size(0),
-             concat,
-             temperature_of(temperature_tensor, temperature, feat),
-             eps};
+  if (temperature_tensor.has_value())
+    temperature = temperature_tensor->scalar_type() == ScalarType::Double
+                      ? *static_cast<const double*>(temperature_tensor->data_ptr())
+                      : double(*static_cast<const float*>(temperature_tensor->data_ptr()));
+  FP_CHECK(temperature > 0, "temperature: found ", temperature, "; allowed: a number above 0.");
+  c.problem = {
+      episodes,       feat.size(1), bags / episodes, feat.size(2), feat.size(3) * feat.size(4),
+      protos.size(0), concat,       temperature,     eps};
   return c;
 }
 
@@ -114,7 +96,7 @@ WorkerMemory& worker_memory() {
 // Runs `worker(queue, scratch)` on as many threads as there are tasks for.
 template <class Worker>
 void run_tasks(int64_t tasks, int64_t grain, int64_t scratch_bytes, const Worker& worker) {
-  TaskQueue queue{0, tasks, grain};
+  cpu::TaskQueue queue{0, tasks, grain};
   const int64_t runs = (tasks + grain - 1) / grain;
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), runs);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -122,64 +104,40 @@ void run_tasks(int64_t tasks, int64_t grain, int64_t scratch_bytes, const Worker
   });
 }
 
-// Bytes of a number in the kernels' panels.
-int64_t item_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
-ScalarType accumulate_type(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor, Tensor> proto_attention_fwd(Tensor feat, Tensor protos, Tensor offsets,
                                                        std::optional<Tensor> temperature_tensor,
                                                        double temperature, double eps, bool concat,
                                                        bool save_for_backward, bool /*tf32*/) {
-  const Checked c = check(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
-  const ProtoAttnShape& s = c.shape;
-  const int64_t height = feat.size(3), width = feat.size(4);
-  Tensor out =
-      new_maps(feat, {s.episodes, s.queries, s.ways, concat ? 2 * s.dim : s.dim, height, width},
-               c.channels_last);
-  Tensor agg = save_for_backward
-                   ? new_maps(feat, {s.episodes, s.queries, s.ways, s.dim, height, width},
-                              c.channels_last, accumulate_type(c.dtype))
-                   : torch::stable::new_empty(feat, {0}, accumulate_type(c.dtype));
-  Tensor stats = torch::stable::new_empty(
-      feat,
-      save_for_backward ? std::vector<int64_t>{s.episodes, s.queries, s.ways, 3, s.pixels}
-                        : std::vector<int64_t>{0},
-      accumulate_type(c.dtype));
-
-  ProtoAttnFwdParams p{s, c.features(), c.bags(), maps_of(out, c.channels_last), {}, nullptr};
+  const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
+  const cpu::Problem& s = c.problem;
+  Tensor out = c.stack(concat ? 2 * s.dim : s.dim), agg, stats;
+  cpu::ForwardParams p{s,          strided(c.feat, c.channels_last), c.protos.data_ptr(),
+                       c.starts(), dense_maps(out, c.channels_last), {},
+                       nullptr};
   if (save_for_backward) {
-    p.agg = maps_of(agg, c.channels_last);
+    agg = c.stack(s.dim, c.wide());
+    stats = torch::stable::new_empty(feat, {s.episodes, s.queries, s.ways, 3, s.pixels}, c.wide());
+    p.agg = dense_maps(agg, c.channels_last);
     p.stats = stats.data_ptr();
+  } else {
+    agg = torch::stable::new_empty(feat, {0}, c.wide());
+    stats = torch::stable::new_empty(feat, {0}, c.wide());
   }
-  const int64_t images = s.episodes * s.queries, threads = torch::stable::get_num_threads();
-  const cpu::Tiling tiling = cpu::plan_forward(s, threads, item_bytes(c.dtype));
-  const int64_t tiles = images * tiling.tiles(s);
-  if (tiles * s.ways > 0) {
-    const auto& table = cpu::kernels(cpu::current_level());
-    // All classes of a tile in a row reuse its panels; shared out singly when tiles are few.
-    const int64_t grain = tiles >= 2 * threads ? s.ways : 1;
-    int64_t scratch = table.forward_scratch(c.dtype, s, tiling);
-    // One piece for both passes: the heap would keep a smaller one beside it.
-    if (save_for_backward)
-      scratch = std::max(
-          scratch, table.backward_scratch(c.dtype, s, cpu::plan_backward(s, item_bytes(c.dtype))));
-    run_tasks(tiles * s.ways, grain, scratch, [&](TaskQueue& queue, void* memory) {
-      table.forward(c.dtype, p, tiling, queue, memory);
-    });
-  }
+  const int64_t threads = torch::stable::get_num_threads();
+  const cpu::Tiling tiling = cpu::plan_forward(s, threads, c.item());
+  const int64_t tiles = c.images() * tiling.tiles(s);
+  if (tiles * s.ways == 0) return {out, agg, stats};
+  const cpu::Kernels& kernels = c.kernels();
+  // All classes of a tile in a row reuse its panels; shared out singly when tiles are few.
+  const int64_t grain = tiles >= 2 * threads ? s.ways : 1;
+  int64_t scratch = kernels.forward_scratch(s, tiling);
+  // One piece for both passes: the heap would keep a smaller one beside it.
+  if (save_for_backward)
+    scratch = std::max(scratch, kernels.backward_scratch(s, cpu::plan_backward(s, c.item())));
+  run_tasks(tiles * s.ways, grain, scratch, [&](cpu::TaskQueue& queue, void* memory) {
+    kernels.forward(p, tiling, queue, memory);
+  });
   return {out, agg, stats};
-}
-
-// Runs one pass of the backward over all tasks.
-void run_backward(const cpu::KernelTable& table, DType dtype, const ProtoAttnBwdParams& p,
-                  cpu::BackwardPass pass, int64_t tasks, int64_t scratch) {
-  std::vector<int32_t> done(size_t(tasks), 0);
-  pass.done = done.data();
-  run_tasks(tasks, 1, scratch,
-            [&](TaskQueue& queue, void* memory) { table.backward(dtype, p, pass, queue, memory); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor feat, Tensor protos,
@@ -188,69 +146,67 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                                                        Tensor agg, Tensor stats, double temperature,
                                                        double eps, bool concat, bool needs_protos,
                                                        bool needs_temperature, bool /*tf32*/) {
-  const Checked c = check(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
-  const ProtoAttnShape& s = c.shape;
-  check_rank(grad_out, "grad_out", 6, "[E, Q, K, 2D or D, H, W]");
-  check_rank(agg, "agg", 6,
-             "[E, Q, K, D, H, W]: the forward must be called with save_for_backward");
-  FP_CHECK(grad_out.scalar_type() == feat.scalar_type() &&
-               agg.scalar_type() == accumulate_type(c.dtype) &&
-               stats.scalar_type() == accumulate_type(c.dtype),
-           "grad_out, agg, stats: found another dtype; allowed: those of the forward.");
-  const int64_t maps = s.episodes * s.queries * s.ways;
-  FP_CHECK(grad_out.numel() == maps * s.pixels * s.dim * (concat ? 2 : 1) &&
-               agg.numel() == maps * s.pixels * s.dim && stats.numel() == 3 * maps * s.pixels,
-           "grad_out, agg, stats: found other sizes; allowed: those of the forward.");
-  const Tensor grad = dense(grad_out, c.channels_last);
-  const Tensor saved = dense(agg, c.channels_last);
-
+  const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
+  const cpu::Problem& s = c.problem;
+  const Tensor grad = dense(grad_out, c.channels_last), saved = dense(agg, c.channels_last);
   Tensor grad_feat =
       new_maps(feat, {s.episodes, s.queries, s.dim, feat.size(3), feat.size(4)}, c.channels_last);
   Tensor grad_protos = torch::stable::new_empty(
       protos, needs_protos ? std::vector<int64_t>{s.total, s.dim} : std::vector<int64_t>{0});
-  Tensor grad_temperature = needs_temperature
-                                ? torch::stable::new_zeros(*temperature_tensor, {1})
-                                : torch::stable::new_empty(feat, {0}, accumulate_type(c.dtype));
+  Tensor grad_temperature = needs_temperature ? torch::stable::new_zeros(*temperature_tensor, {1})
+                                              : torch::stable::new_empty(feat, {0}, c.wide());
 
-  const cpu::Tiling tiling = cpu::plan_backward(s, item_bytes(c.dtype));
-  const int64_t tasks = s.episodes * s.queries * tiling.tiles(s);
+  const cpu::Tiling tiling = cpu::plan_backward(s, c.item());
+  const int64_t tasks = c.images() * tiling.tiles(s);
   std::vector<double> parts(needs_temperature ? size_t(tasks) : 0);
-  const ProtoAttnBwdParams p{s,
-                             c.features(),
-                             c.bags(),
-                             maps_of(grad, c.channels_last),
-                             maps_of(saved, c.channels_last),
-                             stats.data_ptr(),
-                             maps_of(grad_feat, c.channels_last),
-                             needs_protos ? grad_protos.data_ptr() : nullptr,
-                             needs_temperature ? parts.data() : nullptr};
+  const cpu::BackwardParams p{s,
+                              strided(c.feat, c.channels_last),
+                              c.protos.data_ptr(),
+                              c.starts(),
+                              dense_maps(grad, c.channels_last),
+                              dense_maps(saved, c.channels_last),
+                              stats.data_ptr(),
+                              dense_maps(grad_feat, c.channels_last),
+                              needs_protos ? grad_protos.data_ptr() : nullptr,
+                              needs_temperature ? parts.data() : nullptr};
   // Rows past the last bag are unused capacity.
-  const int64_t bags = s.episodes * s.ways;
-  const int64_t used = tasks > 0 ? static_cast<const int32_t*>(c.offsets.data_ptr())[bags] : 0;
+  const int64_t used = tasks > 0 ? c.starts()[s.episodes * s.ways] : 0;
   if (needs_protos && used < s.total) {
     Tensor unused = torch::stable::narrow(grad_protos, 0, used, s.total - used);
     torch::stable::zero_(unused);
   }
-  if (tasks > 0) {
-    const auto& table = cpu::kernels(cpu::current_level());
-    const int64_t scratch = table.backward_scratch(c.dtype, s, tiling);
-    const int64_t item = item_bytes(c.dtype), row = s.dim * item;
-    // Sums of half types need a wider buffer; where that outgrows its limit, groups of prototypes
-    // get passes of their own.
-    constexpr int64_t kMostSums = int64_t(4) << 20;
-    const bool in_place = int64_t(grad_protos.element_size()) == item;
-    const int64_t rows = in_place ? used : std::min(used, std::max<int64_t>(kMostSums / row, 64));
-    const int64_t chunk = needs_protos ? rows : 0;
-    std::vector<char> along(size_t(chunk * item)), sums(size_t(in_place ? 0 : chunk * row));
-    void* target = in_place ? grad_protos.data_ptr() : sums.data();
-    cpu::BackwardPass pass{tiling, true,         0,      chunk == used ? used : 0,
-                           target, along.data(), nullptr};
-    run_backward(table, c.dtype, p, pass, tasks, scratch);
-    pass.want_feat = false;
-    for (pass.begin = pass.end; chunk > 0 && pass.begin < used; pass.begin = pass.end) {
-      pass.end = std::min(pass.begin + chunk, used);
-      run_backward(table, c.dtype, p, pass, tasks, scratch);
-    }
+  if (tasks == 0) return {grad_feat, grad_protos, grad_temperature};
+
+  const cpu::Kernels& kernels = c.kernels();
+  // Sums of half types need a wider buffer; where that outgrows its limit, groups of prototypes
+  // get passes of their own.
+  constexpr int64_t kMostSums = int64_t(4) << 20;
+  const int64_t row = s.dim * c.item();
+  const bool in_place = int64_t(grad_protos.element_size()) == c.item();
+  const int64_t rows = in_place ? used : std::min(used, std::max<int64_t>(kMostSums / row, 64));
+  const int64_t chunk = needs_protos ? rows : 0;
+  std::vector<char> along(size_t(chunk * c.item())), sums(size_t(in_place ? 0 : chunk * row));
+  std::vector<int32_t> done;
+  cpu::BackwardPass pass{tiling,
+                         true,
+                         0,
+                         chunk == used ? used : 0,
+                         in_place ? grad_protos.data_ptr() : sums.data(),
+                         along.data(),
+                         nullptr};
+  const auto run = [&] {
+    done.assign(size_t(tasks), 0);
+    pass.done = done.data();
+    run_tasks(
+        tasks, 1, kernels.backward_scratch(s, tiling),
+        [&](cpu::TaskQueue& queue, void* memory) { kernels.backward(p, pass, queue, memory); });
+  };
+  run();
+  pass.want_feat = false;
+  while (chunk > 0 && pass.end < used) {
+    pass.begin = pass.end;
+    pass.end = std::min(pass.begin + chunk, used);
+    run();
   }
   if (needs_temperature) {
     double sum = 0;

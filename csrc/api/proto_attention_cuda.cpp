@@ -44,34 +44,6 @@ Tensor walkable(const Tensor& maps, bool channels_last) {
   return is_walkable(maps, channels_last) && reach <= INT32_MAX ? maps : dense(maps, channels_last);
 }
 
-// Strides of walkable maps [E, Q, (K,) C, H, W]; those of sizes of 1 say what a dense tensor's
-// would.
-Strided strided(const Tensor& maps, bool channels_last) {
-  const int64_t n = maps.dim(), channels = maps.size(n - 3);
-  const int64_t pixels = maps.size(n - 2) * maps.size(n - 1);
-  Strided s;
-  s.data = maps.data_ptr();
-  s.channel = channels_last ? 1 : channels > 1 ? maps.stride(n - 3) : pixels;
-  s.pixel = channels_last ? pixel_stride(maps, channels) : 1;
-  const auto outer = [&maps](int64_t at, int64_t alone) {
-    return maps.size(at) > 1 ? maps.stride(at) : alone;
-  };
-  const int64_t map = channels * pixels;
-  s.way = n == 6 ? outer(2, map) : 0;
-  const int64_t image = n == 6 ? maps.size(2) * map : map;
-  s.query = outer(1, image);
-  s.episode = outer(0, maps.size(1) * image);
-  return s;
-}
-
-// A new or dense tensor [..., C, H, W].
-Dense dense_maps(const Tensor& maps, bool channels_last) {
-  const int64_t n = maps.dim(), channels = maps.size(n - 3);
-  const int64_t pixels = maps.size(n - 2) * maps.size(n - 1);
-  return {maps.data_ptr(), channels * pixels, channels_last ? 1 : pixels,
-          channels_last ? channels : 1};
-}
-
 // What both ops make of their arguments.
 struct Call {
   OnDevice device;
@@ -143,17 +115,9 @@ Call prepare(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
              const std::optional<Tensor>& temperature_tensor, double temperature, double eps,
              bool concat, bool tf32) {
   Call c(feat);
-  check_inputs(feat, protos, offsets, eps);
-  const bool has_tensor = temperature_tensor.has_value();
-  if (has_tensor)
-    check_temperature_tensor(*temperature_tensor, feat);
-  else
-    FP_CHECK(temperature > 0, "temperature: found ", temperature, "; allowed: a number above 0.");
   c.chip = c.device.chip();
-  const std::optional<DType> found = dtype_of(feat);
-  FP_CHECK(found.has_value() && *found != DType::kFloat64,
-           "feat: found another dtype; allowed on CUDA: float32, bfloat16, float16.");
-  c.dtype = *found;
+  c.dtype = dtype_of(feat);
+  const bool has_tensor = temperature_tensor.has_value();
   const int64_t episodes = feat.size(0), queries = feat.size(1), dim = feat.size(2);
   const int64_t ways = (offsets.size(0) - 1) / episodes, pixels = feat.size(3) * feat.size(4);
   const int64_t total = protos.size(0);
@@ -248,22 +212,8 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                                                        bool needs_temperature, bool tf32) {
   const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat, tf32);
   const Problem& s = c.problem;
-  check_rank(grad_out, "grad_out", 6, "[E, Q, K, 2D or D, H, W]");
-  check_rank(agg, "agg", 6,
-             "[E, Q, K, D, H, W]: the forward must be called with save_for_backward");
-  FP_CHECK(grad_out.scalar_type() == feat.scalar_type() &&
-               agg.scalar_type() == feat.scalar_type() && stats.scalar_type() == ScalarType::Float,
-           "grad_out, agg, stats: found another dtype; allowed: those of the forward.");
-  const int64_t height = feat.size(3), width = feat.size(4),
-                channels = (concat ? 2 : 1) * int64_t(s.dim);
-  FP_CHECK(has_sizes(grad_out, {s.episodes, s.queries, s.ways, channels, height, width}) &&
-               has_sizes(agg, {s.episodes, s.queries, s.ways, s.dim, height, width}) &&
-               has_sizes(stats, {c.statistics_size()}),
-           "grad_out, agg, stats: found other sizes; allowed: those of the forward.");
-  FP_CHECK(!needs_temperature || temperature_tensor.has_value(),
-           "needs_temperature: found true without a tensor; allowed: with one.");
-
-  Tensor grad_feat = new_maps(feat, {s.episodes, s.queries, s.dim, height, width}, c.channels_last);
+  Tensor grad_feat =
+      new_maps(feat, {s.episodes, s.queries, s.dim, feat.size(3), feat.size(4)}, c.channels_last);
   Tensor grad_protos = torch::stable::new_empty(
       protos, needs_protos ? std::vector<int64_t>{s.total, s.dim} : std::vector<int64_t>{0});
   Tensor grad_temperature = c.new_floats(0);

@@ -15,6 +15,7 @@ namespace {
 
 using fastproto::DType;
 using namespace fastproto::cuda;
+using namespace py::literals;
 
 DType dtype_of(const std::string& name) {
   if (name == "float32") return DType::kFloat32;
@@ -24,18 +25,10 @@ DType dtype_of(const std::string& name) {
 }
 
 py::dict to_dict(const KernelPlan& plan) {
-  py::dict d;
-  d["kernel"] = kernel_name(plan.kernel);
-  d["tile_m"] = plan.tile_m;
-  d["tile_n"] = plan.tile_n;
-  d["dim"] = plan.dim;
-  d["slices"] = plan.slices;
-  d["stages"] = plan.stages;
-  d["cluster"] = plan.cluster;
-  d["blocks"] = plan.blocks;
-  d["threads"] = plan.threads;
-  d["shared_bytes"] = plan.shared_bytes;
-  return d;
+  return py::dict("kernel"_a = kernel_name(plan.kernel), "tile_m"_a = plan.tile_m,
+                  "tile_n"_a = plan.tile_n, "dim"_a = plan.dim, "slices"_a = plan.slices,
+                  "stages"_a = plan.stages, "cluster"_a = plan.cluster, "blocks"_a = plan.blocks,
+                  "threads"_a = plan.threads, "shared_bytes"_a = plan.shared_bytes);
 }
 
 py::dict cuda_plan(int capability, int multiprocessors, int shared_memory, const std::string& dtype,
@@ -48,13 +41,9 @@ py::dict cuda_plan(int capability, int multiprocessors, int shared_memory, const
   std::vector<std::string> reasons;
   const Plan plan = make_plan(request, kernels.c_str(), &reasons);
   if (!plan.error.empty()) throw py::value_error(plan.error);
-  py::dict d;
-  d["stats"] = to_dict(plan.stats);
-  d["forward"] = to_dict(plan.forward);
-  d["backward_query"] = to_dict(plan.backward_query);
-  d["backward_protos"] = to_dict(plan.backward_protos);
-  d["reasons"] = reasons;
-  return d;
+  return py::dict("stats"_a = to_dict(plan.stats), "forward"_a = to_dict(plan.forward),
+                  "backward_query"_a = to_dict(plan.backward_query),
+                  "backward_protos"_a = to_dict(plan.backward_protos), "reasons"_a = reasons);
 }
 
 template <typename T>
@@ -86,13 +75,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info",
       [] {
-        py::dict info;
-        info["compiler"] = FASTPROTO_COMPILER;
-        info["built_with_torch"] = FASTPROTO_TORCH_VERSION;
-        info["stable_abi"] = FASTPROTO_STABLE_ABI;
-        info["cuda_compiler"] = FASTPROTO_CUDA_COMPILER;
-        info["cuda_architectures"] = FASTPROTO_CUDA_ARCHS;
-        return info;
+        return py::dict(
+            "compiler"_a = FASTPROTO_COMPILER, "built_with_torch"_a = FASTPROTO_TORCH_VERSION,
+            "stable_abi"_a = FASTPROTO_STABLE_ABI, "cuda_compiler"_a = FASTPROTO_CUDA_COMPILER,
+            "cuda_architectures"_a = FASTPROTO_CUDA_ARCHS);
       },
       "Compiler, the torch whose headers were used, the stable ABI aimed at, nvcc's version and "
       "the CUDA architectures compiled (both empty without CUDA).");
@@ -103,23 +89,20 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_forward_plan",
       [](int64_t images, int64_t ways, int64_t dim, int64_t pixels, int64_t threads, int64_t item) {
-        const fastproto::ProtoAttnShape shape{1, images, ways, dim, pixels, 0, true, 1, 1};
-        const auto tiling = fastproto::cpu::plan_forward(shape, threads, item);
-        return py::make_tuple(tiling.width, tiling.strips, images * ways * tiling.tiles(shape));
+        const fastproto::cpu::Problem problem{1, images, ways, dim, pixels, 0, true, 1, 1};
+        const auto tiling = fastproto::cpu::plan_forward(problem, threads, item);
+        return py::make_tuple(tiling.width, tiling.strips, images * ways * tiling.tiles(problem));
       },
-      py::arg("images"), py::arg("ways"), py::arg("dim"), py::arg("pixels"), py::arg("threads"),
-      py::arg("item") = 4,
+      "images"_a, "ways"_a, "dim"_a, "pixels"_a, "threads"_a, "item"_a = 4,
       "How the forward is cut on the CPU: (pixels of a strip, strips of a task, tasks). `item` is "
       "the bytes of a number in the panels, 8 for float64.");
-  m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("capability"), py::arg("multiprocessors"),
-        py::arg("shared_memory"), py::arg("dtype"), py::arg("episodes"), py::arg("queries"),
-        py::arg("ways"), py::arg("dim"), py::arg("pixels"), py::arg("total"),
-        py::arg("save") = false, py::arg("tma_ok") = true, py::arg("has_sm90") = true,
-        py::arg("kernels") = "",
+  m.def("cuda_plan", &cuda_plan, py::kw_only(), "capability"_a, "multiprocessors"_a,
+        "shared_memory"_a, "dtype"_a, "episodes"_a, "queries"_a, "ways"_a, "dim"_a, "pixels"_a,
+        "total"_a, "save"_a = false, "tma_ok"_a = true, "has_sm90"_a = true, "kernels"_a = "",
         "Which CUDA kernels a problem runs with on a chip, and the reasons in sentences. `kernels` "
         "is FASTPROTO_CUDA_KERNELS. Raises ValueError where there is no plan.");
-  m.def("supervoxels", &supervoxels, py::arg("image"), py::arg("mask"), py::arg("spacing"),
-        py::arg("scale"), py::arg("min_sizes"), py::arg("exponent") = 2.0,
+  m.def("supervoxels", &supervoxels, "image"_a, "mask"_a, "spacing"_a, "scale"_a, "min_sizes"_a,
+        "exponent"_a = 2.0,
         "Felzenszwalb and Huttenlocher's segmentation in 3-D: int32 [min_sizes, Z, Y, X], "
         "components 1..n for each minimum size (voxels, ascending) and 0 outside the mask. Each "
         "is a union of components of the minimum size before it. An edge's weight is the "

@@ -3,29 +3,27 @@
 
 namespace fastproto::cpu {
 
-extern const KernelTable kBaselineKernels;
+// Each from instantiate.cpp, compiled once for every level.
+extern const InstructionSet kBaseline;
 #if defined(FASTPROTO_X86)
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
-extern const KernelTable kAvx512Bf16Kernels;
-extern const KernelTable kAmxKernels;
+extern const InstructionSet kAvx2, kAvx512;
+extern const Kernels kAvx512Bf16, kAmx;  // bfloat16's, where the rest is AVX-512's
 #endif
 
-const KernelTable& kernels(Level level) {
-  switch (level) {
+const InstructionSet& instruction_set([[maybe_unused]] Level level) {
 #if defined(FASTPROTO_X86)
-    case Level::kAmx:
-      return kAmxKernels;
-    case Level::kAvx512Bf16:
-      return kAvx512Bf16Kernels;
-    case Level::kAvx512:
-      return kAvx512Kernels;
-    case Level::kAvx2:
-      return kAvx2Kernels;
+  if (level >= Level::kAvx512) return kAvx512;
+  if (level == Level::kAvx2) return kAvx2;
 #endif
-    default:
-      return kBaselineKernels;
-  }
+  return kBaseline;
+}
+
+const Kernels& kernels(Level level, DType dtype) {
+#if defined(FASTPROTO_X86)
+  if (dtype == DType::kBFloat16 && level == Level::kAmx) return kAmx;
+  if (dtype == DType::kBFloat16 && level == Level::kAvx512Bf16) return kAvx512Bf16;
+#endif
+  return instruction_set(level).kernels[int(dtype)];
 }
 
 }  // namespace fastproto::cpu

@@ -3,7 +3,7 @@
 //     C[M, N] = A[M, K] . B[K, N]   or   C += A . B
 // A is read element by element (broadcast) with two strides, so it may be transposed; the rows of
 // B and C are contiguous. B's rows are readable to the next whole vector; C's are never touched
-// past N.
+// past N. Elements of A and B are numbers of C's type, or Pairs (gemm_bf16.h) of them along K.
 //
 // Budget, AVX-512: 6 x 4 accumulators + 4 of B + 1 broadcast = 29 of 32 registers; 24 FMA per
 // 4 + 6 loads. AVX2: 6 x 2 + 2 + 1 = 15 of 16; 12 FMA per 2 + 6 loads. Narrow panels take 12 rows,
@@ -17,9 +17,9 @@ namespace {
 
 constexpr int kMostVecs = kVecBytes == 64 ? 4 : 2;
 
-template <class Acc>
+template <class In>
 struct MatrixA {
-  const Acc* data;
+  const In* data;
   int64_t stride_row;
   int64_t stride_k;
 };
@@ -37,8 +37,8 @@ struct Ahead {
 };
 
 // `Tail`: the only vector of a row of C has but `lanes` lanes.
-template <int Rows, int Vecs, bool Tail, class Acc>
-inline void gemm_micro(MatrixA<Acc> a, const Acc* b, int64_t b_k, Acc* c, int64_t c_row,
+template <int Rows, int Vecs, bool Tail, class Acc, class In>
+inline void gemm_micro(MatrixA<In> a, const In* b, int64_t b_k, Acc* c, int64_t c_row,
                        int64_t k_size, bool accumulate, int64_t lanes) {
   constexpr int L = kLanes<Acc>;
   Vec<Acc> acc[Rows][Vecs];
@@ -49,16 +49,16 @@ inline void gemm_micro(MatrixA<Acc> a, const Acc* b, int64_t b_k, Acc* c, int64_
       acc[r][v] = Vec<Acc>{};
       if (accumulate) __builtin_prefetch(c + r * c_row + v * L, 1, 3);
     }
-  const Acc* x = a.data;
+  const In* x = a.data;
   for (int64_t k = 0; k < k_size; ++k, x += a.stride_k, b += b_k) {
-    Vec<Acc> row[Vecs];
+    decltype(load(b)) row[Vecs];
 #pragma GCC unroll 4
     for (int v = 0; v < Vecs; ++v) row[v] = load(b + v * L);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const Vec<Acc> value = splat(x[r * a.stride_row]);
+      const auto value = splat(x[r * a.stride_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) acc[r][v] += value * row[v];
+      for (int v = 0; v < Vecs; ++v) acc[r][v] = multiply_add(acc[r][v], value, row[v]);
     }
   }
 #pragma GCC unroll 16
@@ -74,8 +74,8 @@ inline void gemm_micro(MatrixA<Acc> a, const Acc* b, int64_t b_k, Acc* c, int64_
 }
 
 // Columns [0, Vecs vectors) of C, all rows.
-template <int Vecs, bool Tail, class Acc>
-void gemm_columns(int64_t m_size, int64_t k_size, MatrixA<Acc> a, const Acc* b, int64_t b_k, Acc* c,
+template <int Vecs, bool Tail, class Acc, class In>
+void gemm_columns(int64_t m_size, int64_t k_size, MatrixA<In> a, const In* b, int64_t b_k, Acc* c,
                   int64_t c_row, bool accumulate, int64_t lanes, Ahead* ahead) {
   constexpr int kMain = Vecs == 4 || (kVecBytes < 64 && Vecs == 2) ? 6 : 12;
   int64_t m = 0;
@@ -88,31 +88,18 @@ void gemm_columns(int64_t m_size, int64_t k_size, MatrixA<Acc> a, const Acc* b, 
   while (m + kMain <= m_size) rows.template operator()<kMain>();
   if constexpr (kMain > 6)
     if (m + 6 <= m_size) rows.template operator()<6>();
-  switch (m_size - m) {
-    case 1:
-      rows.template operator()<1>();
-      break;
-    case 2:
-      rows.template operator()<2>();
-      break;
-    case 3:
-      rows.template operator()<3>();
-      break;
-    case 4:
-      rows.template operator()<4>();
-      break;
-    case 5:
-      rows.template operator()<5>();
-      break;
-    default:
-      break;
-  }
+  const int64_t left = m_size - m;
+  if (left == 1) rows.template operator()<1>();
+  if (left == 2) rows.template operator()<2>();
+  if (left == 3) rows.template operator()<3>();
+  if (left == 4) rows.template operator()<4>();
+  if (left == 5) rows.template operator()<5>();
 }
 
 // K in chunks with sums of their own: B's chunk stays in the first-level cache while all rows of A
 // pass, and rounding errors grow with the chunk's length instead of K's.
-template <class Acc>
-void gemm(int64_t m_size, int64_t n_size, int64_t k_size, MatrixA<Acc> a, const Acc* b, int64_t b_k,
+template <class Acc, class In>
+void gemm(int64_t m_size, int64_t n_size, int64_t k_size, MatrixA<In> a, const In* b, int64_t b_k,
           Acc* c, int64_t c_row, bool accumulate, Ahead* ahead = nullptr) {
   constexpr int64_t kChunk = 2 * kVecBytes;
   constexpr int L = kLanes<Acc>;

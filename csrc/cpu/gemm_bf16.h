@@ -5,13 +5,11 @@
 // vdpbf16ps multiplies a broadcast pair of A with 16 pairs of B, an AMX tile holds 16 rows of 32 of
 // A and 16 rows of 16 pairs of B. M is a multiple of 16, N of 16, K of 32; C's rows are contiguous.
 //
-// Budget, vdpbf16ps: 6 x 4 accumulators + 4 + 1 of 32 registers, as in gemm.h, twice the rate of
-// float32. AMX: 4 tiles of C + 2 of A + 2 of B; 4 products (64 cycles) per 4 loads (32 cycles).
+// Budget, vdpbf16ps: that of gemm.h, at twice the rate of float32. AMX: 4 tiles of C + 2 of A + 2
+// of B; 4 products (64 cycles) per 4 loads (32 cycles).
 #pragma once
 
-#include <immintrin.h>
-
-#include "vec.h"
+#include "gemm.h"
 
 namespace fastproto::cpu {
 namespace {
@@ -92,19 +90,17 @@ void gemm_bf16(int64_t m_size, int64_t n_size, int64_t k_size, RowsBf16 a, Pairs
     for (int64_t n = 0; n < n_size;) {
       const PairsBf16 pairs{b.data + 2 * n, b.stride};
       float* at = c + m * c_row + n;
-      if (n_size - n >= 32) {
+      const auto product = [&]<int Columns>() {
         if (two)
-          tiles_bf16<2, 2>(k_size, rows, pairs, at, c_row, accumulate);
+          tiles_bf16<2, Columns>(k_size, rows, pairs, at, c_row, accumulate);
         else
-          tiles_bf16<1, 2>(k_size, rows, pairs, at, c_row, accumulate);
-        n += 32;
-      } else {
-        if (two)
-          tiles_bf16<2, 1>(k_size, rows, pairs, at, c_row, accumulate);
-        else
-          tiles_bf16<1, 1>(k_size, rows, pairs, at, c_row, accumulate);
-        n += 16;
-      }
+          tiles_bf16<1, Columns>(k_size, rows, pairs, at, c_row, accumulate);
+        n += 16 * Columns;
+      };
+      if (n_size - n >= 32)
+        product.template operator()<2>();
+      else
+        product.template operator()<1>();
     }
     m += two ? 32 : 16;
   }
@@ -115,73 +111,12 @@ void gemm_bf16(int64_t m_size, int64_t n_size, int64_t k_size, RowsBf16 a, Pairs
 
 struct MatrixUnit {};
 
-template <int Rows, int Vecs>
-void micro_bf16(int64_t k_size, RowsBf16 a, PairsBf16 b, float* c, int64_t c_row, bool accumulate) {
-  __m512 acc[Rows][Vecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) {
-      acc[r][v] = _mm512_setzero_ps();
-      if (accumulate) __builtin_prefetch(c + r * c_row + v * 16, 1, 3);
-    }
-  const uint16_t *left = a.data, *right = b.data;
-  for (int64_t k = 0; k < k_size; k += 2, left += 2, right += 2 * b.stride) {
-    __m512bh row[Vecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) __builtin_memcpy(&row[v], right + v * 32, 64);
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      int32_t pair;
-      __builtin_memcpy(&pair, left + r * a.stride, 4);
-      const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], value, row[v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) {
-      float* at = c + r * c_row + v * 16;
-      store(at, accumulate ? load(at) + Vec<float>(acc[r][v]) : Vec<float>(acc[r][v]));
-    }
-}
-
-template <int Vecs>
-void columns_bf16(int64_t m_size, int64_t k_size, RowsBf16 a, PairsBf16 b, float* c, int64_t c_row,
-                  bool accumulate) {
-  constexpr int kMain = Vecs == 4 ? 6 : 12;
-  int64_t m = 0;
-  const auto rows = [&]<int Rows>() {
-    micro_bf16<Rows, Vecs>(k_size, {a.data + m * a.stride, a.stride}, b, c + m * c_row, c_row,
-                           accumulate);
-    m += Rows;
-  };
-  while (m + kMain <= m_size) rows.template operator()<kMain>();
-  if (m + 4 <= m_size) rows.template operator()<4>();
-  while (m < m_size) rows.template operator()<2>();  // m_size is even
-}
-
 void gemm_bf16(int64_t m_size, int64_t n_size, int64_t k_size, RowsBf16 a, PairsBf16 b, float* c,
                int64_t c_row, bool accumulate) {
-  constexpr int64_t kChunk = 256;  // rows of B: 32 KiB of 64 columns
-  for (int64_t n = 0; n < n_size;) {
-    const int64_t left = n_size - n;
-    for (int64_t k = 0; k < k_size; k += kChunk) {
-      const int64_t size = k_size - k < kChunk ? k_size - k : kChunk;
-      const RowsBf16 rows{a.data + k, a.stride};
-      const PairsBf16 pairs{b.data + k * b.stride + 2 * n, b.stride};
-      const bool add = accumulate || k > 0;
-      if (left >= 64)
-        columns_bf16<4>(m_size, size, rows, pairs, c + n, c_row, add);
-      else if (left >= 32)
-        columns_bf16<2>(m_size, size, rows, pairs, c + n, c_row, add);
-      else
-        columns_bf16<1>(m_size, size, rows, pairs, c + n, c_row, add);
-    }
-    n += left >= 64 ? 64 : left >= 32 ? 32 : 16;
-  }
+  const auto* left = reinterpret_cast<const Pair*>(a.data);
+  const auto* right = reinterpret_cast<const Pair*>(b.data);
+  gemm<float>(m_size, n_size, k_size / 2, {left, a.stride / 2, 1}, right, b.stride, c, c_row,
+              accumulate);
 }
 
 #endif

@@ -1,13 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of CPU kernels of one instruction set, and the choice among them.
+// What a CPU kernel sees, the kernels of one instruction set, and the choice among them.
 #pragma once
 
 #include <cstdint>
 
-#include "../params.h"
 #include "plan.h"
 
 namespace fastproto::cpu {
+
+struct ForwardParams {
+  Problem problem;
+  Strided feat;            // [E, Q, D, HW]
+  const void* protos;      // [N_total, D] contiguous
+  const int32_t* offsets;  // [E*K + 1]
+  Dense out;               // [E*Q*K, 2D or D, HW]
+  // For the backward, in float (double for float64); null where not wanted.
+  Dense agg;    // [E*Q*K, D, HW] Gc = G - mean, centred: <dO, G> would lose digits to the mean
+  void* stats;  // [E*Q*K, 3, HW] bound (of c/t) and 1/sum of the softmax, mean taken out of G
+};
+
+struct BackwardParams {
+  Problem problem;
+  Strided feat;
+  const void* protos;
+  const int32_t* offsets;
+  Dense grad_out;                  // [E*Q*K, 2D or D, HW]
+  Dense agg;                       // [E*Q*K, D, HW]
+  const void* stats;               // [E*Q*K, 3, HW]
+  Dense grad_feat;                 // [E*Q, D, HW]
+  void* grad_protos;               // [N_total, D] contiguous, or nullptr: not wanted
+  double* grad_temperature_parts;  // [tasks of the feature pass], or nullptr: not wanted
+};
 
 // What one run over the tasks of the backward computes. Prototypes [begin, end) of `protos` get
 // their gradient; begin == end: none does.
@@ -21,16 +44,34 @@ struct BackwardPass {
   int32_t* done;  // [tasks] zeros: blocks whose gradient a task has added to `sums`
 };
 
-// Each entry is one worker's loop: it takes tasks until the queue is empty.
-struct KernelTable {
+// Hands out task numbers to the workers of one pass; every task writes its own outputs, so the
+// result does not depend on who does what.
+struct TaskQueue {
+  int64_t next = 0;
+  int64_t end = 0;
+  int64_t grain = 1;
+
+  // The next run of tasks [*begin, *stop); false when none is left.
+  __attribute__((always_inline)) bool take(int64_t* begin, int64_t* stop) {
+    *begin = __atomic_fetch_add(&next, grain, __ATOMIC_RELAXED);
+    *stop = *begin + grain < end ? *begin + grain : end;
+    return *begin < end;
+  }
+};
+
+// Those of one type.
+struct Kernels {
   // Scratch memory of one worker, in bytes.
-  int64_t (*forward_scratch)(DType, const ProtoAttnShape&, Tiling);
-  int64_t (*backward_scratch)(DType, const ProtoAttnShape&, Tiling);
-  // Tasks: ((episode*Q + query)*tiles + tile)*K + class.
-  void (*forward)(DType, const ProtoAttnFwdParams&, Tiling, TaskQueue&, void* scratch);
-  // Tasks: (episode*Q + query)*tiles + tile.
-  void (*backward)(DType, const ProtoAttnBwdParams&, const BackwardPass&, TaskQueue&,
-                   void* scratch);
+  int64_t (*forward_scratch)(const Problem&, Tiling);
+  int64_t (*backward_scratch)(const Problem&, Tiling);
+  // One worker's loop: it takes tasks until the queue is empty. Tasks of the forward are
+  // ((episode*Q + query)*tiles + tile)*K + class, of the backward (episode*Q + query)*tiles + tile.
+  void (*forward)(const ForwardParams&, Tiling, TaskQueue&, void* scratch);
+  void (*backward)(const BackwardParams&, const BackwardPass&, TaskQueue&, void* scratch);
+};
+
+struct InstructionSet {
+  Kernels kernels[4];  // by DType
   int64_t (*fma_loop)(int64_t rounds, float* sum);
 };
 
@@ -40,6 +81,7 @@ enum class Level : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 // Throws std::runtime_error when that level is unknown, not compiled in, or not supported here.
 Level current_level();
 const char* level_name(Level level);
-const KernelTable& kernels(Level level);
+const InstructionSet& instruction_set(Level level);
+const Kernels& kernels(Level level, DType dtype);
 
 }  // namespace fastproto::cpu

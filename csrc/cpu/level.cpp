@@ -60,37 +60,23 @@ bool supported(Level level) {
 }
 
 Level choose_level() {
-  constexpr Level kAll[] = {Level::kAmx, Level::kAvx512Bf16, Level::kAvx512, Level::kAvx2,
-                            Level::kBaseline};
   const char* wanted = std::getenv("FASTPROTO_CPU_LEVEL");
-  for (Level level : kAll) {
-    if (wanted == nullptr || *wanted == 0) {
-      if (supported(level)) return level;
-    } else if (std::strcmp(wanted, level_name(level)) == 0) {
-      if (supported(level)) return level;
-      throw std::runtime_error(std::string("FASTPROTO_CPU_LEVEL: found ") + wanted +
-                               "; allowed: a level this CPU and this build have.");
-    }
+  if (wanted != nullptr && *wanted == 0) wanted = nullptr;
+  for (int i = int(Level::kAmx); i >= 0; --i) {
+    const Level level = Level(i);
+    if (wanted != nullptr && std::strcmp(wanted, level_name(level)) != 0) continue;
+    if (supported(level)) return level;
   }
   throw std::runtime_error(std::string("FASTPROTO_CPU_LEVEL: found ") + wanted +
-                           "; allowed: baseline, avx2, avx512, avx512bf16, amx.");
+                           "; allowed: baseline, avx2, avx512, avx512bf16 or amx, if this CPU and "
+                           "this build have it.");
 }
 
 }  // namespace
 
 const char* level_name(Level level) {
-  switch (level) {
-    case Level::kAmx:
-      return "amx";
-    case Level::kAvx512Bf16:
-      return "avx512bf16";
-    case Level::kAvx512:
-      return "avx512";
-    case Level::kAvx2:
-      return "avx2";
-    default:
-      return "baseline";
-  }
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
+  return kNames[int(level)];
 }
 
 Level current_level() {

@@ -7,6 +7,8 @@
 
 namespace fastproto::cpu {
 
+using Problem = ProblemOf<int64_t, double>;
+
 // Rows of a block of prototypes.
 constexpr int64_t kBlockProtos = 64;
 // Pixels of the widest strip.
@@ -18,19 +20,19 @@ struct Tiling {
   int64_t strips;
 
   int64_t pixels() const { return width * strips; }
-  int64_t tiles(const ProtoAttnShape& s) const { return (s.pixels + pixels() - 1) / pixels(); }
+  int64_t tiles(const Problem& s) const { return (s.pixels + pixels() - 1) / pixels(); }
 };
 
 // Pixels of a strip whose panels fit in the second-level cache and in the promised MiB: 64 for
 // D = 512 in float32. `item` is the bytes of a number in the panels.
-static inline int64_t most_pixels(const ProtoAttnShape& s, int64_t item) {
+static inline int64_t most_pixels(const Problem& s, int64_t item) {
   int64_t width = kMostPixels;
   while (width > 16 && width * s.dim * item > kMostPixels * 512 * 4) width /= 2;
   return width;
 }
 
 // Forward: the cut whose slowest thread has least to do. A task is a tile and one bag.
-static inline Tiling plan_forward(const ProtoAttnShape& s, int64_t threads, int64_t item) {
+static inline Tiling plan_forward(const Problem& s, int64_t threads, int64_t item) {
   // Narrow strips do fewer multiply-adds per load; every task prepares the prototypes again, which
   // takes as long as some pixels more.
   struct Candidate {
@@ -56,13 +58,13 @@ static inline Tiling plan_forward(const ProtoAttnShape& s, int64_t threads, int6
 }
 
 // Backward: the order of its sums hangs on the cut, so the threads have no say in it.
-static inline Tiling plan_backward(const ProtoAttnShape& s, int64_t item) {
+static inline Tiling plan_backward(const Problem& s, int64_t item) {
   return {most_pixels(s, item), 1};
 }
 
 // Rows of a block in the backward: few enough blocks to be efficient, enough for the threads to
 // take turns at (proto_attention_bwd.h).
-static inline int64_t backward_block_rows(const ProtoAttnShape& s) {
+static inline int64_t backward_block_rows(const Problem& s) {
   const int64_t rows = s.total / s.episodes;
   return rows >= 256 ? 64 : rows >= 64 ? 32 : 16;
 }

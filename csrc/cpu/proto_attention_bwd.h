@@ -19,79 +19,71 @@ namespace fastproto::cpu {
 namespace {
 
 template <class Acc>
-struct BwdScratch {
-  Tiling tiling;
-  Acc* centred;      // [D][W]
-  Acc* grad_out;     // [D][W] dO of the current bag
-  Acc* grad_feat;    // [D][W] sums of all bags
-  Acc* transposed;   // [2 W][row_stride(D)] dO, then Fc
-  Acc* protos;       // [kBlockProtos][row_stride(D)] centred
-  Acc* weights;      // [kBlockProtos][2 W] A, then dS'
-  Acc* grad_scores;  // [kBlockProtos][W]
-  ProtoStats<Acc>* block;
-  PixelStats<Acc>* pixels;
-  int64_t bytes;
+struct BwdScratch : Scratch {
+  BwdScratch(void* memory, int64_t d, Tiling t) : Scratch(memory), dim(d), width(t.width) {}
 
-  BwdScratch(void* memory, int64_t dim, Tiling t) : tiling(t) {
-    const int64_t width = t.width, stride = row_stride<Acc>(dim);
-    Scratch scratch(memory);
-    centred = scratch.take<Acc>(dim * width);
-    grad_out = scratch.take<Acc>(dim * width);
-    grad_feat = scratch.take<Acc>(dim * width);
-    transposed = scratch.take<Acc>(2 * width * stride);
-    protos = scratch.take<Acc>(kBlockProtos * stride);
-    weights = scratch.take<Acc>(kBlockProtos * 2 * width);
-    grad_scores = scratch.take<Acc>(kBlockProtos * width);
-    block = scratch.take<ProtoStats<Acc>>(1);
-    pixels = scratch.take<PixelStats<Acc>>(1);
-    bytes = scratch.bytes();
-  }
+  const int64_t dim, width, stride = row_stride<Acc>(dim);
+  Acc* const centred = take<Acc>(dim * width);               // [D][W]
+  Acc* const grad_out = take<Acc>(dim * width);              // [D][W] dO of the current bag
+  Acc* const grad_feat = take<Acc>(dim * width);             // [D][W] sums of all bags
+  Acc* const transposed = take<Acc>(2 * width * stride);     // [2 W][stride] dO, then Fc
+  Acc* const protos = take<Acc>(kBlockProtos * stride);      // [kBlockProtos][stride] centred
+  Acc* const weights = take<Acc>(kBlockProtos * 2 * width);  // [kBlockProtos][2 W] A, then dS'
+  Acc* const grad_scores = take<Acc>(kBlockProtos * width);  // [kBlockProtos][W]
 };
 
 // Per-pixel sums of the incoming gradient of one (image, class).
 template <class Acc>
-struct GradStats {
+struct alignas(64) GradStats {
   Acc delta[kMostPixels];     // <dO, Gc>
   Acc total[kMostPixels];     // sum over channels of dO
-  Acc agg_mean[kMostPixels];  // sum_j A_j (mean(P_j) - origin), so that G = Gc + origin + agg_mean
-  Acc origin;                 // see mean_origin
+  Acc agg_mean[kMostPixels];  // sum_j A_j (mean(P_j) - origin), so that G = Gc + mean
+  Acc mean[kMostPixels];      // origin + agg_mean
   Acc bound[kMostPixels];
   Acc rsum[kMostPixels];
-  Acc along[kMostPixels];  // sum_j dS_j c_j over all bags so far
+  Acc along[kMostPixels] = {};  // sum_j dS_j c_j over all bags so far
+  Acc origin;                   // mean(P) of the bag's first prototype, 0 in a bag of one
 };
 
-// Where a task lies, and its turn at the sums of the prototypes.
-struct BackwardPlace {
-  const ProtoAttnBwdParams& p;
-  const BackwardPass& pass;
-  const int64_t task, dim, width;
-  int64_t image, pixel, count, episode;
-  bool first_of_episode, last_of_episode;
-  int32_t blocks_done = 0;
+// What the kernels in float32 and on bfloat16 units have in common: where a task lies, its turn at
+// the sums of the prototypes, and everything that is no product of matrices.
+template <class T>
+class BackwardBase {
+ protected:
+  using Acc = AccOf<T>;
+  static constexpr int L = kLanes<Acc>;
 
-  BackwardPlace(const ProtoAttnBwdParams& params, const BackwardPass& run, int64_t number)
-      : p(params), pass(run), task(number), dim(params.shape.dim), width(run.tiling.width) {
-    const int64_t tiles = pass.tiling.tiles(p.shape), per_episode = p.shape.queries * tiles;
-    image = task / tiles;
-    pixel = task % tiles * width;
-    count = p.shape.pixels - pixel < width ? p.shape.pixels - pixel : width;
-    episode = image / p.shape.queries;
-    first_of_episode = task % per_episode == 0;
-    last_of_episode = task % per_episode == per_episode - 1;
+  BackwardBase(const BackwardParams& p, const BackwardPass& pass, int64_t task)
+      : p_(p), pass_(pass), task_(task), dim_(p.problem.dim), width_(pass.tiling.width) {
+    const int64_t tiles = pass.tiling.tiles(p.problem), per_episode = p.problem.queries * tiles;
+    image_ = task / tiles;
+    pixel_ = task % tiles * width_;
+    count_ = p.problem.pixels - pixel_ < width_ ? p.problem.pixels - pixel_ : width_;
+    episode_ = image_ / p.problem.queries;
+    first_ = task % per_episode == 0;
+    last_ = task % per_episode == per_episode - 1;
   }
+
+  bool wants_protos() const { return pass_.begin < pass_.end; }
+  const T* protos(int64_t n) const { return static_cast<const T*>(p_.protos) + n * dim_; }
+  TileView<const T> feat() const {
+    return tile_of<T>(p_.feat, episode_, image_ % p_.problem.queries, pixel_, count_);
+  }
+  TileView<T> grad_feat() const { return tile_of<T>(p_.grad_feat, image_, 0, pixel_, count_); }
 
   // Calls bag(way, begin, end, want_protos) for every bag that this pass has work on, and after it
   // block(n, rows, to, single, want_protos) for its blocks [n, n + rows) up to `to`. An empty bag
   // has none: G = 0, nothing but dY1 reaches F.
   template <class Bag, class Block>
   void for_bags(Bag&& bag, Block&& block) const {
-    const int64_t step = backward_block_rows(p.shape);
-    for (int64_t way = 0; way < p.shape.ways; ++way) {
-      const int32_t* bounds = p.bags.offsets + episode * p.shape.ways + way;
+    const int64_t step = backward_block_rows(p_.problem);
+    for (int64_t way = 0; way < p_.problem.ways; ++way) {
+      const int32_t* bounds = p_.offsets + episode_ * p_.problem.ways + way;
       const int64_t begin = bounds[0], end = bounds[1];
-      int64_t from = begin > pass.begin ? begin : pass.begin, to = end < pass.end ? end : pass.end;
+      int64_t from = begin > pass_.begin ? begin : pass_.begin;
+      int64_t to = end < pass_.end ? end : pass_.end;
       const bool want_protos = from < to;
-      if (!want_protos && !pass.want_feat) continue;
+      if (!want_protos && !pass_.want_feat) continue;
       if (!want_protos) {
         from = begin;
         to = end;
@@ -102,147 +94,38 @@ struct BackwardPlace {
     }
   }
 
-  // Until the task before is done with the block that this one has come to.
-  void wait_for_turn() const {
-    if (first_of_episode) return;
-    const int32_t* previous = &pass.done[task - 1];
-    for (int spins = 0; __atomic_load_n(previous, __ATOMIC_ACQUIRE) <= blocks_done; ++spins) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-      if (spins > 1000) sched_yield();
-    }
-  }
-  void end_turn() { __atomic_store_n(&pass.done[task], ++blocks_done, __ATOMIC_RELEASE); }
-};
-
-// Prototypes [n, n + rows) have all their sums: takes out the part along the prototype, and stores.
-template <class T>
-void finish_protos(const ProtoAttnBwdParams& p, int64_t n, int64_t rows, bool single,
-                   const ProtoStats<AccOf<T>>& stats, const AccOf<T>* sums, const AccOf<T>* along) {
-  using Acc = AccOf<T>;
-  constexpr int L = kLanes<Acc>;
-  const int64_t dim = p.shape.dim;
-  for (int64_t r = 0; r < rows; ++r) {
-    T* dst = static_cast<T*>(p.grad_protos) + (n + r) * dim;
-    const T* proto = static_cast<const T*>(p.bags.protos) + (n + r) * dim;
-    const Acc mean = single ? Acc(0) : stats.mean[r];
-    const Acc radial = single ? Acc(0) : stats.free[r] * stats.rnorm[r] * stats.rnorm[r] * along[r];
-    const Acc* sum = sums + r * dim;
-    for (int64_t d = 0; d < dim; d += L) {
-      Vec<Acc> v = load_as(sum + d, dim - d);
-      if (!single) v -= (load_as(proto + d, dim - d) - mean) * radial;
-      store_as(v, dst + d, dim - d);
-    }
-  }
-}
-
-// Reads the statistics that the forward saved of one (image, class).
-template <class Acc>
-void load_stats(const BackwardPlace& at, int64_t map, Acc origin, GradStats<Acc>* g) {
-  const int64_t pixels = at.p.shape.pixels;
-  const Acc* stats = static_cast<const Acc*>(at.p.stats) + 3 * map * pixels + at.pixel;
-  g->origin = origin;
-  for (int64_t x = 0; x < at.width; ++x) {
-    const bool inside = x < at.count;
-    g->bound[x] = inside ? stats[x] : Acc(0);
-    g->rsum[x] = inside ? stats[pixels + x] : Acc(0);
-    g->agg_mean[x] = inside ? stats[2 * pixels + x] : Acc(0);
-  }
-}
-
-template <class Acc>
-void store_grad_temperature(const BackwardPlace& at, const GradStats<Acc>& g) {
-  if (at.p.grad_temperature_parts == nullptr) return;
-  double sum = 0;
-  for (int64_t x = 0; x < at.count; ++x) sum += double(g.along[x]);
-  at.p.grad_temperature_parts[at.task] = -sum / at.p.shape.temperature;
-}
-
-template <class T>
-TileView<const T> grad_view(const BackwardPlace& at, int64_t map, int64_t channel) {
-  const auto tile = tile_of<T>(at.p.grad_out, map, channel, at.pixel, at.count);
-  return {tile.data, tile.stride_channel, tile.stride_pixel, tile.count};
-}
-template <class Acc>
-TileView<const Acc> agg_view(const BackwardPlace& at, int64_t map) {
-  const auto tile = tile_of<Acc>(at.p.agg, map, 0, at.pixel, at.count);
-  return {tile.data, tile.stride_channel, tile.stride_pixel, tile.count};
-}
-template <class T>
-TileView<const T> feat_view(const BackwardPlace& at) {
-  return tile_of<T>(at.p.feat, at.episode, at.image % at.p.shape.queries, at.pixel, at.count);
-}
-
-template <class T>
-class BackwardTask {
- public:
-  using Acc = AccOf<T>;
-  static constexpr int L = kLanes<Acc>;
-
-  BackwardTask(const ProtoAttnBwdParams& p, const BackwardPass& pass, const BwdScratch<Acc>& s,
-               int64_t task)
-      : at_(p, pass, task), p_(p), pass_(pass), s_(s), dim_(at_.dim), width_(at_.width) {}
-
-  void run() {
-    const bool want_protos = pass_.begin < pass_.end;
-    centre_pixels<T>(feat_view<T>(at_), dim_, width_, Acc(p_.shape.eps), s_.centred, s_.pixels);
-    if (want_protos) transpose_panel(s_.centred, dim_, width_, bottom_of_transposed());
-    for (int64_t x = 0; x < width_; ++x) g_.along[x] = 0;
-    at_.for_bags(
-        [&](int64_t way, int64_t begin, int64_t end, bool protos) {
-          load_grad(way, begin, end);
-          if (protos) transpose_panel(s_.grad_out, dim_, width_, s_.transposed);
-        },
-        [&](int64_t n, int64_t rows, int64_t to, bool single, bool protos) {
-          run_block(n, rows, to, single, protos);
-        });
-    if (pass_.want_feat) finish_feat();
-  }
-
- private:
-  Acc* bottom_of_transposed() const { return s_.transposed + width_ * row_stride<Acc>(dim_); }
-
-  // s.grad_out = dY2 * F; s.grad_feat += dY1 + dY2 * G; and the sums over channels.
-  void load_grad(int64_t way, int64_t begin, int64_t end) {
-    const int64_t map = at_.image * p_.shape.ways + way;
-    const auto lower = grad_view<T>(at_, map, 0);
-    const auto upper = grad_view<T>(at_, map, p_.shape.concat ? dim_ : 0);
-    const auto agg = agg_view<Acc>(at_, map);
-    const auto feature = feat_view<T>(at_);
-    // A bag of one is not centred (forward).
-    load_stats<Acc>(at_, map, end - begin > 1 ? mean_origin<T>(p_.bags, begin, dim_) : Acc(0), &g_);
-    Acc mean[kMostPixels];
-    for (int64_t x = 0; x < width_; ++x) mean[x] = g_.agg_mean[x] + g_.origin;
+  // sums += dY1 + dY2 * G of a bag (its first: =), and its GradStats. product(d, x, channels, dY2,
+  // Gc, &delta, &total) keeps a block of dO = dY2 * F and adds it to the sums over channels.
+  template <class Product>
+  void load_grad(int64_t way, int64_t begin, int64_t end, Acc* sums, Product&& product) {
+    const int64_t map = image_ * p_.problem.ways + way;
+    load_stats(map, end - begin > 1 ? row_mean(protos(begin), dim_) : Acc(0));
+    const bool concat = p_.problem.concat, first = way == 0, want_feat = pass_.want_feat;
+    const auto lower = tile_of<const T>(p_.grad_out, map, 0, pixel_, count_);
+    const auto upper = tile_of<const T>(p_.grad_out, map, concat ? dim_ : 0, pixel_, count_);
+    const auto agg = tile_of<const Acc>(p_.agg, map, 0, pixel_, count_);
     PixelSums<Acc> deltas, totals;
-    const bool concat = p_.shape.concat, first = way == 0, want_feat = pass_.want_feat;
     for_blocks<Acc>(dim_, width_, [&](int64_t d, int64_t x, auto channels) {
-      Vec<Acc> grad[L], f[L], gc[L];
+      Vec<Acc> grad[L], gc[L], direct[L];
       prefetch_block<false>(upper, dim_, d + L, x);
       prefetch_block<false>(agg, dim_, d + L, x);
       if (want_feat && concat) prefetch_block<false>(lower, dim_, d + L, x);
       load_block<T>(upper, d, x, channels, grad);
-      load_block<T>(feature, d, x, channels, f);
       load_block<Acc>(agg, d, x, channels, gc);
       Vec<Acc> delta = {}, total = {};
-      repeat(channels, [&](int i) {
-        const Vec<Acc> grad_o = grad[i] * f[i];
-        store(s_.grad_out + (d + i) * width_ + x, grad_o);
-        delta += grad_o * gc[i];
-        total += grad_o;
-      });
+      product(d, x, channels, grad, gc, &delta, &total);
       deltas.add(d, x, delta);
       totals.add(d, x, total);
       if (!want_feat) return;
       if (concat)
-        load_block<T>(lower, d, x, channels, f);
+        load_block<T>(lower, d, x, channels, direct);
       else
-        for (int i = 0; i < channels; ++i) f[i] = Vec<Acc>{};
-      const Vec<Acc> plus = load(mean + x);
+        for (int i = 0; i < channels; ++i) direct[i] = Vec<Acc>{};
+      const Vec<Acc> plus = load(g_.mean + x);
       repeat(channels, [&](int i) {
-        Acc* at = s_.grad_feat + (d + i) * width_ + x;
-        const Vec<Acc> direct = f[i] + grad[i] * (gc[i] + plus);
-        store(at, first ? direct : load(at) + direct);
+        Acc* at = sums + (d + i) * width_ + x;
+        const Vec<Acc> value = direct[i] + grad[i] * (gc[i] + plus);
+        store(at, first ? value : load(at) + value);
       });
     });
     for (int64_t x = 0; x < width_; x += L) {
@@ -251,22 +134,145 @@ class BackwardTask {
     }
   }
 
+  // When its turn has come, adds to dP what add(sums) finds for prototypes [n, n + rows).
+  template <class Add>
+  void add_to_protos(int64_t n, int64_t rows, bool single, const ProtoStats<Acc>& stats,
+                     const Acc* along, Add&& add) {
+    Acc* sums = static_cast<Acc*>(pass_.sums) + (n - pass_.begin) * dim_;
+    Acc* total = static_cast<Acc*>(pass_.along) + (n - pass_.begin);
+    wait_for_turn();
+    add(sums);
+    for (int64_t r = 0; r < rows; ++r) total[r] = first_ ? along[r] : total[r] + along[r];
+    if (last_) finish_protos(n, rows, single, stats, sums, total);
+    __atomic_store_n(&pass_.done[task_], ++blocks_done_, __ATOMIC_RELEASE);
+  }
+
+  void store_grad_temperature() const {
+    if (p_.grad_temperature_parts == nullptr) return;
+    double sum = 0;
+    for (int64_t x = 0; x < count_; ++x) sum += double(g_.along[x]);
+    p_.grad_temperature_parts[task_] = -sum / p_.problem.temperature;
+  }
+
+  const BackwardParams& p_;
+  const BackwardPass& pass_;
+  const int64_t task_, dim_, width_;
+  int64_t image_, pixel_, count_, episode_;
+  bool first_, last_;  // task of its episode
+  int32_t blocks_done_ = 0;
+  GradStats<Acc> g_;
+
+ private:
+  // Reads the statistics that the forward saved of one (image, class).
+  void load_stats(int64_t map, Acc origin) {
+    const int64_t pixels = p_.problem.pixels;
+    const Acc* stats = static_cast<const Acc*>(p_.stats) + 3 * map * pixels + pixel_;
+    g_.origin = origin;
+    for (int64_t x = 0; x < width_; ++x) {
+      const bool inside = x < count_;
+      g_.bound[x] = inside ? stats[x] : Acc(0);
+      g_.rsum[x] = inside ? stats[pixels + x] : Acc(0);
+      g_.agg_mean[x] = inside ? stats[2 * pixels + x] : Acc(0);
+      g_.mean[x] = g_.agg_mean[x] + origin;
+    }
+  }
+
+  // Until the task before is done with the block that this one has come to.
+  void wait_for_turn() const {
+    if (first_) return;
+    const int32_t* previous = &pass_.done[task_ - 1];
+    for (int spins = 0; __atomic_load_n(previous, __ATOMIC_ACQUIRE) <= blocks_done_; ++spins) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+      if (spins > 1000) sched_yield();
+    }
+  }
+
+  // Prototypes [n, n + rows) have all their sums: takes out the part along the prototype.
+  void finish_protos(int64_t n, int64_t rows, bool single, const ProtoStats<Acc>& stats,
+                     const Acc* sums, const Acc* along) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      T* dst = static_cast<T*>(p_.grad_protos) + (n + r) * dim_;
+      const T* proto = protos(n + r);
+      const Acc mean = single ? Acc(0) : stats.mean[r];
+      const Acc radial =
+          single ? Acc(0) : stats.free[r] * stats.rnorm[r] * stats.rnorm[r] * along[r];
+      const Acc* sum = sums + r * dim_;
+      for (int64_t d = 0; d < dim_; d += L) {
+        Vec<Acc> v = load_as(sum + d, dim_ - d);
+        if (!single) v -= (load_as(proto + d, dim_ - d) - mean) * radial;
+        store_as(v, dst + d, dim_ - d);
+      }
+    }
+  }
+};
+
+template <class T>
+class BackwardTask : BackwardBase<T> {
+  using Base = BackwardBase<T>;
+  using Base::p_, Base::pass_, Base::dim_, Base::width_, Base::g_, Base::L;
+  using typename Base::Acc;
+
+ public:
+  BackwardTask(const BackwardParams& p, const BackwardPass& pass, const BwdScratch<Acc>& s,
+               int64_t task)
+      : Base(p, pass, task), s_(s) {}
+
+  void run() {
+    centre_pixels<T>(this->feat(), dim_, width_, Acc(p_.problem.eps), s_.centred, &pixels_);
+    if (this->wants_protos())
+      transpose_panel(s_.centred, dim_, width_, s_.transposed + width_ * stride_);
+    this->for_bags(
+        [&](int64_t way, int64_t begin, int64_t end, bool want_protos) {
+          load_grad(way, begin, end);
+          if (want_protos) transpose_panel(s_.grad_out, dim_, width_, s_.transposed);
+        },
+        [&](int64_t n, int64_t rows, int64_t to, bool single, bool want_protos) {
+          run_block(n, rows, to, single, want_protos);
+        });
+    if (pass_.want_feat) finish_feat();
+  }
+
+ private:
+  // s.grad_out = dO.
+  void load_grad(int64_t way, int64_t begin, int64_t end) {
+    const auto feature = this->feat();
+    const auto product = [&](int64_t d, int64_t x, auto channels, const Vec<Acc>* grad,
+                             const Vec<Acc>* gc, Vec<Acc>* delta, Vec<Acc>* total)
+                             __attribute__((always_inline)) {
+                               Vec<Acc> f[L];
+                               load_block<T>(feature, d, x, channels, f);
+                               repeat(channels, [&](int i) {
+                                 const Vec<Acc> grad_o = grad[i] * f[i];
+                                 store(s_.grad_out + (d + i) * width_ + x, grad_o);
+                                 *delta += grad_o * gc[i];
+                                 *total += grad_o;
+                               });
+                             };
+    Base::load_grad(way, begin, end, s_.grad_feat, product);
+  }
+
   // Prototypes [n, n + rows) of a bag whose blocks end at `to`.
   void run_block(int64_t n, int64_t rows, int64_t to, bool single, bool want_protos) {
-    const int64_t stride = row_stride<Acc>(dim_);
-    if (!single) load_protos<T>(p_.bags, n, rows, dim_, Acc(p_.shape.eps), s_.protos, s_.block);
-    Ahead ahead = rows_ahead<T>(p_.bags, n + rows, to, dim_);
+    if (!single)
+      load_protos<T>(this->protos(n), rows, dim_, Acc(p_.problem.eps), s_.protos, &block_);
+    Ahead ahead = rows_ahead(this->protos(n + rows), to - n - rows, dim_);
     Acc along[kBlockProtos];  // sum_i dS_i c_i
     score_grads(rows, single, along, &ahead);
     if (pass_.want_feat && !single)
-      gemm<Acc>(dim_, width_, rows, {s_.protos, 1, stride}, s_.weights + width_, 2 * width_,
+      gemm<Acc>(dim_, width_, rows, {s_.protos, 1, stride_}, s_.weights + width_, 2 * width_,
                 s_.grad_feat, width_, true, &ahead);
-    if (want_protos) add_to_protos(n, rows, single, along);
+    if (want_protos)
+      this->add_to_protos(n, rows, single, block_, along, [&](Acc* sums) {
+        gemm<Acc>(rows, dim_, single ? width_ : 2 * width_, {s_.weights, 2 * width_, 1},
+                  s_.transposed, stride_, sums, dim_, !this->first_);
+      });
   }
 
   // s.weights = [A | dS rp rq] and the sums of dS c, for the loaded block.
   void score_grads(int64_t rows, bool single, Acc* along, Ahead* ahead) {
-    const int64_t stride = row_stride<Acc>(dim_), pitch = 2 * width_;
+    const int64_t pitch = 2 * width_;
     if (single) {  // A = 1 whatever the cosine
       for (int64_t x = 0; x < width_; ++x) {
         s_.weights[x] = 1;
@@ -275,17 +281,17 @@ class BackwardTask {
       along[0] = 0;
       return;
     }
-    const Acc inv_t = Acc(1.0 / p_.shape.temperature);
-    gemm<Acc>(rows, width_, dim_, {s_.protos, stride, 1}, s_.centred, width_, s_.weights, pitch,
+    const Acc inv_t = Acc(1.0 / p_.problem.temperature);
+    gemm<Acc>(rows, width_, dim_, {s_.protos, stride_, 1}, s_.centred, width_, s_.weights, pitch,
               false, ahead);
-    gemm<Acc>(rows, width_, dim_, {s_.protos, stride, 1}, s_.grad_out, width_, s_.grad_scores,
+    gemm<Acc>(rows, width_, dim_, {s_.protos, stride_, 1}, s_.grad_out, width_, s_.grad_scores,
               width_, false, ahead);
     for (int64_t r = 0; r < rows; ++r) {
-      const Acc rnorm = s_.block->rnorm[r], mean = s_.block->mean[r] - g_.origin;
+      const Acc rnorm = block_.rnorm[r], mean = block_.mean[r] - g_.origin;
       Vec<Acc> sum = {};
       for (int64_t x = 0; x < width_; x += L) {
         Acc* at = s_.weights + r * pitch + x;
-        const Vec<Acc> pixel_rnorm = load(s_.pixels->rnorm + x);
+        const Vec<Acc> pixel_rnorm = load(pixels_.rnorm + x);
         const Vec<Acc> score = load(at);
         const Vec<Acc> scale = exponent_scale<Acc>(rnorm, inv_t, pixel_rnorm);
         const Vec<Acc> a = softmax_term<Acc>(score, scale, load(g_.bound + x)) * load(g_.rsum + x);
@@ -304,25 +310,12 @@ class BackwardTask {
     }
   }
 
-  // Adds the block's share of dP when its turn has come.
-  void add_to_protos(int64_t n, int64_t rows, bool single, const Acc* along) {
-    Acc* sums = static_cast<Acc*>(pass_.sums) + (n - pass_.begin) * dim_;
-    Acc* total = static_cast<Acc*>(pass_.along) + (n - pass_.begin);
-    const bool first = at_.first_of_episode;
-    at_.wait_for_turn();
-    gemm<Acc>(rows, dim_, single ? width_ : 2 * width_, {s_.weights, 2 * width_, 1}, s_.transposed,
-              row_stride<Acc>(dim_), sums, dim_, !first);
-    for (int64_t r = 0; r < rows; ++r) total[r] = first ? along[r] : total[r] + along[r];
-    if (at_.last_of_episode) finish_protos<T>(p_, n, rows, single, *s_.block, sums, total);
-    at_.end_turn();
-  }
-
   void finish_feat() {
-    store_grad_temperature(at_, g_);
+    this->store_grad_temperature();
     Acc radial[kMostPixels];
     for (int64_t x = 0; x < width_; ++x)
-      radial[x] = s_.pixels->free[x] * s_.pixels->rnorm[x] * s_.pixels->rnorm[x] * g_.along[x];
-    const auto dst = tile_of<T>(p_.grad_feat, at_.image, 0, at_.pixel, at_.count);
+      radial[x] = pixels_.free[x] * pixels_.rnorm[x] * pixels_.rnorm[x] * g_.along[x];
+    const auto dst = this->grad_feat();
     for_blocks<Acc>(dim_, width_, [&](int64_t d, int64_t x, auto channels) {
       Vec<Acc> rows[L];
       prefetch_block<true>(dst, dim_, d + L, x);
@@ -335,18 +328,15 @@ class BackwardTask {
     });
   }
 
-  BackwardPlace at_;
-  const ProtoAttnBwdParams& p_;
-  const BackwardPass& pass_;
   const BwdScratch<Acc>& s_;
-  const int64_t dim_, width_;
-  GradStats<Acc> g_;
+  const int64_t stride_ = row_stride<Acc>(dim_);
+  ProtoStats<Acc> block_;  // of the current block
+  PixelStats<Acc> pixels_;
 };
 
 template <class T>
-void backward(const ProtoAttnBwdParams& p, const BackwardPass& pass, TaskQueue& queue,
-              void* memory) {
-  const BwdScratch<AccOf<T>> s(memory, p.shape.dim, pass.tiling);
+void backward(const BackwardParams& p, const BackwardPass& pass, TaskQueue& queue, void* memory) {
+  const BwdScratch<AccOf<T>> s(memory, p.problem.dim, pass.tiling);
   int64_t first, stop;
   while (queue.take(&first, &stop))
     for (int64_t task = first; task < stop; ++task) BackwardTask<T>(p, pass, s, task).run();

@@ -15,40 +15,24 @@
 namespace fastproto::cpu {
 namespace {
 
-struct BwdScratchBf16 {
-  Strip<float>* strip;   // statistics of the pixels
-  StripBf16* input;      // pairs of channels of F
-  uint16_t* grad_out;    // [D/2][W][2] pairs of channels of dO
-  uint16_t* transposed;  // [W][D][2] pairs of pixels: W/2 of dO, then W/2 of Fc
-  float* grad_feat;      // [D][W] sums of all bags
-  uint16_t* rows;        // [kBlockProtos][D]
-  uint16_t* protos;      // [D][kBlockProtos] P^T
-  float* scores;         // [kBlockProtos][W]
-  float* grad_scores;    // [kBlockProtos][W]
-  uint16_t* weights;     // [kBlockProtos][2 W] A, then dS'
-  uint16_t* pairs;       // [kBlockProtos/2][W][2] dS'
-  float* sums;           // [kBlockProtos][D] what a block of odd size adds to dP
-  int64_t bytes;
+struct BwdScratchBf16 : Scratch {
+  BwdScratchBf16(void* memory, int64_t d, Tiling t) : Scratch(memory), dim(d), width(t.width) {}
 
-  BwdScratchBf16(void* memory, int64_t dim, Tiling t) {
-    const int64_t width = t.width;
-    Scratch scratch(memory);
-    strip = scratch.take<Strip<float>>(1);
-    input = scratch.take<StripBf16>(1);
-    uint16_t* feat = scratch.take<uint16_t>(dim * width);
-    if (memory != nullptr) input->pairs = feat;
-    grad_out = scratch.take<uint16_t>(dim * width);
-    transposed = scratch.take<uint16_t>(2 * width * dim);
-    grad_feat = scratch.take<float>(dim * width);
-    rows = scratch.take<uint16_t>(kBlockProtos * dim);
-    protos = scratch.take<uint16_t>(dim * kBlockProtos);
-    scores = scratch.take<float>(kBlockProtos * width);
-    grad_scores = scratch.take<float>(kBlockProtos * width);
-    weights = scratch.take<uint16_t>(kBlockProtos * 2 * width);
-    pairs = scratch.take<uint16_t>(kBlockProtos * width);
-    sums = scratch.take<float>(kBlockProtos * dim);
-    bytes = scratch.bytes();
-  }
+  const int64_t dim, width;
+  // [D/2][W][2] pairs of channels of F and of dO.
+  uint16_t* const feat = take<uint16_t>(dim * width);
+  uint16_t* const grad_out = take<uint16_t>(dim * width);
+  // [W][D][2] pairs of pixels: W/2 of dO, then W/2 of Fc.
+  uint16_t* const transposed = take<uint16_t>(2 * width * dim);
+  float* const grad_feat = take<float>(dim * width);                 // [D][W] sums of all bags
+  uint16_t* const rows = take<uint16_t>(kBlockProtos * dim);         // [kBlockProtos][D]
+  uint16_t* const proto_panel = take<uint16_t>(dim * kBlockProtos);  // [D][kBlockProtos] P^T
+  float* const scores = take<float>(kBlockProtos * width);           // [kBlockProtos][W]
+  float* const grad_scores = take<float>(kBlockProtos * width);      // [kBlockProtos][W]
+  // [kBlockProtos][2 W] A, then dS'; and [kBlockProtos/2][W][2] dS'.
+  uint16_t* const weights = take<uint16_t>(kBlockProtos * 2 * width);
+  uint16_t* const pairs = take<uint16_t>(kBlockProtos * width);
+  float* const sums = take<float>(kBlockProtos * dim);  // [kBlockProtos][D] of a block of odd size
 };
 
 // values: one vector of pixels of 16 channels -> pairs of pixels at out[pair][channel][2], rows of
@@ -68,28 +52,23 @@ FASTPROTO_INLINE void store_half(BitVec bits, uint16_t* out) {
   __builtin_memcpy(out, &half, sizeof(half));
 }
 
-class BackwardTaskBf16 {
+class BackwardTaskBf16 : BackwardBase<BFloat16> {
  public:
-  static constexpr int L = kLanes<float>;
-
-  BackwardTaskBf16(const ProtoAttnBwdParams& p, const BackwardPass& pass, const BwdScratchBf16& s,
+  BackwardTaskBf16(const BackwardParams& p, const BackwardPass& pass, const BwdScratchBf16& s,
                    int64_t task)
-      : at_(p, pass, task), p_(p), pass_(pass), s_(s), dim_(at_.dim), width_(at_.width) {}
+      : BackwardBase(p, pass, task), s_(s) {
+    input_.pairs = s.feat;
+  }
 
   // False, with nothing done, when a pixel is not fit.
   bool run() {
-    const bool want_protos = pass_.begin < pass_.end;
-    load_pairs(feat_view<BFloat16>(at_), dim_, width_, float(p_.shape.eps), *s_.strip, *s_.input);
-    if (!s_.input->ordinary) return false;
-    if (want_protos) transpose_feat();
-    for (int64_t x = 0; x < width_; ++x) {
-      g_.along[x] = 0;
-      mean_sum_[x] = 0;
-    }
-    at_.for_bags([&](int64_t way, int64_t begin, int64_t end, bool) { load_grad(way, begin, end); },
-                 [&](int64_t n, int64_t rows, int64_t, bool single, bool protos) {
-                   run_block(n, rows, single, protos);
-                 });
+    load_pairs(feat(), dim_, width_, float(p_.problem.eps), strip_, input_);
+    if (!input_.ordinary) return false;
+    if (wants_protos()) transpose_feat();
+    for_bags([&](int64_t way, int64_t begin, int64_t end, bool) { load_grad(way, begin, end); },
+             [&](int64_t n, int64_t rows, int64_t, bool single, bool want_protos) {
+               run_block(n, rows, single, want_protos);
+             });
     if (pass_.want_feat) finish_feat();
     return true;
   }
@@ -100,12 +79,12 @@ class BackwardTaskBf16 {
     uint16_t* out = s_.transposed + width_ * dim_;
     for (int64_t d = 0; d < dim_; d += L)
       for (int64_t x = 0; x < width_; x += L) {
-        const Vec<float> mean = load(s_.strip->stats.mean + x);
+        const Vec<float> mean = load(strip_.stats.mean + x);
         Vec<float> values[L];
 #pragma GCC unroll 8
         for (int i = 0; i < L / 2; ++i) {
           BitVec pair;
-          __builtin_memcpy(&pair, s_.input->pairs + ((d / 2 + i) * width_ + x) * 2, 64);
+          __builtin_memcpy(&pair, input_.pairs + ((d / 2 + i) * width_ + x) * 2, 64);
           values[2 * i] = as_floats(pair << 16) - mean;
           values[2 * i + 1] = as_floats(pair & 0xffff0000u) - mean;
         }
@@ -113,96 +92,65 @@ class BackwardTaskBf16 {
       }
   }
 
-  // dO in both forms; s.grad_feat += dY1 + dY2 * G; and the sums over channels.
+  // dO in both forms; g_.delta is <dO, G> here, since the prototypes' means stay in dA as well.
   void load_grad(int64_t way, int64_t begin, int64_t end) {
-    const int64_t map = at_.image * p_.shape.ways + way;
-    const auto lower = grad_view<BFloat16>(at_, map, 0);
-    const auto upper = grad_view<BFloat16>(at_, map, p_.shape.concat ? dim_ : 0);
-    const auto agg = agg_view<float>(at_, map);
-    load_stats<float>(at_, map, end - begin > 1 ? mean_origin<BFloat16>(p_.bags, begin, dim_) : 0,
-                      &g_);
-    float mean[kMostPixels];
-    for (int64_t x = 0; x < width_; ++x) mean[x] = g_.agg_mean[x] + g_.origin;
-    PixelSums<float> deltas, totals;
-    const bool concat = p_.shape.concat, first = way == 0, want_feat = pass_.want_feat;
-    const bool want_protos = pass_.begin < pass_.end;
-    for_blocks<float>(dim_, width_, [&](int64_t d, int64_t x, auto channels) {
-      Vec<float> grad[L], gc[L], grad_o[L];
-      prefetch_block<false>(upper, dim_, d + L, x);
-      prefetch_block<false>(agg, dim_, d + L, x);
-      if (want_feat && concat) prefetch_block<false>(lower, dim_, d + L, x);
-      load_block<BFloat16>(upper, d, x, channels, grad);
-      load_block<float>(agg, d, x, channels, gc);
-      Vec<float> delta = {}, total = {};
+    const bool want_protos = wants_protos();
+    const auto product = [&](int64_t d, int64_t x, auto, const Vec<float>* grad,
+                             const Vec<float>* gc, Vec<float>* delta,
+                             Vec<float>* total) __attribute__((always_inline)) {
+      Vec<float> grad_o[L];
 #pragma GCC unroll 8
       for (int i = 0; i < L; i += 2) {
         const int64_t at = (d / 2 + i / 2) * width_ + x;
         BitVec pair;
-        __builtin_memcpy(&pair, s_.input->pairs + 2 * at, 64);
+        __builtin_memcpy(&pair, input_.pairs + 2 * at, 64);
         const BitVec low = bfloat16_bits(grad[i] * as_floats(pair << 16));
         const BitVec high = bfloat16_bits(grad[i + 1] * as_floats(pair & 0xffff0000u));
         grad_o[i] = as_floats(low << 16);
         grad_o[i + 1] = as_floats(high << 16);
         pair = low | (high << 16);
         __builtin_memcpy(s_.grad_out + 2 * at, &pair, 64);
-        delta += grad_o[i] * gc[i];
-        delta += grad_o[i + 1] * gc[i + 1];
-        total += grad_o[i] + grad_o[i + 1];
+        *delta += grad_o[i] * gc[i];
+        *delta += grad_o[i + 1] * gc[i + 1];
+        *total += grad_o[i] + grad_o[i + 1];
       }
       if (want_protos) store_pixel_pairs(grad_o, dim_, s_.transposed + (x * dim_ + 2 * d));
-      deltas.add(d, x, delta);
-      totals.add(d, x, total);
-      if (!want_feat) return;
-      Vec<float> direct[L];
-      if (concat)
-        load_block<BFloat16>(lower, d, x, channels, direct);
-      else
-        for (int i = 0; i < L; ++i) direct[i] = Vec<float>{};
-      const Vec<float> plus = load(mean + x);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
-        float* at = s_.grad_feat + (d + i) * width_ + x;
-        const Vec<float> value = direct[i] + grad[i] * (gc[i] + plus);
-        store(at, first ? value : load(at) + value);
-      }
-    });
-    for (int64_t x = 0; x < width_; x += L) {
-      // <dO, G>: the prototypes' means stay in dA as well.
-      store(g_.delta + x, deltas.get(x) + load(mean + x) * totals.get(x));
-    }
+    };
+    BackwardBase::load_grad(way, begin, end, s_.grad_feat, product);
+    for (int64_t x = 0; x < width_; x += L)
+      store(g_.delta + x, load(g_.delta + x) + load(g_.mean + x) * load(g_.total + x));
   }
 
   void run_block(int64_t n, int64_t rows, bool single, bool want_protos) {
-    const auto* protos = static_cast<const BFloat16*>(p_.bags.protos) + n * dim_;
     float along[kBlockProtos] = {};  // sum_i dS_i c_i
     if (single) {                    // A = 1 whatever the cosine
       for (int64_t x = 0; x < 2 * width_; ++x) s_.weights[x] = x < width_ ? 0x3f80 : 0;
     } else {
       // Fit, or backward_bf16 had not come here.
-      proto_moments(protos, rows, dim_, float(p_.shape.eps), &stats_);
-      const RowsBf16 block = load_block_rows(protos, rows, dim_, s_.rows);
-      gemm_bf16(whole_tiles(rows), width_, dim_, block, {s_.input->pairs, width_}, s_.scores,
-                width_, false);
+      proto_moments(protos(n), rows, dim_, float(p_.problem.eps), &stats_);
+      const RowsBf16 block = load_block_rows(protos(n), rows, dim_, s_.rows);
+      gemm_bf16(whole_tiles(rows), width_, dim_, block, {input_.pairs, width_}, s_.scores, width_,
+                false);
       gemm_bf16(whole_tiles(rows), width_, dim_, block, {s_.grad_out, width_}, s_.grad_scores,
                 width_, false);
       score_grads(rows, along);
       if (pass_.want_feat) {
-        transpose_protos(block, rows, dim_, s_.protos);
-        gemm_bf16(dim_, width_, product_depth(rows), {s_.protos, kBlockProtos}, {s_.pairs, width_},
-                  s_.grad_feat, width_, true);
+        transpose_protos(block, rows, dim_, s_.proto_panel);
+        gemm_bf16(dim_, width_, product_depth(rows), {s_.proto_panel, kBlockProtos},
+                  {s_.pairs, width_}, s_.grad_feat, width_, true);
       }
     }
-    if (want_protos) add_to_protos(n, rows, single, along);
+    if (want_protos) add_block(n, rows, single, along);
   }
 
   // s.weights and s.pairs, and the sums of dS c.
   void score_grads(int64_t rows, float* along) {
-    const float inv_t = float(1.0 / p_.shape.temperature), t = float(p_.shape.temperature);
+    const float inv_t = float(1.0 / p_.problem.temperature), t = float(p_.problem.temperature);
     const int64_t pitch = 2 * width_;
     Vec<float> sums[kBlockProtos] = {};
     for (int64_t x = 0; x < width_; x += L) {
-      const Vec<float> rnorm = load(s_.strip->stats.rnorm + x);
-      const Vec<float> scaled_mean = load(s_.input->scaled_mean + x);
+      const Vec<float> rnorm = load(strip_.stats.rnorm + x);
+      const Vec<float> scaled_mean = load(input_.scaled_mean + x);
       const Vec<float> bound = load(g_.bound + x), rsum = load(g_.rsum + x);
       const Vec<float> delta = load(g_.delta + x);
       Vec<float> pixel_along = load(g_.along + x), mean_sum = load(mean_sum_ + x);
@@ -230,42 +178,36 @@ class BackwardTaskBf16 {
     std::memset(s_.weights + rows * pitch, 0, size_t((whole_tiles(rows) - rows) * pitch * 2));
   }
 
-  void add_to_protos(int64_t n, int64_t rows, bool single, const float* along) {
-    float* sums = static_cast<float*>(pass_.sums) + (n - pass_.begin) * dim_;
-    float* total = static_cast<float*>(pass_.along) + (n - pass_.begin);
-    const bool first = at_.first_of_episode, whole = rows % 16 == 0;
+  void add_block(int64_t n, int64_t rows, bool single, const float* along) {
+    const bool whole = rows % 16 == 0;
     const RowsBf16 weights{s_.weights, 2 * width_};
     const PairsBf16 panels{s_.transposed, dim_};
     if (single) std::memset(s_.weights + 2 * width_, 0, size_t(15 * 2 * width_ * 2));
     // Rows past the block belong to others: what is no multiple of a tile goes another way round.
     if (!whole)
       gemm_bf16(whole_tiles(rows), dim_, 2 * width_, weights, panels, s_.sums, dim_, false);
-    at_.wait_for_turn();
-    if (whole)
-      gemm_bf16(rows, dim_, 2 * width_, weights, panels, sums, dim_, !first);
-    else
+    add_to_protos(n, rows, single, stats_, along, [&](float* sums) {
+      if (whole) return gemm_bf16(rows, dim_, 2 * width_, weights, panels, sums, dim_, !first_);
       for (int64_t i = 0; i < rows * dim_; i += L)
-        store(sums + i, first ? load(s_.sums + i) : load(sums + i) + load(s_.sums + i));
-    for (int64_t r = 0; r < rows; ++r) total[r] = first ? along[r] : total[r] + along[r];
-    if (at_.last_of_episode) finish_protos<BFloat16>(p_, n, rows, single, stats_, sums, total);
-    at_.end_turn();
+        store(sums + i, first_ ? load(s_.sums + i) : load(sums + i) + load(s_.sums + i));
+    });
   }
 
   void finish_feat() {
-    store_grad_temperature(at_, g_);
+    store_grad_temperature();
     float radial[kMostPixels];
     for (int64_t x = 0; x < width_; ++x)
-      radial[x] = s_.strip->stats.rnorm[x] * s_.strip->stats.rnorm[x] * g_.along[x];
-    const auto dst = tile_of<BFloat16>(p_.grad_feat, at_.image, 0, at_.pixel, at_.count);
+      radial[x] = strip_.stats.rnorm[x] * strip_.stats.rnorm[x] * g_.along[x];
+    const auto dst = grad_feat();
     for_blocks<float>(dim_, width_, [&](int64_t d, int64_t x, auto channels) {
       Vec<float> rows[L];
       prefetch_block<true>(dst, dim_, d + L, x);
-      const Vec<float> by = load(radial + x), mean = load(s_.strip->stats.mean + x);
+      const Vec<float> by = load(radial + x), mean = load(strip_.stats.mean + x);
       const Vec<float> minus = load(mean_sum_ + x) - mean * by;
 #pragma GCC unroll 8
       for (int i = 0; i < L; i += 2) {
         BitVec pair;
-        __builtin_memcpy(&pair, s_.input->pairs + ((d / 2 + i / 2) * width_ + x) * 2, 64);
+        __builtin_memcpy(&pair, input_.pairs + ((d / 2 + i / 2) * width_ + x) * 2, 64);
         const float* at = s_.grad_feat + (d + i) * width_ + x;
         rows[i] = load(at) - (as_floats(pair << 16) * by + minus);
         rows[i + 1] = load(at + width_) - (as_floats(pair & 0xffff0000u) * by + minus);
@@ -274,36 +216,34 @@ class BackwardTaskBf16 {
     });
   }
 
-  BackwardPlace at_;
-  const ProtoAttnBwdParams& p_;
-  const BackwardPass& pass_;
   const BwdScratchBf16& s_;
-  const int64_t dim_, width_;
-  GradStats<float> g_;           // delta is <dO, G> here
-  ProtoStats<float> stats_;      // of the current block
-  float mean_sum_[kMostPixels];  // sum_j dS'_j mean(P_j)
+  Strip<float> strip_;                // statistics of the pixels
+  StripBf16 input_;                   // F
+  ProtoStats<float> stats_;           // of the current block
+  float mean_sum_[kMostPixels] = {};  // sum_j dS'_j mean(P_j)
 };
 
 // Whether every prototype of bags of more than one is fit; all workers find the same.
-inline bool all_protos_fit(const ProtoAttnBwdParams& p) {
-  const int64_t bags = p.shape.episodes * p.shape.ways;
-  const auto* protos = static_cast<const BFloat16*>(p.bags.protos);
+inline bool all_protos_fit(const BackwardParams& p) {
+  const int64_t bags = p.problem.episodes * p.problem.ways;
+  const auto* protos = static_cast<const BFloat16*>(p.protos);
   ProtoStats<float> stats;
   for (int64_t bag = 0; bag < bags; ++bag) {
-    const int64_t begin = p.bags.offsets[bag], end = p.bags.offsets[bag + 1];
+    const int64_t begin = p.offsets[bag], end = p.offsets[bag + 1];
     for (int64_t n = begin; end - begin > 1 && n < end; n += kBlockProtos)
-      if (!proto_moments(protos + n * p.shape.dim, end - n < kBlockProtos ? end - n : kBlockProtos,
-                         p.shape.dim, float(p.shape.eps), &stats))
+      if (!proto_moments(protos + n * p.problem.dim,
+                         end - n < kBlockProtos ? end - n : kBlockProtos, p.problem.dim,
+                         float(p.problem.eps), &stats))
         return false;
   }
   return true;
 }
 
 // Tasks as in `backward`.
-void backward_bf16(const ProtoAttnBwdParams& p, const BackwardPass& pass, TaskQueue& queue,
+void backward_bf16(const BackwardParams& p, const BackwardPass& pass, TaskQueue& queue,
                    void* memory) {
-  const int64_t dim = p.shape.dim;
-  if (dim % 32 != 0 || p.shape.temperature < kSmallestStaticT<float> || !all_protos_fit(p))
+  const int64_t dim = p.problem.dim;
+  if (dim % 32 != 0 || p.problem.temperature < kSmallestStaticT<float> || !all_protos_fit(p))
     return backward<BFloat16>(p, pass, queue, memory);
   [[maybe_unused]] MatrixUnit unit;
   int64_t first, stop;

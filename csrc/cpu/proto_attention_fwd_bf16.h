@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of proto_attention in bfloat16 on the CPU's bfloat16 units. Symbols as in docs/math.md.
 //
-//     S^T[N, W] = P[N, D] . F[D, W]        on the numbers as they are: products of bfloat16 are
-//     exact c = (S - D P_mean F_mean) rp rq      in float32 O^T[D, W] += P^T . w                 w
-//     rounded to bfloat16, and so summed: weights sum to 1
+//     S^T[N, W] = P[N, D] . F[D, W]     on the numbers as they are: products are exact in float32
+//     c = (S - D P_mean F_mean) rp rq   in float32
+//     O^T[D, W] += P^T . w              w rounded to bfloat16, and so summed: weights sum to 1
 //
 // The algebraic centring loses mean^2/std^2 in accuracy, so this takes only what loses little: a
 // vector whose mean dwarfs its spread, is constant, or holds NaN or Inf, t so small that weights
@@ -16,40 +16,30 @@
 namespace fastproto::cpu {
 namespace {
 
-struct StripBf16 {
-  uint16_t* pairs;                 // [D/2][width][2] F
+struct alignas(64) StripBf16 {
   float scaled_mean[kMostPixels];  // F_mean rq
+  uint16_t* pairs;                 // [D/2][width][2] F
   bool ordinary;                   // fit for the algebraic centring
 };
 
-struct FwdScratchBf16 {
+struct FwdScratchBf16 : Scratch {
   Tiling tiling;
-  Strip<float>* strips;  // without centred panels
-  StripBf16* inputs;
+  Strip<float> strips[kMostStrips];  // without centred panels
+  StripBf16 inputs[kMostStrips];
   uint16_t* rows;        // [kBlockProtos][D] P, zeros below
   uint16_t* transposed;  // [D][kBlockProtos] P^T
   float* scores;         // [kBlockProtos][width]
   uint16_t* weights;     // [kBlockProtos/2][width][2]
-  int64_t bytes;
 
-  FwdScratchBf16(void* memory, int64_t dim, Tiling t) : tiling(t) {
-    Scratch scratch(memory);
-    strips = scratch.take<Strip<float>>(t.strips);
-    inputs = scratch.take<StripBf16>(t.strips);
+  FwdScratchBf16(void* memory, int64_t dim, Tiling t) : Scratch(memory), tiling(t) {
     for (int64_t i = 0; i < t.strips; ++i) {
-      uint16_t* pairs = scratch.take<uint16_t>(dim * t.width);
-      float* out = scratch.take<float>(dim * t.width);
-      if (memory != nullptr) {
-        inputs[i].pairs = pairs;
-        strips[i].centred = nullptr;
-        strips[i].out = out;
-      }
+      inputs[i].pairs = take<uint16_t>(dim * t.width);
+      strips[i].out = take<float>(dim * t.width);
     }
-    rows = scratch.take<uint16_t>(kBlockProtos * dim);
-    transposed = scratch.take<uint16_t>(dim * kBlockProtos);
-    scores = scratch.take<float>(kBlockProtos * t.width);
-    weights = scratch.take<uint16_t>(kBlockProtos * t.width);
-    bytes = scratch.bytes();
+    rows = take<uint16_t>(kBlockProtos * dim);
+    transposed = take<uint16_t>(dim * kBlockProtos);
+    scores = take<float>(kBlockProtos * t.width);
+    weights = take<uint16_t>(kBlockProtos * t.width);
   }
 };
 
@@ -218,22 +208,17 @@ inline RowsBf16 load_block_rows(const BFloat16* protos, int64_t rows, int64_t di
 }
 
 // The bag's O^T and sums in every strip; false when a prototype is not fit.
-inline bool attend_bf16(const ProtoAttnFwdParams& p, int64_t begin, int64_t end, float origin,
-                        const FwdScratchBf16& s) {
+inline bool attend_bf16(const ForwardParams& p, int64_t begin, int64_t end, float origin,
+                        FwdScratchBf16& s) {
   constexpr int L = kLanes<float>;
-  const int64_t dim = p.shape.dim, width = s.tiling.width;
-  const float inv_t = float(1.0 / p.shape.temperature);
-  for (int64_t i = 0; i < s.tiling.strips; ++i)
-    for (int64_t x = 0; x < width; ++x) {
-      s.strips[i].bound[x] = inv_t;
-      s.strips[i].sum[x] = 0;
-      s.strips[i].mean_sum[x] = 0;
-    }
+  const int64_t dim = p.problem.dim, width = s.tiling.width;
+  const float inv_t = float(1.0 / p.problem.temperature);
+  clear_sums<float>(inv_t, s.tiling, s.strips);
   for (int64_t n = begin; n < end; n += kBlockProtos) {
     const int64_t rows = end - n < kBlockProtos ? end - n : kBlockProtos;
-    const auto* protos = static_cast<const BFloat16*>(p.bags.protos) + n * dim;
+    const auto* protos = static_cast<const BFloat16*>(p.protos) + n * dim;
     ProtoStats<float> stats;
-    if (!proto_moments(protos, rows, dim, float(p.shape.eps), &stats)) return false;
+    if (!proto_moments(protos, rows, dim, float(p.problem.eps), &stats)) return false;
     const RowsBf16 block = load_block_rows(protos, rows, dim, s.rows);
     transpose_protos(block, rows, dim, s.transposed);
     for (int64_t i = 0; i < s.tiling.strips && s.strips[i].count > 0; ++i) {
@@ -267,38 +252,34 @@ inline bool attend_bf16(const ProtoAttnFwdParams& p, int64_t begin, int64_t end,
 }
 
 // Tasks as in `forward`.
-void forward_bf16(const ProtoAttnFwdParams& p, Tiling tiling, TaskQueue& queue, void* memory) {
-  const int64_t dim = p.shape.dim, width = tiling.width;
-  if (dim % 32 != 0 || p.shape.temperature < kSmallestStaticT<float>)
+void forward_bf16(const ForwardParams& p, Tiling tiling, TaskQueue& queue, void* memory) {
+  const int64_t dim = p.problem.dim, width = tiling.width;
+  if (dim % 32 != 0 || p.problem.temperature < kSmallestStaticT<float>)
     return forward<BFloat16>(p, tiling, queue, memory);
   [[maybe_unused]] MatrixUnit unit;
-  const FwdScratchBf16 s(memory, dim, tiling);
+  FwdScratchBf16 s(memory, dim, tiling);
   int64_t loaded = -1, first, stop;
   while (queue.take(&first, &stop))
     for (int64_t number = first; number < stop; ++number) {
       const ForwardTask task(p, tiling, number);
-      const auto feat_of = [&](const Strip<float>& strip) {
-        return tile_of<BFloat16>(p.feat, task.episode, task.query, strip.pixel, strip.count);
-      };
-      bool fit = task.end - task.begin > 1;
+      bool fit = task.size() > 1;
       if (fit && task.pixel_tile != loaded) {
-        const FwdScratchBf16 again(memory, dim, tiling);  // the float32 kernel may have been here
-        place_strips(p, tiling, task.tile, s.strips);
+        const FwdScratchBf16 again(memory, dim, tiling);  // AddressSanitizer's pieces of it
+        task.place(p, tiling, s.strips);
         for (int64_t i = 0; i < tiling.strips && s.strips[i].count > 0; ++i)
-          load_pairs(feat_of(s.strips[i]), dim, width, float(p.shape.eps), s.strips[i],
-                     s.inputs[i]);
+          load_pairs(task.feat<BFloat16>(p, s.strips[i]), dim, width, float(p.problem.eps),
+                     s.strips[i], s.inputs[i]);
         loaded = task.pixel_tile;
       }
       for (int64_t i = 0; fit && i < tiling.strips && s.strips[i].count > 0; ++i)
         fit = s.inputs[i].ordinary;
-      const float origin = fit ? mean_origin<BFloat16>(p.bags, task.begin, dim) : 0;
+      const float origin = fit ? row_mean(task.first_proto<BFloat16>(p), dim) : 0;
       if (fit && attend_bf16(p, task.begin, task.end, origin, s)) {
         for (int64_t i = 0; i < tiling.strips && s.strips[i].count > 0; ++i)
-          finish_strip<BFloat16>(p, task.end - task.begin, task.map, origin, feat_of(s.strips[i]),
-                                 width, false, s.strips[i]);
+          finish_strip<BFloat16>(p, task, origin, width, false, s.strips[i]);
       } else {
+        FwdScratch<float> wide(memory, dim, tiling);  // the same memory
         loaded = -1;
-        const FwdScratch<float> wide(memory, dim, tiling);  // the same memory
         forward_task<BFloat16>(p, task, wide, &loaded);
         loaded = -1;  // of ours, nothing is left
       }

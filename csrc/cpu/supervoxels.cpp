@@ -33,26 +33,26 @@ std::string text(const auto& values) {
   return s + ")";
 }
 
+void require(bool fine, const std::string& sentence) {
+  if (!fine) throw std::invalid_argument(sentence + ".");
+}
+
 void check(const Supervoxels& o) {
-  if (o.shape[0] < 1 || o.shape[1] < 1 || o.shape[2] < 1 ||
-      o.shape[0] > kMaxVoxels / o.shape[1] / o.shape[2])
-    throw std::invalid_argument("image: found shape " + text(o.shape) + "; allowed: 1 to " +
-                                std::to_string(kMaxVoxels) + " voxels.");
+  const auto [z, y, x] = o.shape;
+  const std::string most = std::to_string(kMaxVoxels);
+  require(z >= 1 && y >= 1 && x >= 1 && z <= kMaxVoxels / y / x,
+          "image: found shape " + text(o.shape) + "; allowed: 1 to " + most + " voxels");
   for (double s : o.spacing)
-    if (!(s > 0 && std::isfinite(s)))
-      throw std::invalid_argument("spacing: found " + text(o.spacing) +
-                                  "; allowed: three finite numbers above 0 (mm).");
-  if (!(o.scale >= 0 && std::isfinite(o.scale)))
-    throw std::invalid_argument("scale: found " + std::to_string(o.scale) +
-                                "; allowed: a finite number, at least 0.");
-  if (!(o.exponent >= 0 && o.exponent <= 4))
-    throw std::invalid_argument("exponent: found " + std::to_string(o.exponent) +
-                                "; allowed: 0 to 4.");
-  if (o.min_sizes.empty() || o.min_sizes[0] < 1 || o.min_sizes.back() > kMaxVoxels ||
-      !std::ranges::is_sorted(o.min_sizes))
-    throw std::invalid_argument("min_sizes: found " + text(o.min_sizes) +
-                                "; allowed: whole numbers from 1 to " + std::to_string(kMaxVoxels) +
-                                " in ascending order (voxels).");
+    require(s > 0 && std::isfinite(s),
+            "spacing: found " + text(o.spacing) + "; allowed: three finite numbers above 0 (mm)");
+  require(o.scale >= 0 && std::isfinite(o.scale),
+          "scale: found " + std::to_string(o.scale) + "; allowed: a finite number, at least 0");
+  require(o.exponent >= 0 && o.exponent <= 4,
+          "exponent: found " + std::to_string(o.exponent) + "; allowed: 0 to 4");
+  require(!o.min_sizes.empty() && o.min_sizes[0] >= 1 && o.min_sizes.back() <= kMaxVoxels &&
+              std::ranges::is_sorted(o.min_sizes),
+          "min_sizes: found " + text(o.min_sizes) + "; allowed: whole numbers from 1 to " + most +
+              " in ascending order (voxels)");
 }
 
 // One of each pair of opposite neighbours. The factor is the edge's length over what it would be on

@@ -29,26 +29,22 @@ inline int64_t row_stride(int64_t dim) {
 template <class T>
 struct TileView {
   T* data;
-  int64_t stride_channel;
-  int64_t stride_pixel;
-  int64_t count;
+  int64_t stride_channel, stride_pixel, count;
 
   bool pixels_contiguous() const { return stride_pixel == 1; }
 };
 
 template <class T>
-inline TileView<T> tile_of(const Maps& maps, int64_t image, int64_t channel, int64_t pixel,
+inline TileView<T> tile_of(const Dense& maps, int64_t image, int64_t channel, int64_t pixel,
                            int64_t count) {
-  return {static_cast<T*>(maps.data) + image * maps.stride_image + channel * maps.stride_channel +
-              pixel * maps.stride_pixel,
-          maps.stride_channel, maps.stride_pixel, count};
+  const int64_t at = image * maps.image + channel * maps.channel + pixel * maps.pixel;
+  return {static_cast<T*>(maps.data) + at, maps.channel, maps.pixel, count};
 }
 template <class T>
-inline TileView<const T> tile_of(const Features& feat, int64_t episode, int64_t query,
-                                 int64_t pixel, int64_t count) {
-  return {static_cast<const T*>(feat.data) + episode * feat.stride_episode +
-              query * feat.stride_query + pixel * feat.stride_pixel,
-          feat.stride_channel, feat.stride_pixel, count};
+inline TileView<const T> tile_of(const Strided& feat, int64_t episode, int64_t query, int64_t pixel,
+                                 int64_t count) {
+  const int64_t at = episode * feat.episode + query * feat.query + pixel * feat.pixel;
+  return {static_cast<const T*>(feat.data) + at, feat.channel, feat.pixel, count};
 }
 
 // Calls f(channel, pixel, channels) for each block of one vector of pixels x as many channels;
@@ -220,9 +216,9 @@ class PixelSums {
   Acc part_[kMostPixels] = {};
 };
 
-// Per-pixel statistics of a strip.
+// Per-pixel statistics of a strip. Aligned as panels are: vectors are loaded from it.
 template <class Acc>
-struct PixelStats {
+struct alignas(64) PixelStats {
   Acc mean[kMostPixels];
   Acc rnorm[kMostPixels];  // 1 / max(|F - mean|, eps)
   Acc free[kMostPixels];
@@ -300,16 +296,16 @@ inline AccOf<T> row_mean(const T* row, int64_t dim) {
   return first + sum / Acc(dim);
 }
 
-// Loads rows [begin, begin + rows) of the packed prototypes, centred over channels.
+// Loads rows of packed prototypes, centred over channels.
 template <class T>
-void load_protos(const Bags& bags, int64_t begin, int64_t rows, int64_t dim, AccOf<T> eps,
-                 AccOf<T>* centred, ProtoStats<AccOf<T>>* stats) {
+void load_protos(const T* protos, int64_t rows, int64_t dim, AccOf<T> eps, AccOf<T>* centred,
+                 ProtoStats<AccOf<T>>* stats) {
   using Acc = AccOf<T>;
   constexpr int L = kLanes<Acc>;
   const int64_t stride = row_stride<Acc>(dim);
   Acc squares[kBlockProtos];
   for (int64_t n = 0; n < rows; ++n) {
-    const T* src = static_cast<const T*>(bags.protos) + (begin + n) * dim;
+    const T* src = protos + n * dim;
     Acc* row = centred + n * stride;
     const Acc mean = row_mean(src, dim);
     Vec<Acc> sums[4] = {};
@@ -335,20 +331,21 @@ void load_protos(const Bags& bags, int64_t begin, int64_t rows, int64_t dim, Acc
     stats->rnorm[n] = reciprocal_norm(squares[n], eps, &stats->free[n]);
 }
 
-// The memory of the prototypes that follow row `begin`, for Ahead.
+// The memory of the next block of prototypes, of which `left` follow in all, for Ahead.
 template <class T>
-inline Ahead rows_ahead(const Bags& bags, int64_t begin, int64_t end, int64_t dim) {
-  const T* protos = static_cast<const T*>(bags.protos);
-  const int64_t stop = end - begin < kBlockProtos ? end : begin + kBlockProtos;
-  return {reinterpret_cast<const char*>(protos + begin * dim),
-          reinterpret_cast<const char*>(protos + (stop > begin ? stop : begin) * dim)};
+inline Ahead rows_ahead(const T* protos, int64_t left, int64_t dim) {
+  const int64_t rows = left < kBlockProtos ? left : kBlockProtos;
+  return {reinterpret_cast<const char*>(protos),
+          reinterpret_cast<const char*>(protos + rows * dim)};
 }
 
 // Hands out aligned pieces of one worker's scratch memory; without memory, counts them.
 class Scratch {
  public:
   explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
+  int64_t bytes() const { return bytes_; }
 
+ protected:
   template <class Acc>
   Acc* take(int64_t count) {
     Acc* piece = memory_ == nullptr ? nullptr : reinterpret_cast<Acc*>(memory_ + bytes_);
@@ -363,27 +360,11 @@ class Scratch {
 #endif
     return piece;
   }
-  int64_t bytes() const { return bytes_; }
 
  private:
   char* memory_;
   int64_t bytes_ = 0;
 };
-
-// Calls f with a null pointer of the storage type.
-template <class F>
-inline auto with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(static_cast<double*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<Float16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
-}
 
 }  // namespace
 }  // namespace fastproto::cpu

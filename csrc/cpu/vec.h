@@ -60,6 +60,30 @@ template <class Acc>
 inline Vec<Acc> splat(Acc x) {
   return x - Vec<Acc>{};
 }
+template <class V>
+inline V multiply_add(V sum, V a, V b) {
+  return sum + a * b;
+}
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 numbers. Their products with another two are added to one float32.
+struct Pair {
+  uint16_t bits[2];
+};
+inline __m512bh load(const Pair* p) {
+  __m512bh v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline __m512bh splat(Pair x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return (__m512bh)_mm512_set1_epi32(bits);
+}
+inline Vec<float> multiply_add(Vec<float> sum, __m512bh a, __m512bh b) {
+  return Vec<float>(_mm512_dpbf16_ps(sum, a, b));
+}
+#endif
 
 // exp(x) for x <= 0, relative error below 2e-7; results under the smallest normal number are 0.
 // NaN stays NaN: the comparisons below are false for it.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a CUDA kernel sees: sizes, raw pointers and strides (in elements). Symbols: docs/math.md.
+// What the CUDA kernels see beside csrc/params.h.
 #pragma once
 
-#include <cstdint>
+#include "../params.h"
 
 namespace fastproto::cuda {
 
@@ -16,35 +16,13 @@ enum class Float32Precision : int {
   kTf32,    // "high", "medium"
 };
 
-struct Problem {
-  int32_t episodes;  // E
-  int32_t queries;   // Q, query images per episode
-  int32_t ways;      // K, bags per episode
-  int32_t dim;       // D
-  int32_t pixels;    // HW
-  int32_t total;     // rows of `protos`; rows past offsets[E*K] belong to no bag
-  int32_t concat;    // 1: out = [F ; G*F], 0: G*F alone
+struct Problem : ProblemOf<int32_t, float> {
   // 1: softmax relative to the maximum of the pixel so far; 0: relative to the bound c = 1, which
   // needs no maximum and is safe in float32 and bfloat16 for t >= 2/60.
   int32_t running_max;
   Float32Precision precision;
-  float eps;
-  float temperature;               // where temperature_tensor is null
-  const void* temperature_tensor;  // one float, or one double
+  const void* temperature_tensor;  // one float, or one double, in place of `temperature`; or null
   int32_t temperature_is_double;
-};
-
-// Query features, or gradients of outputs. Pixels run as one dimension.
-struct Strided {
-  const void* data;
-  int64_t episode, query, way, channel, pixel;  // strides; `way` is 0 for features
-};
-
-// A dense stack of maps that the kernels write (or wrote): [E*Q*K or E*Q][channels][HW], either
-// NCHW (channel = HW, pixel = 1) or channels_last (channel = 1, pixel = channels).
-struct Dense {
-  void* data;
-  int64_t image, channel, pixel;
 };
 
 // Per-row statistics of the softmax and of centring; all float32, dense.

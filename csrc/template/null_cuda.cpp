@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Guard, check, allocate, launch: the host side of the template op on CUDA.
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
-#include "../api/checks.h"
+#include "../api/device.h"
 #include "null.h"
 
 namespace fastproto {
@@ -15,14 +13,12 @@ using torch::stable::Tensor;
 Tensor null_cuda(Tensor input) {
   FP_CHECK(input.scalar_type() == torch::headeronly::ScalarType::Float,
            "input: found another dtype; allowed: float32.");
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const cuda::OnDevice device(input);
   const Tensor x = torch::stable::contiguous(input);
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
   launch_null_kernel(static_cast<const float*>(x.data_ptr()), static_cast<float*>(y.data_ptr()),
-                     x.numel(), stream);
+                     x.numel(), device.stream());
   const cudaError_t error = cudaGetLastError();
   FP_CHECK(error == cudaSuccess, "null: ", cudaGetErrorString(error));
   return y;

@@ -3,35 +3,41 @@
 
 The pair has one schema whatever the backend, but for the tensors that the forward saves:
 
-    forward(feat, protos, offsets, temperature_tensor, temperature, eps, concat,
-            save_for_backward, *modes) -> (out, *saved)
-    backward(grad_out, feat, protos, offsets, temperature_tensor, *saved, temperature, eps,
-             concat, needs_protos, needs_temperature, *modes)
+    forward(*inputs, save_for_backward, *modes) -> (out, *saved)
+    backward(grad_out, *inputs[:4], *saved, *inputs[4:], needs_protos, needs_temperature, *modes)
         -> (grad_feat, grad_protos, grad_temperature)
 
-``modes`` are settings of PyTorch that a backend honours; the backward runs in those of its forward.
+``inputs`` are :class:`Inputs`; ``modes`` are settings of PyTorch that a backend honours; the
+backward runs in those of its forward.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Inputs(NamedTuple):
+    """What both ops are called with, checked, in the order of their schemas."""
+
+    feat: Tensor
+    protos: Tensor
+    offsets: Tensor
+    temperature_tensor: Tensor | None
+    temperature: float  # where there is no tensor
+    eps: float
+    concat: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class OpPair:
-    """A backend's ops.
+    """A backend's ops: the names they are registered by, and what plain eager calls run.
 
-    Attributes:
-        backend: Its name.
-        forward: Qualified name of the registered forward op.
-        backward: Qualified name of the registered backward op.
-        forward_now: The forward without torch's dispatcher above it, for plain eager calls.
-        backward_now: The same of the backward.
+    ``forward_now`` and ``backward_now`` are the ops without torch's dispatcher above them.
     """
 
     backend: str
@@ -75,14 +81,12 @@ def call(
     """Call the pair on checked arguments; shapes as in ``fastproto.proto_attention``."""
     if isinstance(temperature, Tensor):
         tensor, number = temperature, 1.0
-        differentiable = temperature.requires_grad
     else:
         tensor, number = None, float(temperature)
-        differentiable = False
+    inputs = (feat, protos, offsets, tensor, number, eps, concat)  # Inputs would cost 0.5 us
     save = torch.is_grad_enabled() and (
-        feat.requires_grad or protos.requires_grad or differentiable
+        feat.requires_grad or protos.requires_grad or (tensor is not None and tensor.requires_grad)
     )
-    inputs = (feat, protos, offsets, tensor, number, eps, concat)
     if is_traced():
         return op(pair.forward)(*inputs, save, *modes)[0]
     if save:
@@ -100,38 +104,25 @@ def is_traced() -> bool:
 
 
 def _save(ctx: Any, inputs: Sequence[Any], modes: Sequence[bool], saved: Sequence[Tensor]) -> None:
-    feat, protos, offsets, temperature_tensor, temperature, eps, concat = inputs
-    ctx.save_for_backward(feat, protos, offsets, temperature_tensor, *saved)
-    ctx.options = (temperature, eps, concat)
+    ctx.save_for_backward(*inputs[:4], *saved)
+    ctx.options = inputs[4:]
     ctx.modes = modes
 
 
 def _gradients(
     ctx: Any, backward: Callable[..., Sequence[Tensor]], grad_out: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of feat, protos, offsets, temperature_tensor, temperature, eps, concat."""
-    feat, protos, offsets, temperature_tensor, *saved = ctx.saved_tensors
+    """Gradients of :class:`Inputs`."""
+    temperature_tensor = ctx.saved_tensors[3]
     needs_protos, needs_temperature = needs[1], needs[3]
-    grad_feat, grad_protos, grad_temperature = backward(
-        grad_out,
-        feat,
-        protos,
-        offsets,
-        temperature_tensor,
-        *saved,
-        *ctx.options,
-        needs_protos,
-        needs_temperature,
-        *ctx.modes,
-    )
+    options = (*ctx.options, needs_protos, needs_temperature, *ctx.modes)
+    grad_feat, grad_protos, grad_temperature = backward(grad_out, *ctx.saved_tensors, *options)
     return (
         grad_feat,
         grad_protos if needs_protos else None,
         None,
         grad_temperature.reshape(temperature_tensor.shape) if needs_temperature else None,
-        None,
-        None,
-        None,
+        *(None, None, None),
     )
 
 
@@ -169,20 +160,9 @@ def register(pair: OpPair) -> None:
         nothing = [None] * (1 + len(ctx.modes))  # save_for_backward, modes
         return (*_gradients(ctx, op(pair.backward), grad_out, needs), *nothing)
 
-    register_formulas(pair, "proto_attention", setup_context, backward)
-
-
-def register_formulas(
-    pair: OpPair, function: str, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> None:
-    """Register the formula of the forward op, and that its backward has none.
-
-    ``function``: what users called, for the message.
-    """
-
     def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
-            f"{function}: the {pair.backend} backend has no second derivative; "
+            f"proto_attention: the {pair.backend} backend has no second derivative; "
             'call it with backend="reference", which has.'
         )
 

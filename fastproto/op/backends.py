@@ -14,10 +14,10 @@ import os
 
 import torch
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import ArgumentError, require
 from fastproto.op import library
 from fastproto.op.chips import chip_of
-from fastproto.op.explain import explain, plan, why_failed
+from fastproto.op.explain import explain, plan, why_failed, why_no_plan
 
 __all__ = ["choose", "describe", "explain", "ladder", "padded_dim", "plan", "why_failed", "why_not"]
 
@@ -53,10 +53,7 @@ def padded_dim(dim: int) -> int:
 
 
 def why_not(
-    name: str,
-    device: str | torch.device,
-    dtype: torch.dtype | None = None,
-    dim: int | None = None,
+    name: str, device: str | torch.device, dtype: torch.dtype | None = None, dim: int | None = None
 ) -> str | None:
     """Why backend ``name`` cannot run on ``device``, in a sentence; None if it can.
 
@@ -113,12 +110,7 @@ def _why_no_plan(device: torch.device, dtype: torch.dtype, dim: int) -> str | No
         return f"its CUDA kernels hold {CUDA_DIMS[-1]} channels at most"
     if dtype == torch.float64:
         return "its CUDA kernels take float32, bfloat16 and float16, not float64"
-    try:
-        plan(chip_of(device), dim=dim, dtype=dtype, save=True)
-    except ValueError as error:
-        text = str(error)
-        return text.replace(f"feat: D = {dim} takes", f"its kernel for {dim} channels takes")
-    return None
+    return why_no_plan(chip_of(device), dim=dim, dtype=dtype, save=True)
 
 
 @functools.cache
@@ -130,29 +122,23 @@ def _choose(
     source: str,
 ) -> str:
     if forced is not None:
-        if forced not in LADDER:
-            raise ArgumentError(source, found=repr(forced), allowed=", ".join(LADDER))
+        require(forced in LADDER, source, found=repr(forced), allowed=", ".join(LADDER))
         reason = why_not(forced, device, dtype, dim)
-        if reason is not None:
-            able = (name for name in LADDER if why_not(name, device, dtype, dim) is None)
-            raise ArgumentError(
-                source,
-                found=f"{forced!r}, which cannot run on '{device}': {reason}",
-                allowed=", ".join(able),
-            )
-        return forced
+        if reason is None:
+            return forced
+        able = (name for name in LADDER if why_not(name, device, dtype, dim) is None)
+        found = f"{forced!r}, which cannot run on '{device}': {reason}"
+        raise ArgumentError(source, found=found, allowed=", ".join(able))
     reasons: list[str] = []
-    for name in ladder(device):
+    for name in ladder(device):  # ends with the reference, which runs everywhere
         reason = why_not(name, device, dtype, dim)
         if reason is None:
-            if name == "reference" and reasons:
-                library.say_once(
-                    f"fastproto: on {device} plain PyTorch runs; {'; '.join(reasons)}."
-                )
-            library.logger.debug("proto_attention on %s: backend %s", device, name)
-            return name
+            break
         reasons.append(f"backend {name} does not: {reason}")
-    raise AssertionError("the reference runs everywhere")
+    if name == "reference" and reasons:
+        library.say_once(f"fastproto: on {device} plain PyTorch runs; {'; '.join(reasons)}.")
+    library.logger.debug("proto_attention on %s: backend %s", device, name)
+    return name
 
 
 def choose(
@@ -166,10 +152,8 @@ def choose(
     Raises:
         ArgumentError: ``backend`` (or FASTPROTO_BACKEND) is unknown or cannot run there; says why.
     """
-    device = _indexed(device)
-    if backend is not None:
-        return _choose(device, dtype, dim, backend, "backend")
-    return _choose(device, dtype, dim, _FORCED, "FASTPROTO_BACKEND")
+    forced, source = (_FORCED, "FASTPROTO_BACKEND") if backend is None else (backend, "backend")
+    return _choose(_indexed(device), dtype, dim, forced, source)
 
 
 # Both depend on the installation and on what torch.compile guards anyway (device, dtype, a range of

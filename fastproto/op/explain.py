@@ -49,28 +49,33 @@ def plan(
     )
 
 
+def why_no_plan(chip: Chip, **problem: Any) -> str | None:
+    """What :func:`plan` says where there is none; None where there is one."""
+    try:
+        plan(chip, **problem)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def why_failed(feat: Tensor, protos: Tensor, offsets: Tensor) -> str | None:
     """Why the CUDA library has no plan for a call that failed; None where it has one.
 
     Asked afterwards, since the library's own words are lost on the way in torch < 2.13.
     """
     episodes, queries, dim, height, width = feat.shape
-    try:
-        plan(
-            chip_of(feat.device),
-            dtype=feat.dtype,
-            channels_last=is_channels_last(feat),
-            kernels=os.environ.get("FASTPROTO_CUDA_KERNELS", ""),
-            episodes=episodes,
-            queries=queries,
-            ways=(offsets.shape[0] - 1) // episodes,
-            dim=dim,
-            pixels=height * width,
-            total=protos.shape[0],
-        )
-    except ValueError as error:
-        return str(error)
-    return None
+    return why_no_plan(
+        chip_of(feat.device),
+        dtype=feat.dtype,
+        channels_last=is_channels_last(feat),
+        kernels=os.environ.get("FASTPROTO_CUDA_KERNELS", ""),
+        episodes=episodes,
+        queries=queries,
+        ways=(offsets.shape[0] - 1) // episodes,
+        dim=dim,
+        pixels=height * width,
+        total=protos.shape[0],
+    )
 
 
 def explain(
@@ -87,20 +92,13 @@ def explain(
 ) -> str:
     """Which CUDA kernels the native backend runs a problem with, and why; for people.
 
-    Args:
-        episodes: E.
-        queries: Q, query images per episode.
-        ways: K, classes.
-        dim: D.
-        pixels: H * W.
-        total: Rows of ``protos``.
-        dtype: That of the features.
-        channels_last: Their layout; NCHW unless set.
-        save: Whether a backward follows.
+    Sizes are those of docs/math.md: E episodes of Q queries and K ways, D channels (``dim``), H * W
+    ``pixels``, and the rows of ``protos`` (``total``). Features are of ``dtype`` and NCHW unless
+    ``channels_last``; tensors are taken to begin at multiples of 16 bytes, as new ones do. ``save``
+    is set where a backward follows.
 
     Returns:
         Sentences and one line for every launch, on the current GPU; on an H200 where there is none.
-        Tensors are taken to begin at multiples of 16 bytes, as new ones do.
 
     Raises:
         ArgumentError: There is no plan; says why.

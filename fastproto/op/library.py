@@ -27,7 +27,7 @@ def why_not_cpu() -> str | None:
     """Loads the CPU library; why it cannot be used, in a sentence, or None when it can."""
     reason = _load("fastproto_cpu")
     if reason is None:
-        cpu_level()
+        cpu_level()  # refuses FASTPROTO_CPU_LEVEL where it names none
     return reason
 
 
@@ -109,8 +109,7 @@ def build_info() -> dict[str, Any]:
 
 def built_for() -> list[str]:
     """Architectures of the CUDA library, as FASTPROTO_CUDA_ARCHS has them."""
-    architectures: str = build_info().get("cuda_architectures", "")
-    return architectures.split()
+    return str(build_info().get("cuda_architectures", "")).split()
 
 
 def cpu_level() -> str | None:

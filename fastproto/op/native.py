@@ -19,7 +19,6 @@ _reason = library.why_not_cpu()
 if _reason is not None:
     raise ImportError(f"fastproto.op.native needs the native CPU library: {_reason}")
 
-
 _PAIR = autograd.library_pair(
     "native", "fastproto::proto_attention_fwd", "fastproto::proto_attention_bwd"
 )
@@ -38,72 +37,40 @@ def allows_tf32() -> bool:
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def proto_attention(
-    feat: Tensor,
-    protos: Tensor,
-    offsets: Tensor,
-    temperature: float | Tensor,
-    eps: float,
-    concat: bool,
-) -> Tensor:
-    """Call the native op on checked arguments; shapes as in ``fastproto.proto_attention``."""
-    modes: tuple[bool, ...] = ()
-    if feat.device.type != "cpu" and feat.dtype == torch.float32:
-        modes = (allows_tf32(),)
-    return autograd.call(_PAIR, feat, protos, offsets, temperature, eps, concat, modes)
+def proto_attention(*arguments: Any) -> Tensor:
+    """Call the native op on checked arguments, those of :func:`autograd.call`."""
+    if arguments[0].device.type != "cpu" and arguments[0].dtype == torch.float32:
+        arguments = (*arguments, (allows_tf32(),))
+    return autograd.call(_PAIR, *arguments)
 
 
-def fake_forward(
-    on_cuda: bool,
-    feat: Tensor,
-    protos: Tensor,
-    offsets: Tensor,
-    temperature_tensor: Tensor | None,
-    temperature: float,
-    eps: float,
-    concat: bool,
-    save_for_backward: bool,
-    tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def fake_forward(on_cuda: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What the forward returns, without values: csrc/api/schemas.h."""
+    inputs, save_for_backward = autograd.Inputs(*arguments[:7]), arguments[7]
+    feat = inputs.feat
     episodes, queries, dim, height, width = feat.shape
-    ways = (offsets.shape[0] - 1) // episodes
+    ways, pixels = (inputs.offsets.shape[0] - 1) // episodes, height * width
     leading = [episodes, queries, ways]
-    out = new_maps(feat, leading, 2 * dim if concat else dim)
+    out = new_maps(feat, leading, 2 * dim if inputs.concat else dim)
     wide = torch.float64 if feat.dtype == torch.float64 else torch.float32
     dtype = feat.dtype if on_cuda else wide
     if not save_for_backward:
         return out, feat.new_empty([0], dtype=dtype), feat.new_empty([0], dtype=wide)
-    shape = [*leading, 3, height * width]
+    shape = [*leading, 3, pixels]
     if on_cuda:
-        maps, pixels = episodes * queries, height * width
-        shape = [maps * ways * pixels + 2 * maps * pixels + 2 * protos.shape[0]]
-    stats = feat.new_empty(shape, dtype=wide)
-    return out, new_maps(feat, leading, dim, dtype=dtype), stats
+        maps = episodes * queries
+        shape = [maps * ways * pixels + 2 * maps * pixels + 2 * inputs.protos.shape[0]]
+    return out, new_maps(feat, leading, dim, dtype=dtype), feat.new_empty(shape, dtype=wide)
 
 
-def fake_backward(
-    grad_out: Tensor,
-    feat: Tensor,
-    protos: Tensor,
-    offsets: Tensor,
-    temperature_tensor: Tensor | None,
-    agg: Tensor,
-    stats: Tensor,
-    temperature: float,
-    eps: float,
-    concat: bool,
-    needs_protos: bool,
-    needs_temperature: bool,
-    tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def fake_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What the backward returns, without values."""
+    feat, protos, _, temperature_tensor, _, stats = arguments[:6]
+    needs_protos, needs_temperature = arguments[9:11]
     grad_feat = new_maps(feat, list(feat.shape[:2]), feat.shape[2])
     grad_protos = protos.new_empty(protos.shape if needs_protos else [0])
-    if needs_temperature:
-        assert temperature_tensor is not None
-        return grad_feat, grad_protos, temperature_tensor.new_empty([1])
-    return grad_feat, grad_protos, stats.new_empty([0])
+    like = temperature_tensor if needs_temperature else stats
+    return grad_feat, grad_protos, like.new_empty([int(needs_temperature)])
 
 
 @torch.library.register_fake("fastproto::proto_attention_fwd")

@@ -19,6 +19,18 @@ from fastproto.op import library
 LIBRARY = Path(fastproto.__file__).parent / "lib" / "libfastproto_cuda.so"
 BUILT = bool(library.build_info().get("cuda_compiler"))
 
+
+def python(code: str, *arguments: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tempfile.gettempdir(),
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 needs_library = pytest.mark.skipif(not BUILT, reason="the package was built without nvcc")
 
 
@@ -54,14 +66,7 @@ print("libfastproto_cuda" in maps)
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no /proc")
 def test_nothing_loads_it_without_a_gpu() -> None:
     """Not even who asks which backends there are."""
-    result = subprocess.run(
-        [sys.executable, "-c", USE],
-        cwd=tempfile.gettempdir(),
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},  # support
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = python(USE, PYTHONPATH=str(Path(__file__).resolve().parents[1]))  # support
     assert result.returncode == 0, result.stderr
     assert result.stdout == "False\n"
     if torch.version.cuda is None:
@@ -100,14 +105,7 @@ def test_loads_beside_a_libtorch_cuda(tmp_path: Path) -> None:
     source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
     command = ["g++", "-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-x", "c++", "-", "-o", stub]
     subprocess.run(command, input=source, text=True, check=True)
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD, stub, LIBRARY],
-        cwd=tempfile.gettempdir(),
-        env=os.environ | {"LD_BIND_NOW": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = python(LOAD, stub, LIBRARY, LD_BIND_NOW="1")
     assert result.stdout == "True\n", result.stderr
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastproto import InputError, proto_attention
+from fastproto import InputError
+from fastproto.cli import info
 from fastproto.op import backends, library
+from fastproto.op.chips import Chip
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+A100 = Chip(80, 108, 163 * 1024)
 CALL = (
     "import torch; from fastproto import proto_attention, backends; "
     "o = proto_attention(torch.ones(1, 1, 4, 2, 2), torch.ones(1, 4), "
@@ -33,11 +38,6 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_native_is_first_on_the_cpu() -> None:
-    assert backends.choose("cpu") == "native"
-    assert backends.choose("cpu", "reference") == "reference"
-
-
 def test_without_native_code_the_reference_runs_and_says_so_once() -> None:
     result = python(CALL + ";" + CALL, FASTPROTO_NATIVE="0")
     assert result.stdout.split() == ["reference", "32.0"] * 2
@@ -45,15 +45,31 @@ def test_without_native_code_the_reference_runs_and_says_so_once() -> None:
 
 
 def test_the_environment_forces_a_backend() -> None:
+    assert backends.choose("cpu") == "native"  # the first, where nobody names another
     assert python(CALL, FASTPROTO_BACKEND="reference").stdout.split()[0] == "reference"
-    result = python(CALL, FASTPROTO_BACKEND="fast")
-    assert "FASTPROTO_BACKEND: found 'fast'; allowed: native, triton, reference" in result.stderr
 
 
-def test_a_forced_backend_that_cannot_run_says_why() -> None:
-    result = python(CALL, FASTPROTO_BACKEND="native", FASTPROTO_NATIVE="0")
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (
+            {"FASTPROTO_BACKEND": "fast"},
+            "BACKEND: found 'fast'; allowed: native, triton, ref",
+        ),
+        ({"FASTPROTO_BACKEND": "native", "FASTPROTO_NATIVE": "0"}, "on 'cpu': FASTPROTO_NATIVE=0"),
+        (
+            {"FASTPROTO_CPU_LEVEL": "sse9"},
+            "LEVEL: found 'sse9'; allowed: baseline, avx2, avx512",
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_environment_asks_for_in_vain_is_refused(
+    environment: dict[str, str], words: str
+) -> None:
+    result = python(CALL, **environment)
     assert result.returncode != 0
-    assert "cannot run on 'cpu': FASTPROTO_NATIVE=0 is set" in result.stderr
+    assert words in result.stderr
 
 
 @pytest.mark.parametrize("name", backends.LADDER)
@@ -68,14 +84,10 @@ def test_a_compiled_graph_takes_the_answer_and_does_not_look_for_it(name: str) -
     assert torch.equal(compiled(feat), step(feat))
 
 
-def test_unknown_backend_argument() -> None:
+def test_the_argument_forces_a_backend() -> None:
     with pytest.raises(InputError, match="backend: found 'quick'"):
-        proto_attention(
-            torch.ones(1, 1, 4, 2, 2),
-            torch.ones(1, 4),
-            torch.tensor([0, 1], dtype=torch.int32),
-            backend="quick",
-        )
+        backends.choose("cpu", "quick")
+    assert backends.choose("cpu", "reference") == "reference"
 
 
 def test_importing_the_package_costs_little_more_than_torch() -> None:
@@ -112,19 +124,10 @@ def test_every_instruction_set_of_this_cpu_passes_the_op_tests(level: str) -> No
         pytest.skip("the level all other tests run on")
     names = "bfloat16", "conformance", "native"
     files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
+    slow = "not opcheck and not compile and not autocast and not fake"
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", slow]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            *files,
-            "-k",
-            "not opcheck and not compile and not autocast and not fake",
-        ],
+        [sys.executable, "-m", "pytest", *options, *files],
         cwd=tempfile.gettempdir(),
         env=os.environ | {"FASTPROTO_CPU_LEVEL": level},
         capture_output=True,
@@ -135,11 +138,29 @@ def test_every_instruction_set_of_this_cpu_passes_the_op_tests(level: str) -> No
     assert " passed" in result.stdout
 
 
-def test_an_unknown_instruction_set_is_refused() -> None:
-    result = python(
-        "from fastproto.op import library; print(library.cpu_level())", FASTPROTO_CPU_LEVEL="sse9"
-    )
-    assert (
-        "FASTPROTO_CPU_LEVEL: found 'sse9'; allowed: baseline, avx2, avx512, avx512bf16 or amx"
-        in result.stderr
-    )
+def test_every_record_is_there_and_of_that_gpu() -> None:
+    for capability, name in backends.RECORDS.items():
+        record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        assert float(record["gpu"]["capability"]) * 10 == capability
+        assert any("native" in case["us"] for case in record["cases"])
+
+
+def test_measured_kernels_come_first_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.ladder("cuda") == ("native", "triton", "reference")  # as on an H200
+    assert backends.ladder("cpu") == ("native", "reference")
+    assert backends.ladder("xpu") == backends.LADDER
+    monkeypatch.setattr(backends, "chip_of", lambda device: A100)
+    assert backends.ladder(torch.device("cuda", 0)) == ("triton", "reference")
+
+
+def test_what_can_run_but_was_never_measured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
+    said = {name: remark for name, available, remark in backends.describe() if available}
+    assert set(said.values()) == {"", "not measured on such a GPU: only by name"}
+    assert said["native (cuda)"] == ""
+    monkeypatch.setattr(backends, "chip_of", lambda device: A100)
+    said = {name: remark for name, _, remark in backends.describe()}
+    expected = "not measured on such a GPU: only by name"
+    assert said["native (cuda)"] == expected
+    assert said["triton (cuda)"] == said["native (cpu)"] == ""
+    assert f"available: {expected}" in info.to_text(info.describe())

@@ -66,70 +66,50 @@ def without_dead_half(problems: Sequence[Problem], dtype: torch.dtype) -> list[P
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """What is asked, and how much it can be asked.
+    """What is asked, and how much it can be asked."""
 
-    Attributes:
-        name: Of the tests.
-        call: ``proto_attention`` on it; ``traced`` makes what torch.compile sees,
-            where that is not all of it.
-        topics: Of questions.
-        ops: Its pair of registered ops, without "_fwd" and "_bwd"; ``modes`` are their last inputs.
-        says: What it calls itself in an error.
-        dtypes: That it takes.
-        device: It runs on.
-        variables: Of the environment, while it is asked.
-        ready: Skips where it cannot run.
-        refusal: Why it does not take a problem.
-        problems: Within rounding, in a type.
-        float64: Equal to the reference.
-        differentiated: By differences; ``fast`` along one direction.
-        small: Problem of the questions whose size does not matter.
-        temperatures: Within rounding, each in ``forms``: with concat or without, tensor or number.
-        tf32: ``call`` with one TF32 product, on ``coarse``.
-        repeated: Problems whose bits repeat, in ``repeated_dtypes`` and under ``variations``.
-        written: Problems of which every element is written.
-        expanded: One that is given as one expanded image, equal to ``expanded_digits``.
-        copied: Relative error of a single float32 prototype's copy (docs/math.md).
-        copied_digits: The same, absolute.
-        constant: Relative error of the mean that is left of a constant feature, in eps.
-        constant_digits: The same in any type, relative and absolute, instead.
-        compiler: Of torch.compile; ``compiled`` are the types.
-    """
-
-    name: str
-    call: Op
-    topics: frozenset[str]
-    traced: Callable[[], Op] | None = None
-    ops: str = ""
-    modes: tuple[bool, ...] = ()
-    says: str = "native backend"
-    dtypes: tuple[torch.dtype, ...] = DTYPES
+    name: str  # of the tests
+    call: Op  # ``proto_attention`` on it
+    topics: frozenset[str]  # of questions
+    traced: Callable[[], Op] | None = None  # makes what torch.compile sees of ``call``, if not all
+    ops: str = ""  # its pair of registered ops, without "_fwd" and "_bwd"
+    modes: tuple[bool, ...] = ()  # the last inputs of these
+    says: str = "native backend"  # what it calls itself in an error
+    dtypes: tuple[torch.dtype, ...] = DTYPES  # that it takes
     device: str = "cpu"
-    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    ready: Callable[[], None] = lambda: None
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the environment
+    ready: Callable[[], None] = lambda: None  # skips where it cannot run
+    # Why it does not take a problem.
     refusal: Callable[[Problem, torch.dtype], str | None] = lambda problem, dtype: None
+    # Within rounding, in a type; equal to the reference; differentiated (``fast``: along one
+    # direction); and where the size does not matter.
     problems: Callable[[torch.dtype], Sequence[Problem]] = lambda dtype: PROBLEMS
     float64: Sequence[Problem] = tuple(PROBLEMS)
     differentiated: Sequence[Problem] = TINY
     fast: bool = False
     small: Problem = SMALL
+    # Within rounding, each in ``forms``: with concat or without, a tensor or a number.
     temperatures: Sequence[float] = (0.001, 0.02, 0.025, 0.05, 1.0, 50.0)
     forms: Sequence[tuple[bool, bool]] = FORMS
-    tf32: Op | None = None
+    tf32: Op | None = None  # ``call`` with one TF32 product, on ``coarse``
     coarse: Sequence[Problem] = ()
+    # Problems whose bits repeat, in ``repeated_dtypes`` and under ``variations``.
     repeated: Sequence[Problem] = (WRITTEN,)
     repeated_dtypes: tuple[torch.dtype, ...] = DTYPES
     variations: Sequence[Callable[[], contextlib.AbstractContextManager[None]]] = (
         contextlib.nullcontext,
     )
-    written: Sequence[Problem] = (WRITTEN,)
-    expanded: Problem = EXPANDED
+    written: Sequence[Problem] = (WRITTEN,)  # of which every element is
+    expanded: Problem = EXPANDED  # given as one expanded image, equal to ``expanded_digits``
     expanded_digits: float = 2**-7
+    # Relative and absolute error of a single float32 prototype's copy (docs/math.md).
     copied: float = 0.0
     copied_digits: float = 0.0
+    # Error of the mean that is left of a constant feature: relative, in eps; or in any type,
+    # relative and absolute.
     constant: float = 4.0
     constant_digits: float | None = None
-    compiler: str = "aot_eager"
+    compiler: str = "aot_eager"  # of torch.compile, in the types ``compiled``
     compiled: tuple[torch.dtype, ...] = (torch.float32,)
 
     @property

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastproto import proto_attention
-from support.compare import run
+from support.compare import Result, run
 from support.conformance import Backend, asked
 from support.problems import Problem
 
@@ -212,6 +212,12 @@ def test_a_temperature_that_is_not_above_0_gives_nan(
     assert grad.isnan().all()
 
 
+def assert_same(one: Result, other: Result) -> None:
+    """To the bit."""
+    for field in dataclasses.fields(one):
+        assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+
+
 @asked("numbers")
 def test_every_element_of_every_result_is_written(
     backend: Backend, dtype: torch.dtype, written: Problem
@@ -226,8 +232,7 @@ def test_every_element_of_every_result_is_written(
         filled = run(backend.call, written, dtype, device=backend.device)
     finally:
         torch.use_deterministic_algorithms(before)
-    for field in dataclasses.fields(plain):
-        assert torch.equal(getattr(plain, field.name), getattr(filled, field.name)), field.name
+    assert_same(plain, filled)
 
 
 @asked("numbers")
@@ -240,5 +245,4 @@ def test_the_same_bits_every_time(
     for variation in backend.variations:
         with variation():
             again = run(backend.call, repeated, repeated_dtype, device=backend.device)
-        for field in dataclasses.fields(plain):
-            assert torch.equal(getattr(plain, field.name), getattr(again, field.name)), field.name
+        assert_same(plain, again)

@@ -1,6 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "../instantiate.h"
-
-namespace fastproto::cpu {
-extern const KernelTable kAvx512Kernels = make_table();
-}  // namespace fastproto::cpu
