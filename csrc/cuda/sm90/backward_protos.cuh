@@ -244,11 +244,12 @@ const char* launch_backward_protos_of(const BackwardParams& p, const KernelPlan&
     using Traits = typename decltype(tag)::type;
     BackwardProtosMaps maps = {
         {}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out), Turns(plan.cluster)};
-    BackwardMapMaker<Traits> make{p};
+    MapMaker<Traits, BackwardParams> make{p};
     make.features(&maps.feat);
     make.gradients(&maps.enhanced, p.problem.concat ? p.problem.dim : 0);
     make.protos(&maps.protos);
-    return make.template launch<backward_protos_kernel<Traits>>(maps, plan, stream);
+    return make.template launch<backward_protos_kernel<Traits>>(maps, plan.blocks, plan.cluster,
+                                                                stream);
   });
 }
 

@@ -373,18 +373,17 @@ const char* launch_backward_query_of(const BackwardParams& p, const KernelPlan& 
     using Traits = typename decltype(tag)::type;
     const Problem& s = p.problem;
     const int64_t images = int64_t(s.episodes) * s.queries;
-    const StackDim aggs[1] = {{images * s.ways, p.agg.image}};
-    const StackDim grad_features[1] = {{images, p.grad_feat.image}};
     BackwardQueryMaps maps = {
         {}, {}, {}, {}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out), Turns(plan.cluster)};
-    BackwardMapMaker<Traits> make{p};
+    MapMaker<Traits, BackwardParams> make{p};
     make.features(&maps.feat);
     make.gradients(&maps.enhanced, s.concat ? s.dim : 0);
     make.gradients(&maps.copy, 0);
-    make.stack(&maps.agg, p.agg.data, p.agg, aggs);
-    make.stack(&maps.grad_feat, p.grad_feat.data, p.grad_feat, grad_features);
+    make.dense(&maps.agg, p.agg, images * s.ways);
+    make.dense(&maps.grad_feat, p.grad_feat, images);
     make.protos(&maps.protos);
-    return make.template launch<backward_query_kernel<Traits>>(maps, plan, stream);
+    return make.template launch<backward_query_kernel<Traits>>(maps, plan.blocks, plan.cluster,
+                                                               stream);
   });
 }
 

@@ -46,13 +46,6 @@ constexpr int kPairBarrier = 1;       // + warp of the group: 64 threads
 constexpr int kConsumersBarrier = 5;  // 256 threads
 constexpr int kGroupBarrier = 6;      // + group: 128 threads
 
-// As Ring, for any number of stages.
-template <int Stages>
-struct Places {
-  static FP_HOST_DEVICE constexpr int slot(uint32_t count) { return int(count % Stages); }
-  static FP_HOST_DEVICE constexpr int parity(uint32_t count) { return int(count / Stages & 1); }
-};
-
 // Boxes of channels come in turns for the two groups, which own one half of the channels each.
 template <int Boxes>
 FP_HOST_DEVICE constexpr int box_at(int position) {
@@ -314,45 +307,5 @@ FP_DEVICE void init_ring(Barrier* full, Barrier* empty, Barrier* stats_full, Bar
     barrier_init(stats_empty + i, 8);
   }
 }
-
-// The tensor maps of a call, in the host's hands; `error` is of the first that fails.
-template <class Traits>
-struct BackwardMapMaker {
-  const BackwardParams& p;
-  const char* error = nullptr;
-
-  template <class Maps, int Outer>
-  void stack(TensorMap* map, const void* data, const Maps& strides, const StackDim (&dims)[Outer]) {
-    if (error == nullptr)
-      error =
-          make_stack_map(map, map_type<typename Traits::T>(), data, p.problem.dim, p.problem.pixels,
-                         strides.channel, strides.pixel, Traits::kChannelsLast, dims);
-  }
-  void features(TensorMap* map) {
-    const StackDim dims[2] = {stack_dim(p.problem.queries, p.feat.query),
-                              stack_dim(p.problem.episodes, p.feat.episode)};
-    stack(map, p.feat.data, p.feat, dims);
-  }
-  // From a channel of the gradient on.
-  void gradients(TensorMap* map, int64_t channel) {
-    const Strided& grad = p.grad_out;
-    const StackDim dims[3] = {stack_dim(p.problem.ways, grad.way),
-                              stack_dim(p.problem.queries, grad.query),
-                              stack_dim(p.problem.episodes, grad.episode)};
-    using T = typename Traits::T;
-    stack(map, static_cast<const T*>(grad.data) + channel * grad.channel, grad, dims);
-  }
-  void protos(TensorMap* map) {
-    if (error == nullptr)
-      error = make_protos_map(map, map_type<typename Traits::T>(), p.protos, p.problem.dim,
-                              p.problem.total, p.feat.data);
-  }
-  template <auto Kernel, class Maps>
-  const char* launch(const Maps& maps, const KernelPlan& plan, void* stream) const {
-    if (error != nullptr) return error;
-    const Grid grid{plan.blocks, Traits::kThreads, Traits::kSharedBytes, plan.cluster, stream};
-    return cuda::launch<Kernel>(grid, p, maps);
-  }
-};
 
 }  // namespace fastproto::cuda::sm90

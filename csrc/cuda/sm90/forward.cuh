@@ -126,8 +126,8 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
     for (int tile = 0; tile == 0 || tile < bag_tiles; tile += 2) {
       const uint32_t own = count + uint32_t(tile + group),
                      other = count + uint32_t(tile + 1 - group);
-      const int slot = Ring<Traits::kStages>::slot(own);
-      const int other_slot = Ring<Traits::kStages>::slot(other);
+      const int slot = Places<Traits::kStages>::slot(own);
+      const int other_slot = Places<Traits::kStages>::slot(other);
       const bool has_own = tile + group < bag_tiles, has_other = tile + 1 - group < bag_tiles;
       float* const proto_stats = shared.floats(Traits::kProtoStats) + group * 2 * kTile;
       const int rows = bag.count - (tile + group) * kTile;  // of the own tile
@@ -138,7 +138,7 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
         for (int i = 0; i < Traits::kSlices; ++i) {
           const int slice = slice_in_order<Traits>(group, i);
           if (tile == 0) barrier_wait(shared.query_full(slice), parity);
-          barrier_wait(shared.full(slot, slice), Ring<Traits::kStages>::parity(own));
+          barrier_wait(shared.full(slot, slice), Places<Traits::kStages>::parity(own));
           wgmma_begin();
           FP_UNROLL
           for (int k = 0; k < 4; ++k)
@@ -326,44 +326,22 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
   }
 }
 
-namespace forward_detail {
-
-template <class Traits>
-const char* launch(const ForwardParams& p, int blocks, void* stream) {
-  constexpr MapType kType = map_type<typename Traits::T>();
-  const Problem& s = p.problem;
-  const auto make_map = [&](TensorMap* map, const Dense& d, int64_t first_channel) {
-    const StackDim stack[1] = {{int64_t(s.episodes) * s.queries * s.ways, d.image}};
-    const void* const data = static_cast<const uint16_t*>(d.data) + first_channel * d.channel;
-    return make_stack_map(map, kType, data, s.dim, s.pixels, d.channel, d.pixel,
-                          Traits::kChannelsLast, stack);
-  };
-  ForwardMaps maps = {{}, {}, {}, {}, {}, MapSteps(p.feat)};
-  const StackDim images[2] = {stack_dim(s.queries, p.feat.query),
-                              stack_dim(s.episodes, p.feat.episode)};
-  const char* error = make_stack_map(&maps.feat, kType, p.feat.data, s.dim, s.pixels,
-                                     p.feat.channel, p.feat.pixel, Traits::kChannelsLast, images);
-  if (error == nullptr)
-    error = make_protos_map(&maps.protos, kType, p.protos, s.dim, s.total, p.feat.data);
-  if (error == nullptr) error = make_map(&maps.out_feat, p.out, 0);
-  if (error == nullptr) error = make_map(&maps.out_second, p.out, s.concat ? s.dim : 0);
-  if (error == nullptr && p.agg.data != nullptr) error = make_map(&maps.agg, p.agg, 0);
-  if (error != nullptr) return error;
-
-  const int64_t tiles = (s.pixels + Traits::kTile - 1) / Traits::kTile;
-  const int64_t items = tiles * s.episodes * s.queries * s.ways;
-  const Grid grid{int(items < blocks ? items : blocks), Traits::kThreads, Traits::kSharedBytes, 1,
-                  stream};
-  return cuda::launch<forward_kernel<Traits>>(grid, p, maps);
-}
-
-}  // namespace forward_detail
-
 template <class T>
 const char* launch_forward_of(const ForwardParams& p, int blocks, void* stream) {
-  using namespace forward_detail;
   return with_traits<T, ForwardTraits>(p.problem.dim, is_channels_last(p), [&](auto tag) {
-    return launch<typename decltype(tag)::type>(p, blocks, stream);
+    using Traits = typename decltype(tag)::type;
+    const Problem& s = p.problem;
+    const int64_t images = int64_t(s.episodes) * s.queries * s.ways;
+    const int64_t items = (s.pixels + Traits::kTile - 1) / Traits::kTile * images;
+    ForwardMaps maps = {{}, {}, {}, {}, {}, MapSteps(p.feat)};
+    MapMaker<Traits, ForwardParams> make{p};
+    make.features(&maps.feat);
+    make.protos(&maps.protos);
+    make.dense(&maps.out_feat, p.out, images);
+    make.dense(&maps.out_second, p.out, images, s.concat ? s.dim : 0);
+    if (p.agg.data != nullptr) make.dense(&maps.agg, p.agg, images);
+    return make.template launch<forward_kernel<Traits>>(maps, int(items < blocks ? items : blocks),
+                                                        1, stream);
   });
 }
 

@@ -122,8 +122,8 @@ FP_DEVICE int slice_in_order(int group, int i) {
 template <class Traits>
 FP_DEVICE void load_half_tile(const Shared<Traits>& shared, const TensorMap* map, uint32_t count,
                               int half, int row) {
-  const int slot = Ring<Traits::kStages>::slot(count);
-  barrier_wait(shared.empty(slot, half), Ring<Traits::kStages>::parity(count) ^ 1);
+  const int slot = Places<Traits::kStages>::slot(count);
+  barrier_wait(shared.empty(slot, half), Places<Traits::kStages>::parity(count) ^ 1);
   FP_UNROLL
   for (int i = 0; i < Traits::kHalfSlices; ++i) {
     const int slice = slice_in_order<Traits>(half, i);
