@@ -51,16 +51,14 @@ NETWORK_LAST = dataclasses.replace(NETWORK, name="network_last", layout="channel
 ORDER = Problem("order", ((70, 3),), queries=2, dim=64, height=4, width=18)
 
 
-def ready(family: str = "") -> None:
-    """Skips where the emulator cannot be built, or has no such kernels."""
+def ready() -> None:
+    """Skips where the emulator cannot be built."""
     try:
         emulator.sources()
         emulator._compiler()
     except emulator.EmulatorError as error:
         pytest.skip(str(error))
     emulator.load()
-    if family.startswith("sm90") and not emulator.has_sm90():
-        pytest.skip("no kernels for Hopper")
 
 
 def refusal(family: str, problem: Problem, dtype: torch.dtype) -> str | None:
@@ -94,7 +92,7 @@ def emulated(name: str, *topics: str, family: str = "") -> Backend:
         ops="fastproto_emulated::proto_attention",
         modes=(False,),
         variables={"FASTPROTO_CUDA_KERNELS": family},
-        ready=functools.partial(ready, family),
+        ready=ready,
         refusal=functools.partial(refusal, family) if family else lambda problem, dtype: None,
         problems=functools.partial(problems, family),
         small=SHAPES[0],
@@ -159,8 +157,6 @@ def test_what_tma_and_wgmma_use_was_fenced_by_who_wrote_it(
     gpu: ModuleType, problem: Problem, seed: int
 ) -> None:
     """A chip would see old values now and then."""
-    if not gpu.has_sm90():
-        pytest.skip("no kernels for Hopper")
     with gpu.pretending(kernels="sm90-throughput", proxies=True, seed=seed):
         run(gpu.proto_attention, problem, torch.bfloat16)
 
@@ -169,12 +165,9 @@ def test_what_tma_and_wgmma_use_was_fenced_by_who_wrote_it(
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_a_cluster_adds_up_what_its_blocks_saw(gpu: ModuleType, layout: str, dim: int) -> None:
     """One bag has fewer tiles than the cluster blocks."""
-    if not gpu.has_sm90():
-        pytest.skip("no kernels for Hopper")
     problem = Problem("cluster", ((130, 256),), 2, dim=dim, height=3, width=24, layout=layout)
     last = layout == "channels_last"
-    sizes = problem.sizes
-    plan = backends.plan(H200, dtype=torch.bfloat16, save=True, channels_last=last, **sizes)
+    plan = backends.plan(H200, dtype=torch.bfloat16, save=True, channels_last=last, **problem.sizes)
     assert plan["backward_query"]["cluster"] == plan["backward_protos"]["cluster"] == 4
     with gpu.pretending(kernels="sm90", proxies=dim == 72 and not last, seed=1):
         assert_within_rounding(gpu.proto_attention, problem, torch.bfloat16)
@@ -215,8 +208,7 @@ def test_tensors_of_a_gpu_that_is_not_there_have_the_same_shapes(gpu: ModuleType
             fake = [torch.empty_strided(*s, device="cuda", dtype=dtype) for *s, dtype in strides]
             found = torch.ops.fastproto.proto_attention_fwd(*fake, *options)
         for one, other in zip(real, found, strict=True):
-            for fact in ("shape", "dtype"):
-                assert getattr(one, fact) == getattr(other, fact)
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
             assert one.stride() == other.stride()
             assert other.device.type == "cuda"
 
