@@ -298,13 +298,4 @@ FP_KERNEL backward_protos_kernel(FP_GRID_CONSTANT BackwardParams p) {
   block.finish(acc, rows);
 }
 
-// Blocks for `total` rows in `bags` bags whose sizes the host does not know: see find_bag.
-template <class Traits>
-const char* launch_backward_protos_of(const BackwardParams& p, void* stream) {
-  const Problem& problem = p.problem;
-  const int tiles = problem.total / Traits::kRows + problem.episodes * problem.ways + 1;
-  return launch<backward_protos_kernel<Traits>>(
-      Grid{tiles * Traits::kSlices, kThreads, Traits::kSharedBytes, 1, stream}, p);
-}
-
 }  // namespace fastproto::cuda::sm80

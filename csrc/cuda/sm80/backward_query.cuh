@@ -291,13 +291,4 @@ FP_KERNEL backward_query_kernel(FP_GRID_CONSTANT BackwardParams p, FP_GRID_CONST
   block.finish(acc, rows);
 }
 
-template <class Traits>
-const char* launch_backward_query_of(const BackwardParams& p, int stages, void* stream) {
-  const Problem& problem = p.problem;
-  const int tiles = (problem.pixels + Traits::kRows - 1) / Traits::kRows;
-  const int blocks = problem.episodes * problem.queries * tiles * Traits::kSlices;
-  return launch<backward_query_kernel<Traits>>(
-      Grid{blocks, kThreads, Traits::shared_bytes(stages), 1, stream}, p, stages);
-}
-
 }  // namespace fastproto::cuda::sm80

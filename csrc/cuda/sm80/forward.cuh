@@ -374,13 +374,4 @@ FP_KERNEL forward_kernel(FP_GRID_CONSTANT ForwardParams p, FP_GRID_CONSTANT int 
   block.finish(acc, rows);
 }
 
-template <class Traits>
-const char* launch_forward_of(const ForwardParams& p, int stages, void* stream) {
-  const Problem& problem = p.problem;
-  const int tiles = (problem.pixels + Traits::kRows - 1) / Traits::kRows;
-  const int blocks = problem.episodes * problem.queries * problem.ways * tiles * Traits::kSlices;
-  return launch<forward_kernel<Traits>>(
-      Grid{blocks, kThreads, Traits::shared_bytes(stages), 1, stream}, p, stages);
-}
-
 }  // namespace fastproto::cuda::sm80

@@ -35,7 +35,9 @@ const char* with_tile(const KernelPlan& plan, int rows, const Launch& launch) {
 template <class T>
 const char* launch_forward_type(const ForwardParams& p, const KernelPlan& plan, void* stream) {
   return with_tile<T, 64>(plan, plan.tile_m, [&](auto dim, auto rows, auto slices) {
-    return launch_forward_of<ForwardTraits<T, dim(), rows(), slices()>>(p, plan.stages, stream);
+    using Traits = ForwardTraits<T, dim(), rows(), slices()>;
+    const Grid grid{plan.blocks, kThreads, Traits::shared_bytes(plan.stages), 1, stream};
+    return launch<forward_kernel<Traits>>(grid, p, plan.stages);
   });
 }
 
@@ -43,8 +45,9 @@ template <class T>
 const char* launch_backward_query_type(const BackwardParams& p, const KernelPlan& plan,
                                        void* stream) {
   return with_tile<T, 16>(plan, plan.tile_m, [&](auto dim, auto, auto slices) {
-    return launch_backward_query_of<BackwardQueryTraits<T, dim(), slices()>>(p, plan.stages,
-                                                                             stream);
+    using Traits = BackwardQueryTraits<T, dim(), slices()>;
+    const Grid grid{plan.blocks, kThreads, Traits::shared_bytes(plan.stages), 1, stream};
+    return launch<backward_query_kernel<Traits>>(grid, p, plan.stages);
   });
 }
 
@@ -52,7 +55,9 @@ template <class T>
 const char* launch_backward_protos_type(const BackwardParams& p, const KernelPlan& plan,
                                         void* stream) {
   return with_tile<T, 32>(plan, plan.tile_n, [&](auto dim, auto rows, auto slices) {
-    return launch_backward_protos_of<BackwardProtosTraits<T, dim(), rows(), slices()>>(p, stream);
+    using Traits = BackwardProtosTraits<T, dim(), rows(), slices()>;
+    const Grid grid{plan.blocks, kThreads, Traits::kSharedBytes, 1, stream};
+    return launch<backward_protos_kernel<Traits>>(grid, p);
   });
 }
 

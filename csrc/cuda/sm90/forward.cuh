@@ -332,7 +332,6 @@ const char* launch_forward_of(const ForwardParams& p, int blocks, void* stream) 
     using Traits = typename decltype(tag)::type;
     const Problem& s = p.problem;
     const int64_t images = int64_t(s.episodes) * s.queries * s.ways;
-    const int64_t items = (s.pixels + Traits::kTile - 1) / Traits::kTile * images;
     ForwardMaps maps = {{}, {}, {}, {}, {}, MapSteps(p.feat)};
     MapMaker<Traits, ForwardParams> make{p};
     make.features(&maps.feat);
@@ -340,8 +339,7 @@ const char* launch_forward_of(const ForwardParams& p, int blocks, void* stream) 
     make.dense(&maps.out_feat, p.out, images);
     make.dense(&maps.out_second, p.out, images, s.concat ? s.dim : 0);
     if (p.agg.data != nullptr) make.dense(&maps.agg, p.agg, images);
-    return make.template launch<forward_kernel<Traits>>(maps, int(items < blocks ? items : blocks),
-                                                        1, stream);
+    return make.template launch<forward_kernel<Traits>>(maps, blocks, 1, stream);
   });
 }
 

@@ -69,6 +69,6 @@ const char* launch_forward_of(const ForwardParams& p, int blocks, void* stream);
 // forward_latency.cuh: few pixels. Computes the prototypes' statistics where they are null.
 inline bool forward_latency_applies(const ForwardParams& p) { return vectors_apply(p); }
 template <class T>
-const char* launch_forward_latency_of(const ForwardParams& p, void* stream);
+const char* launch_forward_latency_of(const ForwardParams& p, int blocks, void* stream);
 
 }  // namespace fastproto::cuda::sm90

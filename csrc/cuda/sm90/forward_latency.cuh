@@ -128,13 +128,10 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, Traits::kBlocks)
 }
 
 template <class T>
-const char* launch_forward_latency_of(const ForwardParams& p, void* stream) {
+const char* launch_forward_latency_of(const ForwardParams& p, int blocks, void* stream) {
   return with_traits<T, LatencyTraits>(p.problem.dim, is_channels_last(p), [&](auto tag) {
     using Traits = typename decltype(tag)::type;
-    const Problem& s = p.problem;
-    const int64_t tiles = (s.pixels + Traits::kQueries - 1) / Traits::kQueries;
-    const int64_t blocks = tiles * s.episodes * s.queries * s.ways * Traits::kCluster;
-    const Grid grid{int(blocks), Traits::kThreads, Traits::kSharedBytes, Traits::kCluster, stream};
+    const Grid grid{blocks, Traits::kThreads, Traits::kSharedBytes, Traits::kCluster, stream};
     return cuda::launch<forward_latency_kernel<Traits>>(grid, p);
   });
 }

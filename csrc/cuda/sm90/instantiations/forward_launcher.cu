@@ -8,15 +8,15 @@ namespace fastproto::cuda::sm90 {
 
 extern template const char* launch_forward_of<bf16>(const ForwardParams&, int, void*);
 extern template const char* launch_forward_of<half>(const ForwardParams&, int, void*);
-extern template const char* launch_forward_latency_of<bf16>(const ForwardParams&, void*);
-extern template const char* launch_forward_latency_of<half>(const ForwardParams&, void*);
+extern template const char* launch_forward_latency_of<bf16>(const ForwardParams&, int, void*);
+extern template const char* launch_forward_latency_of<half>(const ForwardParams&, int, void*);
 
 namespace {
 
 template <class T>
 const char* launch_as(const ForwardParams& p, const KernelPlan& plan, void* stream) {
   if (plan.kernel == Kernel::kSm90Latency)
-    return forward_latency_applies(p) ? launch_forward_latency_of<T>(p, stream)
+    return forward_latency_applies(p) ? launch_forward_latency_of<T>(p, plan.blocks, stream)
                                       : "sm90: found rows that are no multiples of 16 bytes";
   return forward_applies(p) ? launch_forward_of<T>(p, plan.blocks, stream)
                             : "sm90: found rows that are no multiples of 16 bytes, or no "
