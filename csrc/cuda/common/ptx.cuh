@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instructions the kernels are written in, one function each (PTX ISA 8.x; the section is named
-// where the operands' layout matters). csrc/cuda/emulator/primitives.h has the same names.
+// where the operands' layout matters). The emulator has the same names.
 //
 // Fragments of mma (PTX ISA "Matrix fragments for mma.m16n8k16 / .m16n8k8"), g = lane / 4,
 // i = lane % 4:
