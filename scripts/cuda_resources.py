@@ -26,13 +26,6 @@ PAGES = {name: ROOT / "docs" / "kernels" / f"{name}.md" for name in ("sm80", "sm
 LIBRARY = Path(fastproto.__file__).parent / "lib" / "libfastproto_cuda.so"
 
 
-def page_of(kernel: Kernel) -> str | None:
-    """Where a kernel is described; None for the template's."""
-    if kernel.name.startswith("sm90::"):
-        return "sm90"
-    return "sm80" if kernel.name.startswith("sm80::") else None
-
-
 def table_of(kernels: list[Kernel], budgets: dict[str, Budget], ptx: dict[str, int]) -> str:
     """Markdown: a line per kernel; registers of a thread for each chip."""
     chips = list(dict.fromkeys(kernel.chip for kernel in kernels))
@@ -77,11 +70,7 @@ def main() -> int:
         return 2
     kernels = cuda_resources.kernels(arguments.library)
     budgets = cuda_resources.budgets(kernels, ROOT / "csrc")
-    bad = [
-        f"{kernel.label} {kernel.chip}: {complaint}"
-        for kernel in kernels
-        for complaint in cuda_resources.complaints(kernel, budgets.get(kernel.traits))
-    ]
+    bad = cuda_resources.all_complaints(kernels, budgets)
     ptx: dict[str, int] = {}
     if cuda_resources.ptxas() is None:
         print("sm_100: not assembled, there is no nvcc", file=sys.stderr)
@@ -89,7 +78,7 @@ def main() -> int:
         objections, ptx = cuda_resources.assemble(arguments.library, "sm_100")
         bad += [f"sm_100: {objection}" for objection in objections]
     for name, page in PAGES.items():
-        chosen = [kernel for kernel in kernels if page_of(kernel) == name]
+        chosen = [kernel for kernel in kernels if kernel.name.startswith(f"{name}::")]
         if not chosen:
             continue
         text = table_of(chosen, budgets, ptx)

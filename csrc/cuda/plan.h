@@ -3,7 +3,9 @@
 // no more than the rows of `protos` and how many bags share them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -16,18 +18,9 @@ namespace fastproto::cuda {
 enum class Kernel : int { kNone, kSm80Latency, kSm80Throughput, kSm90Latency, kSm90Throughput };
 
 inline const char* kernel_name(Kernel kernel) {
-  switch (kernel) {
-    case Kernel::kSm80Latency:
-      return "sm80 latency";
-    case Kernel::kSm80Throughput:
-      return "sm80 throughput";
-    case Kernel::kSm90Latency:
-      return "sm90 latency";
-    case Kernel::kSm90Throughput:
-      return "sm90 throughput";
-    default:
-      return "none";
-  }
+  constexpr const char* kNames[] = {"none", "sm80 latency", "sm80 throughput", "sm90 latency",
+                                    "sm90 throughput"};
+  return kNames[int(kernel)];
 }
 
 // What the choice may depend on.
@@ -65,27 +58,17 @@ struct Plan {
   KernelPlan backward_protos;
 };
 
-constexpr int64_t kMaxInt = INT32_MAX;
-constexpr const char* kKernelsAllowed =
-    "sm80, sm80-latency, sm80-throughput, sm90, sm90-latency, sm90-throughput";
-
-// ---------------------------------------------------------------- tiles of the kernels
-
-constexpr int item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-// ---------------------------------------------------------------- the choice
-
 namespace planning {
 
+constexpr int64_t kMaxInt = INT32_MAX;
+constexpr int item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline void append(std::string* to, const char* text) { *to += text; }
-inline void append(std::string* to, int64_t number) { *to += std::to_string(number); }
 template <class... Parts>
 std::string sentence(const Parts&... parts) {
-  std::string text;
-  (append(&text, parts), ...);
-  return text;
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
 }
 
 // What FASTPROTO_CUDA_KERNELS asks for.
@@ -120,13 +103,6 @@ inline bool finds_statistics(const Request& r, const KernelPlan& forward) {
          (forward.kernel == Kernel::kSm80Latency && forward.slices > 1);
 }
 
-inline void plan_stats(const Request& r, KernelPlan* plan) {
-  plan->kernel = Kernel::kSm80Throughput;
-  plan->tile_n = 8;  // a warp each
-  plan->threads = 256;
-  plan->blocks = int(ceil_div(r.total, plan->tile_n));
-}
-
 // Tiles of `rows` prototypes where the host does not know how large the bags are.
 inline int64_t owned_tiles(const Request& r, int rows) {
   return r.total / rows + r.episodes * r.ways + 1;
@@ -139,74 +115,73 @@ inline int latency_slices(const Request& r, int64_t tiles, int dim) {
   return tiles * most <= 2 * r.multiprocessors ? most : 1;
 }
 
-inline void plan_sm80_forward(const Request& r, bool small, KernelPlan* plan) {
+// A launch in tiles of tile_m pixels and tile_n prototypes, `tiles` of them.
+inline KernelPlan sm80_launch(const Request& r, bool small, int tile_m, int tile_n, int64_t tiles,
+                              int shared_bytes) {
+  KernelPlan plan;
+  plan.kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
+  plan.tile_m = tile_m;
+  plan.tile_n = tile_n;
+  plan.dim = padded_dim(r.dim);
+  plan.slices = small ? latency_slices(r, tiles, plan.dim) : 1;
+  plan.blocks = int(tiles * plan.slices);
+  plan.threads = sm80::kThreads;
+  plan.shared_bytes = shared_bytes;
+  return plan;
+}
+
+inline KernelPlan plan_sm80_forward(const Request& r, bool small) {
   const int item = item_size(r.dtype), dim = padded_dim(r.dim);
-  plan->kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
-  plan->dim = dim;
   // 64 rows of float32 would leave no room for prototypes.
   const bool wide = !small && item == 2 && sm80::forward_bytes(item, dim, 64, 1) <= r.shared_memory;
-  plan->tile_m = wide ? 64 : 16;
-  plan->tile_n = sm80::forward_tile_n(item, plan->tile_m);
-  plan->stages = sm80::forward_bytes(item, dim, plan->tile_m, 2) <= r.shared_memory ? 2 : 1;
-  const int64_t maps = r.episodes * r.queries * r.ways;
-  const int64_t tiles = maps * ceil_div(r.pixels, plan->tile_m);
-  plan->slices = small ? latency_slices(r, tiles, dim) : 1;
-  plan->blocks = int(tiles * plan->slices);
-  plan->threads = sm80::kThreads;
-  plan->shared_bytes = sm80::forward_bytes(item, dim, plan->tile_m, plan->stages);
+  const int rows = wide ? 64 : 16;
+  const int stages = sm80::forward_bytes(item, dim, rows, 2) <= r.shared_memory ? 2 : 1;
+  const int64_t tiles = r.episodes * r.queries * r.ways * ceil_div(r.pixels, rows);
+  KernelPlan plan = sm80_launch(r, small, rows, sm80::forward_tile_n(item, rows), tiles,
+                                sm80::forward_bytes(item, dim, rows, stages));
+  plan.stages = stages;
+  return plan;
 }
 
 // The queries: a block sums over the classes. The prototypes: bag b owns the tiles from
 // offsets[b] / tile_n + b on, found on the device.
 inline void plan_sm80_backward(const Request& r, bool small, Plan* plan) {
   const int item = item_size(r.dtype), dim = padded_dim(r.dim);
-  KernelPlan& query = plan->backward_query;
-  query.kernel = small ? Kernel::kSm80Latency : Kernel::kSm80Throughput;
-  query.dim = dim;
-  query.tile_m = 16;
-  query.tile_n = sm80::backward_query_tile_n(item);
-  query.stages = sm80::backward_query_bytes(item, dim, 2) <= r.shared_memory ? 2 : 1;
-  query.threads = sm80::kThreads;
-  query.shared_bytes = sm80::backward_query_bytes(item, dim, query.stages);
-  const int64_t tiles = r.episodes * r.queries * ceil_div(r.pixels, query.tile_m);
-  query.slices = small ? latency_slices(r, tiles, dim) : 1;
-  query.blocks = int(tiles * query.slices);
-
-  KernelPlan& protos = plan->backward_protos;
-  protos.kernel = query.kernel;
-  protos.dim = dim;
-  protos.tile_m = sm80::backward_protos_pixels(item);
+  const int stages = sm80::backward_query_bytes(item, dim, 2) <= r.shared_memory ? 2 : 1;
+  plan->backward_query = sm80_launch(r, small, 16, sm80::backward_query_tile_n(item),
+                                     r.episodes * r.queries * ceil_div(r.pixels, 16),
+                                     sm80::backward_query_bytes(item, dim, stages));
+  plan->backward_query.stages = stages;
   const bool tall =
       !small && item == 2 && sm80::backward_protos_bytes(item, dim, 32) <= r.shared_memory;
-  protos.tile_n = tall ? 32 : 16;
-  protos.threads = sm80::kThreads;
-  protos.shared_bytes = sm80::backward_protos_bytes(item, dim, protos.tile_n);
-  const int64_t owned = owned_tiles(r, protos.tile_n);
-  protos.slices = small ? latency_slices(r, owned, dim) : 1;
-  protos.blocks = int(owned * protos.slices);
+  const int rows = tall ? 32 : 16;
+  plan->backward_protos =
+      sm80_launch(r, small, sm80::backward_protos_pixels(item), rows, owned_tiles(r, rows),
+                  sm80::backward_protos_bytes(item, dim, rows));
 }
 
-inline void plan_sm90_forward(const Request& r, bool small, KernelPlan* plan) {
+inline KernelPlan plan_sm90_forward(const Request& r, bool small) {
   const int64_t maps = r.episodes * r.queries * r.ways;
-  *plan = {};
-  plan->dim = padded_dim(r.dim);
+  KernelPlan plan;
+  plan.dim = padded_dim(r.dim);
   if (small) {
-    plan->kernel = Kernel::kSm90Latency;
-    plan->tile_m = 16;
-    plan->cluster = plan->slices = sm90::forward_latency_cluster(plan->dim);
-    plan->tile_n = 32 * plan->cluster;
-    plan->threads = sm90::forward_latency_threads(plan->dim);
-    plan->shared_bytes = sm90::forward_latency_bytes(plan->dim);
-    plan->blocks = int(maps * ceil_div(r.pixels, plan->tile_m) * plan->slices);
+    plan.kernel = Kernel::kSm90Latency;
+    plan.tile_m = 16;
+    plan.cluster = plan.slices = sm90::forward_latency_cluster(plan.dim);
+    plan.tile_n = 32 * plan.cluster;
+    plan.threads = sm90::forward_latency_threads(plan.dim);
+    plan.shared_bytes = sm90::forward_latency_bytes(plan.dim);
+    plan.blocks = int(maps * ceil_div(r.pixels, plan.tile_m) * plan.slices);
   } else {
-    plan->kernel = Kernel::kSm90Throughput;
-    plan->tile_m = plan->tile_n = 64;
-    plan->stages = sm90::forward_stages(plan->dim);
-    plan->threads = sm90::forward_threads();
-    plan->shared_bytes = sm90::forward_bytes(plan->dim);
-    const int64_t tiles = maps * ceil_div(r.pixels, plan->tile_m);  // blocks take turns at them
-    plan->blocks = int(tiles < r.multiprocessors ? tiles : r.multiprocessors);
+    plan.kernel = Kernel::kSm90Throughput;
+    plan.tile_m = plan.tile_n = 64;
+    plan.stages = sm90::forward_stages(plan.dim);
+    plan.threads = sm90::forward_threads();
+    plan.shared_bytes = sm90::forward_bytes(plan.dim);
+    // Blocks take turns at the tiles.
+    plan.blocks = int(std::min<int64_t>(maps * ceil_div(r.pixels, 64), r.multiprocessors));
   }
+  return plan;
 }
 
 // Blocks that take turns at the tiles one accumulator sums over, where the chip is not full
@@ -223,24 +198,18 @@ inline void plan_sm90_backward(const Request& r, bool spreads, Plan* plan) {
   KernelPlan& query = plan->backward_query;
   query.kernel = Kernel::kSm90Throughput;
   query.dim = padded_dim(r.dim);
-  query.tile_m = sm90::kBackwardQueryPixels;
-  query.tile_n = 64;
+  query.tile_m = query.tile_n = 64;
+  static_assert(sm90::kBackwardQueryPixels == 64 && sm90::kBackwardProtosRows == 64);
   query.threads = sm90::backward_threads();
+  KernelPlan& protos = plan->backward_protos = query;
   query.shared_bytes = sm90::backward_query_bytes(query.dim);
-  query.blocks = int(r.episodes * r.queries * ceil_div(r.pixels, query.tile_m));
-
-  KernelPlan& protos = plan->backward_protos;
-  protos.kernel = query.kernel;
-  protos.dim = query.dim;
-  protos.tile_m = 64;
-  protos.tile_n = sm90::kBackwardProtosRows;
-  protos.threads = query.threads;
+  query.blocks = int(r.episodes * r.queries * ceil_div(r.pixels, 64));
   protos.shared_bytes = sm90::backward_protos_bytes(protos.dim);
-  protos.blocks = int(owned_tiles(r, protos.tile_n));
+  protos.blocks = int(owned_tiles(r, 64));
   if (!spreads) return;
   // What the host knows of the bags: their rows on average.
-  spread(r, ceil_div(ceil_div(r.total, r.episodes * r.ways), query.tile_n), &query);
-  spread(r, r.queries * ceil_div(r.pixels, protos.tile_m), &protos);
+  spread(r, ceil_div(ceil_div(r.total, r.episodes * r.ways), 64), &query);
+  spread(r, r.queries * ceil_div(r.pixels, 64), &protos);
 }
 
 // Why nothing of csrc/cuda runs the problem; empty: something does.
@@ -280,8 +249,8 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
   if (!plan.error.empty()) return plan;
   Wish wish;
   if (!parse(wanted, &wish)) {
-    plan.error =
-        sentence("FASTPROTO_CUDA_KERNELS: found '", wanted, "'; allowed: ", kKernelsAllowed);
+    plan.error = sentence("FASTPROTO_CUDA_KERNELS: found '", wanted, "'; allowed: sm80, ",
+                          "sm80-latency, sm80-throughput, sm90, sm90-latency, sm90-throughput");
     return plan;
   }
 
@@ -305,7 +274,7 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
   // every block (measured on an H200, benchmarks/results).
   int64_t blocks = r.episodes * r.queries * r.ways * ceil_div(r.pixels, 64);
   if (sm90) {
-    plan_sm90_forward(r, true, &plan.forward);
+    plan.forward = plan_sm90_forward(r, true);
     blocks = plan.forward.blocks;
   }
   const bool few = sm90 ? blocks <= r.multiprocessors : blocks < r.multiprocessors;
@@ -320,9 +289,9 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
         few ? "fewer than the " : "enough for the ", r.multiprocessors, " multiprocessors.");
 
   if (sm90) {
-    if (!small) plan_sm90_forward(r, false, &plan.forward);
+    if (!small) plan.forward = plan_sm90_forward(r, false);
   } else {
-    plan_sm80_forward(r, small, &plan.forward);
+    plan.forward = plan_sm80_forward(r, small);
     if (!small && plan.forward.tile_m == 16)
       say("forward: 16 pixels a block: 64 leave no room for prototypes in ", r.shared_memory,
           " bytes.");
@@ -339,7 +308,10 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
   } else if (r.total == 0) {
     say("stats: none: there are no prototypes.");
   } else {
-    plan_stats(r, &plan.stats);
+    plan.stats.kernel = Kernel::kSm80Throughput;
+    plan.stats.tile_n = 8;  // a warp each
+    plan.stats.threads = 256;
+    plan.stats.blocks = int(ceil_div(r.total, 8));
     say("stats: ", r.save ? "the backward reads them." : "the forward needs them beforehand.");
   }
 

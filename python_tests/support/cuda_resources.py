@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fastproto.op.chips import SHARED_MEMORY
 
@@ -36,14 +37,9 @@ _MAX_REGISTERS = re.compile(r"\bUSETMAXREG\.(TRY_ALLOC|DEALLOC)\b.*\b(0x[0-9a-f]
 _CLAMPED = re.compile(r"\bU?VI\w*MNMX[\w.]*\s+U?R\w+,\s*(?:!?U?PT,\s*)*U?P\d,")
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What ``Traits`` promise.
-
-    Attributes:
-        threads: Of a block.
-        registers: Of a thread, at most (``kMaxRegisters``; 255 where it is not given).
-        shared: Bytes of a block.
+class Budget(NamedTuple):
+    """What ``Traits`` promise: threads and bytes of a block, registers of a thread at most
+    (``kMaxRegisters``; 255 where it is not given).
     """
 
     threads: int
@@ -53,16 +49,14 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel of the library, for one architecture.
+    """A kernel of the library, for one architecture; bytes and registers are a thread's.
 
     Attributes:
         symbol: Its mangled name.
-        name: Its name without parameters and the package's namespaces: ``sm80::forward_kernel``.
+        name: Without parameters and the package's namespaces: ``sm80::forward_kernel``.
         traits: Its template's arguments as C++ wants them, or "".
         chip: "sm_80".
-        registers: Of a thread.
-        stack: Bytes of a thread.
-        local: Bytes of local memory of a thread: spilled registers, arrays with computed indices.
+        local: Bytes of local memory: spilled registers, arrays with computed indices.
         instructions: How many of each of :data:`INSTRUCTIONS`, and :data:`CLAMPED`; :data:`MORE`
             and :data:`FEWER`.
     """
@@ -115,24 +109,22 @@ def why_not() -> str | None:
     for name in ("cuobjdump", "nvdisasm"):
         if tool(name) is None:
             return f"there is no {name}, neither on PATH nor in an installed triton"
-    if shutil.which("c++filt") is None:
-        return "there is no c++filt"
-    return None
+    return None if shutil.which("c++filt") else "there is no c++filt"
 
 
 def kernels(library: Path) -> list[Kernel]:
     """Every kernel in ``library``, once per architecture it has machine code for."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _output([_tool("cuobjdump"), "-xelf", "all", library.resolve()], cwd=folder)
-        files = sorted(folder.glob("*.cubin"))
+        _ask("cuobjdump", "-xelf", "all", library.resolve(), cwd=folder)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = [kernel for part in pool.map(_kernels_of_cubin, files) for kernel in part]
-    names = _demangled([kernel.symbol for kernel in found])
+            parts = list(pool.map(_kernels_of_cubin, sorted(folder.glob("*.cubin"))))
+    found = [kernel for part in parts for kernel in part]
+    symbols = "\n".join(kernel.symbol for kernel in found)
+    names = [_split(line) for line in _output(["c++filt"], given=symbols).splitlines()]
     return [
         dataclasses.replace(kernel, name=name, traits=traits)
-        for kernel in found
-        for name, traits in [_split(names[kernel.symbol])]
+        for kernel, (name, traits) in zip(found, names, strict=True)
     ]
 
 
@@ -140,7 +132,7 @@ def _kernels_of_cubin(file: Path) -> list[Kernel]:
     """Without their readable names."""
     chip = re.search(r"\.(sm_\w+)\.cubin$", file.name)
     assert chip is not None, file.name
-    usage = _output([_tool("cuobjdump"), "-res-usage", file])
+    usage = _ask("cuobjdump", "-res-usage", file)
     counts = _count_instructions(file)
     pattern = r"^ Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)"
     return [
@@ -149,12 +141,28 @@ def _kernels_of_cubin(file: Path) -> list[Kernel]:
     ]
 
 
-def budgets(kernels: Iterable[Kernel], sources: Path) -> dict[str, Budget]:
-    """Of the kernels whose first template argument is one, by ``traits``.
+EMULATOR = Path(__file__).parent / "emulator"
+_BUDGETS = """
+#define FASTPROTO_EMULATE
+#include <cstdio>
+{includes}
+template <class T> concept Traits = requires {{ T::kThreads; T::kSharedBytes; }};
+template <class T> constexpr int most_registers() {{
+  if constexpr (requires {{ T::kMaxRegisters; }}) return int(T::kMaxRegisters);
+  else return 255;
+}}
+template <class T> void print(int index) {{
+  if constexpr (Traits<T>)
+    std::printf("%d %d %d %d\\n", index, int(T::kThreads), most_registers<T>(),
+                int(T::kSharedBytes));
+}}
+int main() {{ {prints} }}
+"""
 
-    Args:
-        kernels: What :func:`kernels` found.
-        sources: The folder ``csrc`` that the library was built from.
+
+def budgets(kernels: Iterable[Kernel], sources: Path) -> dict[str, Budget]:
+    """Of the kernels whose first template argument is one, by ``traits``; ``sources`` is the folder
+    ``csrc`` that the library was built from.
     """
     wanted = sorted({kernel.traits for kernel in kernels if kernel.traits})
     headers = [
@@ -162,41 +170,17 @@ def budgets(kernels: Iterable[Kernel], sources: Path) -> dict[str, Budget]:
         for folder in ("sm80", "sm90")
         for path in sorted((sources / "cuda" / folder).glob("*.cuh"))
     ]
-    lines = [
-        "#define FASTPROTO_EMULATE",
-        "#include <cstdio>",
-        *(f'#include "{path}"' for path in headers),
-        "namespace {",
-        "template <class T> concept Traits = requires {",
-        "  T::kThreads; T::kSharedBytes;",
-        "};",
-        "template <class T> constexpr int most_registers() {",
-        "  if constexpr (requires { T::kMaxRegisters; }) return int(T::kMaxRegisters);",
-        "  else return 255;",
-        "}",
-        "template <class T> void print(int index) {",
-        "  if constexpr (Traits<T>)",
-        '    std::printf("%d %d %d %d\\n", index, int(T::kThreads), most_registers<T>(),',
-        "                int(T::kSharedBytes));",
-        "}",
-        "}  // namespace",
-        "int main() {",
-        *(f"  print<{traits}>({index});" for index, traits in enumerate(wanted)),
-        "}",
-    ]
+    program = _BUDGETS.format(
+        includes="\n".join(f'#include "{path}"' for path in headers),
+        prints="\n".join(f"print<{traits}>({index});" for index, traits in enumerate(wanted)),
+    )
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
+    options = ["-std=gnu++20", "-O0", "-w", "-pthread", f"-I{EMULATOR}", "-x", "c++", "-"]
     with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder) / "budgets.cpp", Path(folder) / "budgets"
-        source.write_text("\n".join(lines), encoding="utf-8")
-        emulator = Path(__file__).parent / "emulator"
-        options = ["-std=gnu++20", "-O0", "-w", "-pthread", f"-I{emulator}"]
-        _output([*compiler.split(), *options, source, "-o", program])
-        report = _output([program])
-    found = {}
-    for line in report.splitlines():
-        index, *numbers = map(int, line.split())
-        found[wanted[index]] = Budget(*numbers)
-    return found
+        binary = Path(folder) / "budgets"
+        _output([*compiler.split(), *options, "-o", binary], given=program)
+        lines = [list(map(int, line.split())) for line in _output([binary]).splitlines()]
+    return {wanted[index]: Budget(*numbers) for index, *numbers in lines}
 
 
 def wanted_instruction(kernel: Kernel) -> str | None:
@@ -236,6 +220,15 @@ def complaints(kernel: Kernel, budget: Budget | None) -> list[str]:
     return found
 
 
+def all_complaints(kernels: Iterable[Kernel], budgets: dict[str, Budget]) -> list[str]:
+    """What is wrong with any of them, each with the kernel's name."""
+    return [
+        f"{kernel.label} {kernel.chip}: {complaint}"
+        for kernel in kernels
+        for complaint in complaints(kernel, budgets.get(kernel.traits))
+    ]
+
+
 def assemble(library: Path, chip: str) -> tuple[list[str], dict[str, int]]:
     """Assembles the PTX in ``library`` for another chip.
 
@@ -245,72 +238,56 @@ def assemble(library: Path, chip: str) -> tuple[list[str], dict[str, int]]:
     """
     assembler = ptxas()
     assert assembler is not None
+
+    def one(file: Path) -> tuple[str, str]:
+        options = [f"-arch={chip}", "-v", "-warn-spills", "-warn-lmem-usage", "-Werror"]
+        output = file.with_suffix(".cubin")
+        command = [str(assembler), *options, str(file), "-o", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        wrong = re.findall(r"^ptxas (?!info).*$", result.stderr, flags=re.MULTILINE)
+        if result.returncode != 0:
+            wrong = wrong or [f"exit code {result.returncode}"]
+        elif clamped := sum(counts[CLAMPED] for counts in _count_instructions(output).values()):
+            wrong.append(f"{clamped} {CLAMPED}")
+        return "; ".join(f"{file.name}: {text}" for text in wrong), result.stderr
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _output([_tool("cuobjdump"), "-xptx", "all", library.resolve()], cwd=folder)
+        _ask("cuobjdump", "-xptx", "all", library.resolve(), cwd=folder)
         files = sorted(folder.glob("*.ptx"))
         if not files:
             return [f"{library.name}: found no PTX"], {}
-
-        def one(file: Path) -> tuple[str, str]:
-            options = [f"-arch={chip}", "-v", "-warn-spills", "-warn-lmem-usage", "-Werror"]
-            output = file.with_suffix(".cubin")
-            command = [str(assembler), *options, str(file), "-o", str(output)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            wrong = re.findall(r"^ptxas (?!info).*$", result.stderr, flags=re.MULTILINE)
-            if result.returncode != 0:
-                wrong = wrong or [f"exit code {result.returncode}"]
-            elif clamped := sum(counts[CLAMPED] for counts in _count_instructions(output).values()):
-                wrong.append(f"{clamped} {CLAMPED}")
-            return "; ".join(wrong), result.stderr
-
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             reports = list(pool.map(one, files))
     pattern = r"Compiling entry function '(\w+)'(?:.*\n)*?.*Used (\d+) registers"
     registers = {
         symbol: int(count) for _, report in reports for symbol, count in re.findall(pattern, report)
     }
-    wrong = [f"{file.name}: {text}" for file, (text, _) in zip(files, reports, strict=True) if text]
-    return wrong, registers
+    return [text for text, _ in reports if text], registers
 
 
 def ptx_architectures(library: Path) -> set[str]:
     """For which architectures ``library`` holds PTX."""
-    report = _output([_tool("cuobjdump"), "-lptx", library])
+    report = _ask("cuobjdump", "-lptx", library)
     return set(re.findall(r"\.(sm_\w+)\.ptx$", report, flags=re.MULTILINE))
 
 
 def _count_instructions(file: Path) -> dict[str, dict[str, int]]:
     """By symbol."""
-    names = (*INSTRUCTIONS, CLAMPED, MORE, FEWER)
     found: dict[str, dict[str, int]] = {}
     counts: dict[str, int] = {}
     # Without data flow (-ndf), which takes most of the time.
-    for line in _output([_tool("nvdisasm"), "-c", "-ndf", file]).splitlines():
+    for line in _ask("nvdisasm", "-c", "-ndf", file).splitlines():
         if line.startswith(".text."):
-            counts = found[line[6:-1]] = dict.fromkeys(names, 0)
+            counts = found[line[6:-1]] = dict.fromkeys((*INSTRUCTIONS, CLAMPED, MORE, FEWER), 0)
         elif "MMA" in line or "UTMA" in line:
-            match = re.search(rf"\b({'|'.join(INSTRUCTIONS)})\b", line)
-            if match is not None:
-                counts[match[1]] += 1
+            for name in re.findall(rf"\b({'|'.join(INSTRUCTIONS)})\b", line)[:1]:
+                counts[name] += 1
         elif _CLAMPED.search(line):
             counts[CLAMPED] += 1
         elif asked := _MAX_REGISTERS.search(line):
             counts[MORE if asked[1] == "TRY_ALLOC" else FEWER] = int(asked[2], 16)
     return found
-
-
-def _tool(name: str) -> Path:
-    path = tool(name)
-    assert path is not None  # why_not() has looked
-    return path
-
-
-def _demangled(symbols: Sequence[str]) -> dict[str, str]:
-    text = subprocess.run(
-        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
-    ).stdout
-    return dict(zip(symbols, text.splitlines(), strict=True))
 
 
 def _split(function: str) -> tuple[str, str]:
@@ -330,8 +307,17 @@ def _split(function: str) -> tuple[str, str]:
     raise AssertionError(function)
 
 
-def _output(command: Sequence[str | Path], cwd: Path | None = None) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+def _ask(name: str, *arguments: str | Path, cwd: Path | None = None) -> str:
+    """Of one of NVIDIA's tools."""
+    path = tool(name)
+    assert path is not None  # why_not() has looked
+    return _output([path, *arguments], cwd)
+
+
+def _output(command: Sequence[str | Path], cwd: Path | None = None, given: str = "") -> str:
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=cwd, input=given
+    )
     if result.returncode != 0:
         text = result.stderr or result.stdout
         raise RuntimeError(f"{Path(command[0]).name} failed: {text.strip()[-4000:]}")

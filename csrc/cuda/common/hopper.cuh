@@ -56,17 +56,12 @@ FP_DEVICE Vector16 load_peer_16(uint32_t address) {
 
 // Products of two pairs of 16-bit floats, rounded to nearest even.
 template <class T>
-FP_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
-template <>
-FP_DEVICE uint32_t multiply_pairs<bf16>(uint32_t a, uint32_t b) {
+FP_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   uint32_t y;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-  return y;
-}
-template <>
-FP_DEVICE uint32_t multiply_pairs<half>(uint32_t a, uint32_t b) {
-  uint32_t y;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }
 

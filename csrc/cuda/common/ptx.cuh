@@ -10,6 +10,8 @@
 //   b[1] = (i+4, g) C float  [16][8]   c[0..1] = (g, 2i..2i+1)  c[2..3] = (g+8, 2i..2i+1)
 #pragma once
 
+#include <type_traits>
+
 #include "platform.h"
 
 namespace fastproto::cuda {
@@ -98,17 +100,12 @@ FP_DEVICE half from_float<half>(float x) {
 }
 // Two 16-bit floats in a register, `low` in the low half.
 template <class T>
-FP_DEVICE uint32_t pack(float low, float high);
-template <>
-FP_DEVICE uint32_t pack<bf16>(float low, float high) {
+FP_DEVICE uint32_t pack(float low, float high) {
   uint32_t y;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-template <>
-FP_DEVICE uint32_t pack<half>(float low, float high) {
-  uint32_t y;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
 template <class T>
@@ -156,54 +153,48 @@ FP_DEVICE Vector16 load_global_16(const void* from) {
 // (row 2i..2i+1, column g).
 template <bool Transpose>
 FP_DEVICE void load_matrix(uint32_t (&r)[4], const void* row) {
-  if constexpr (Transpose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  }
+#define FP_LOAD_MATRIX(TRANS)                                                              \
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4" TRANS ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                            \
+               : "r"(shared_address(row))                                                  \
+               : "memory")
+  if constexpr (Transpose)
+    FP_LOAD_MATRIX(".trans");
+  else
+    FP_LOAD_MATRIX("");
+#undef FP_LOAD_MATRIX
 }
 // The reverse; sm_90.
 template <bool Transpose>
 FP_DEVICE void store_matrix(void* row, const uint32_t (&r)[4]) {
-  if constexpr (Transpose) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     shared_address(row)),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-  } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     shared_address(row)),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-  }
+#define FP_STORE_MATRIX(TRANS)                                                   \
+  asm volatile("stmatrix.sync.aligned.m8n8.x4" TRANS                             \
+               ".shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), \
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])                        \
+               : "memory")
+  if constexpr (Transpose)
+    FP_STORE_MATRIX(".trans");
+  else
+    FP_STORE_MATRIX("");
+#undef FP_STORE_MATRIX
 }
 
 // ---------------------------------------------------------------- mma.sync
 
 // c += a b, [16][16] x [16][8], T = bf16 or half.
 template <class T>
-FP_DEVICE void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <>
-FP_DEVICE void mma_16816<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <>
-FP_DEVICE void mma_16816<half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+FP_DEVICE void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define FP_MMA(TYPE)                                                             \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE            \
+               ".f32 "                                                           \
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<T, bf16>)
+    FP_MMA("bf16");
+  else
+    FP_MMA("f16");
+#undef FP_MMA
 }
 // c += a b, [16][8] x [8][8]; the operands are tf32 numbers held as floats.
 FP_DEVICE void mma_1688_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {

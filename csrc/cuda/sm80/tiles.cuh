@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles in shared memory and the products of mma.sync, for every kernel of this folder.
+// Tiles in shared memory, for every kernel of this folder, and how they are loaded and stored.
 //
 // A tile holds rows of 16-byte pieces; the pieces of neighbouring rows are permuted (swizzled), so
 // that eight rows of one column lie in different banks. A tile of a feature map has pixels or
@@ -49,6 +49,12 @@ struct Matrix {
   }
 };
 
+// `count` rows of `protos` (or of their gradients) from `row` on.
+template <class T>
+FP_DEVICE Matrix<T> rows_of(const void* protos, int row, int count, int dim) {
+  return {static_cast<const T*>(protos) + int64_t(row) * dim, dim, 1, count, dim};
+}
+
 // Starts loading [kRows][kColumns]; ends at the next copy_async_wait and barrier.
 template <class T, int kRows, int kColumns>
 FP_DEVICE void load_rows(uint8_t* tile, const Matrix<T>& from) {
@@ -97,6 +103,13 @@ FP_DEVICE void store_rows(const Matrix<T>& to, const uint8_t* tile, int first_ro
           target[k * to.column_stride] = reinterpret_cast<const T*>(from)[k];
     }
   }
+}
+
+// float32: row `row` of a tile of prototypes less its mean, by a warp.
+template <int kRowBytes>
+FP_DEVICE void subtract_mean(uint8_t* tile, int row, float mean, int channels) {
+  for (int d = lane_index(); d < channels; d += 32)
+    *reinterpret_cast<float*>(tile + swizzled<kRowBytes>(row, d * 4)) -= mean;
 }
 
 // 16 bytes' worth of numbers of a row, as floats; zeros outside the matrix.
@@ -180,14 +193,13 @@ struct MapTile {
                                             : swizzled<kPixelRowBytes>(pixel, channel * size)));
   }
   // `map` points at channel 0 of the tile's first pixel; `pixels` are left there.
-  FP_DEVICE Matrix<T> matrix(const T* map, int64_t channel, int64_t pixel, int channels,
-                             int pixels) const {
+  template <class Strides>
+  FP_DEVICE Matrix<T> matrix(const T* map, const Strides& s, int channels, int pixels) const {
+    const int64_t channel = s.channel, pixel = s.pixel;  // read once: selected, no branch
     return channel_rows ? Matrix<T>{map, channel, pixel, channels, pixels}
                         : Matrix<T>{map, pixel, channel, pixels, channels};
   }
-  FP_DEVICE void load(const T* map, int64_t channel, int64_t pixel, int channels,
-                      int pixels) const {
-    const Matrix<T> from = matrix(map, channel, pixel, channels, pixels);
+  FP_DEVICE void load(const Matrix<T>& from) const {
     if (channel_rows)
       load_rows<T, kDim, kPixels>(data, from);
     else
@@ -201,9 +213,7 @@ struct MapTile {
       load_product_rows<T, kPixels, kDim>(data, a, b);
   }
   // Channels [first, first + count).
-  FP_DEVICE void store(T* map, int64_t channel, int64_t pixel, int channels, int pixels, int first,
-                       int count) const {
-    const Matrix<T> to = matrix(map, channel, pixel, channels, pixels);
+  FP_DEVICE void store(const Matrix<T>& to, int first, int count) const {
     if (channel_rows)
       store_rows<T, kPixels>(to, data, first, count, 0, kPixels);
     else
@@ -211,164 +221,72 @@ struct MapTile {
   }
 };
 
+// Channel 0 of a pixel of an image (of class 0).
+template <class T>
+FP_DEVICE const T* map_of(const Strided& maps, int episode, int query, int pixel) {
+  return static_cast<const T*>(maps.data) + episode * maps.episode + query * maps.query +
+         int64_t(pixel) * maps.pixel;
+}
+
 // Rows of a map are channels unless channels alone are contiguous.
 FP_DEVICE bool has_channel_rows(int64_t channel_stride, int64_t pixel_stride) {
   return channel_stride != 1 || pixel_stride == 1;
 }
 
-// Operands of mma.sync. An A is [16][kDepth]; a B is [2 * kDepth][8], two products deep.
-template <class T>
-struct Operands {
-  static constexpr int kDepth = 16;
-  struct A {
-    uint32_t x[4];
-  };
-  struct B {
-    uint32_t x[4];
-  };
+// The prototypes of a bag in tiles of kN, of which `stages` are in shared memory.
+template <class T, int kN, int kDim>
+struct PrototypeStream {
+  static constexpr int kRowBytes = kDim * int(sizeof(T));
+  uint8_t* memory;
+  int stages;
+  int warp;
+  Matrix<T> bag;
+  int steps = (bag.rows + kN - 1) / kN;
 
-  // A from a tile whose rows are A's (k contiguous), or, Transposed, whose rows are k.
-  template <int kRowBytes, bool Transposed>
-  static FP_DEVICE void load_a(A& a, const uint8_t* tile, int row, int k) {
-    const int lane = lane_index();
-    const int at =
-        Transposed ? swizzled<kRowBytes>(k + lane / 16 * 8 + lane % 8, (row + lane / 8 % 2 * 8) * 2)
-                   : swizzled<kRowBytes>(row + lane % 16, (k + lane / 16 * 8) * 2);
-    load_matrix<Transposed>(a.x, tile + at);
+  // Starts loading tile `step`, if there is one.
+  FP_DEVICE void load(int step) const {
+    if (step < steps)
+      load_rows<T, kN, kDim>(tile(step),
+                             rows_of<T>(bag.data, step * kN, bag.rows - step * kN, bag.columns));
+    copy_async_commit();
   }
-  // B from a tile whose rows are B's columns (k contiguous), or, Transposed, whose rows are k.
-  template <int kRowBytes, bool Transposed>
-  static FP_DEVICE void load_b(B& b, const uint8_t* tile, int column, int k) {
-    const int lane = lane_index();
-    const int at = Transposed ? swizzled<kRowBytes>(k + lane, column * 2)
-                              : swizzled<kRowBytes>(column + lane % 8, (k + lane / 8 * 8) * 2);
-    load_matrix<Transposed>(b.x, tile + at);
-  }
-  // c += a b[step]
-  static FP_DEVICE void multiply(float (&c)[4], const A& a, const B& b, int step, bool) {
-    mma_16816<T>(c, a.x, b.x[2 * step], b.x[2 * step + 1]);
-  }
-  static FP_DEVICE void store_pair(uint8_t* to, float x, float y) {
-    *reinterpret_cast<uint32_t*>(to) = pack<T>(x, y);
-  }
-};
-
-// float32: every number is a sum of two TF32 numbers; a product is three of theirs, or one.
-template <>
-struct Operands<float> {
-  static constexpr int kDepth = 8;
-  struct A {
-    float high[4], low[4];
-  };
-  struct B {
-    float high[4], low[4];
-  };
-
-  static FP_DEVICE float element(const uint8_t* tile, int offset) {
-    return *reinterpret_cast<const float*>(tile + offset);
-  }
-  static FP_DEVICE void split(float x, float* high, float* low) {
-    *high = to_tf32(x);
-    *low = to_tf32(x - *high);
-  }
-  template <int kRowBytes, bool Transposed>
-  static FP_DEVICE void load_a(A& a, const uint8_t* tile, int row, int k) {
-    const int g = lane_index() / 4, i = lane_index() % 4;
-    FP_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int r = row + g + j % 2 * 8, c = k + i + j / 2 * 4;
-      split(
-          element(tile, Transposed ? swizzled<kRowBytes>(c, r * 4) : swizzled<kRowBytes>(r, c * 4)),
-          &a.high[j], &a.low[j]);
-    }
-  }
-  template <int kRowBytes, bool Transposed>
-  static FP_DEVICE void load_b(B& b, const uint8_t* tile, int column, int k) {
-    const int g = lane_index() / 4, i = lane_index() % 4;
-    FP_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int r = k + i + j * 4, c = column + g;
-      split(
-          element(tile, Transposed ? swizzled<kRowBytes>(r, c * 4) : swizzled<kRowBytes>(c, r * 4)),
-          &b.high[j], &b.low[j]);
-    }
-  }
-  static FP_DEVICE void multiply(float (&c)[4], const A& a, const B& b, int step, bool precise) {
-    if (precise) {  // the small terms first
-      mma_1688_tf32(c, a.low, b.high[2 * step], b.high[2 * step + 1]);
-      mma_1688_tf32(c, a.high, b.low[2 * step], b.low[2 * step + 1]);
-    }
-    mma_1688_tf32(c, a.high, b.high[2 * step], b.high[2 * step + 1]);
-  }
-  static FP_DEVICE void store_pair(uint8_t* to, float x, float y) {
-    float* pair = reinterpret_cast<float*>(to);
-    pair[0] = x;
-    pair[1] = y;
-  }
-};
-
-// As load_a and load_b, of a map's tile in whichever layout; rows (columns) are pixels, k channels.
-template <class T, int kPixels, int kDim>
-FP_DEVICE void load_a(typename Operands<T>::A& a, const MapTile<T, kPixels, kDim>& tile, int pixel,
-                      int channel) {
-  using Tile = MapTile<T, kPixels, kDim>;
-  if (tile.channel_rows)
-    Operands<T>::template load_a<Tile::kChannelRowBytes, true>(a, tile.data, pixel, channel);
-  else
-    Operands<T>::template load_a<Tile::kPixelRowBytes, false>(a, tile.data, pixel, channel);
-}
-
-// B of a product over channels (columns are pixels) and of one over pixels (columns are channels).
-template <class T, int kPixels, int kDim>
-FP_DEVICE void load_b_of_channels(typename Operands<T>::B& b, const MapTile<T, kPixels, kDim>& tile,
-                                  int pixel, int channel) {
-  using Tile = MapTile<T, kPixels, kDim>;
-  if (tile.channel_rows)
-    Operands<T>::template load_b<Tile::kChannelRowBytes, true>(b, tile.data, pixel, channel);
-  else
-    Operands<T>::template load_b<Tile::kPixelRowBytes, false>(b, tile.data, pixel, channel);
-}
-template <class T, int kPixels, int kDim>
-FP_DEVICE void load_b_of_pixels(typename Operands<T>::B& b, const MapTile<T, kPixels, kDim>& tile,
-                                int channel, int pixel) {
-  using Tile = MapTile<T, kPixels, kDim>;
-  if (tile.channel_rows)
-    Operands<T>::template load_b<Tile::kChannelRowBytes, false>(b, tile.data, channel, pixel);
-  else
-    Operands<T>::template load_b<Tile::kPixelRowBytes, true>(b, tile.data, channel, pixel);
-}
-
-// The products S and dA of the two backward kernels: the halves of each, and the parts that warps
-// other than the first of a slice of channels have; the first one has the sums after. `partials`
-// are [kWarpsK - 1][2][rows * columns] floats, of which this thread's four lie at (row, column), +
-// 1, and row + 8. A barrier where there are several.
-template <int kWarpsK, int kRows, int kColumns>
-FP_DEVICE void sum_products(float (&s)[2][4], float (&da)[2][4], float* partials, int warp_k,
-                            int row, int column) {
-  FP_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    s[0][j] += s[1][j];
-    da[0][j] += da[1][j];
-  }
-  if constexpr (kWarpsK > 1) {
-    FP_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int at = (row + j / 2 * 8) * kColumns + column + j % 2;
-      if (warp_k > 0) {
-        partials[(warp_k - 1) * 2 * kRows * kColumns + at] = s[0][j];
-        partials[((warp_k - 1) * 2 + 1) * kRows * kColumns + at] = da[0][j];
-      }
+  FP_DEVICE uint8_t* tile(int step) const { return memory + step % stages * kN * kRowBytes; }
+  // The tile, for all threads, while the next one loads; in float32 less the means of its rows,
+  // which are means[first] and on.
+  FP_DEVICE uint8_t* wait(int step, const float* means, int first) const {
+    if (stages == 2) {
+      load(step + 1);
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
     }
     sync_block();
-    FP_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int at = (row + j / 2 * 8) * kColumns + column + j % 2;
-      FP_UNROLL
-      for (int other = 0; other < kWarpsK - 1; ++other) {
-        s[0][j] += partials[other * 2 * kRows * kColumns + at];
-        da[0][j] += partials[(other * 2 + 1) * kRows * kColumns + at];
-      }
+    if constexpr (sizeof(T) == 4) {
+      for (int row = warp; row < kN && row < bag.rows - step * kN; row += kWarps)
+        subtract_mean<kRowBytes>(tile(step), row, means[first + row], bag.columns);
+      sync_block();
     }
+    return tile(step);
+  }
+  // After the last use of the tile.
+  FP_DEVICE void release(int step) const {
+    sync_block();
+    if (stages == 1) load(step + 1);
+  }
+};
+
+// Adds up each pixel's sums over the kThreads / kPixels threads that share it (thread_index() %
+// kPixels): the first of them has all. `scratch` is kCount kThreads floats; a barrier.
+template <int kPixels, int kCount>
+FP_DEVICE void sum_parts(float* scratch, float (&sums)[kCount]) {
+  FP_UNROLL
+  for (int k = 0; k < kCount; ++k) scratch[kCount * thread_index() + k] = sums[k];
+  sync_block();
+  if (thread_index() >= kPixels) return;
+  for (int other = 1; other < kThreads / kPixels; ++other) {
+    FP_UNROLL
+    for (int k = 0; k < kCount; ++k)
+      sums[k] += scratch[kCount * (other * kPixels + thread_index()) + k];
   }
 }
 
@@ -377,21 +295,15 @@ FP_DEVICE void sum_products(float (&s)[2][4], float (&da)[2][4], float* partials
 template <class T, int kPixels, int kDim>
 FP_DEVICE void map_statistics(const MapTile<T, kPixels, kDim>& tile, int channels, float eps,
                               float* scratch, float* mean, float* rnorm) {
-  constexpr int kParts = kThreads / kPixels;
-  const int pixel = thread_index() % kPixels, part = thread_index() / kPixels;
+  const int pixel = thread_index() % kPixels;
   const float first = to_float(*tile.at(pixel, 0));
   RowSums sums;
-  for (int channel = part; channel < channels; channel += kParts)
+  for (int channel = thread_index() / kPixels; channel < channels; channel += kThreads / kPixels)
     sums.add(to_float(*tile.at(pixel, channel)) - first);
-  scratch[2 * thread_index()] = sums.total;
-  scratch[2 * thread_index() + 1] = sums.squares;
-  sync_block();
-  if (part == 0) {
-    for (int other = 1; other < kParts; ++other) {
-      sums.total += scratch[2 * (other * kPixels + pixel)];
-      sums.squares += scratch[2 * (other * kPixels + pixel) + 1];
-    }
-    const RowStatistics found = row_statistics(first, sums, channels, eps);
+  float parts[2] = {sums.total, sums.squares};
+  sum_parts<kPixels>(scratch, parts);
+  if (thread_index() < kPixels) {
+    const RowStatistics found = row_statistics(first, {parts[0], parts[1]}, channels, eps);
     mean[pixel] = found.mean;
     rnorm[pixel] = found.rnorm;
   }

@@ -25,36 +25,22 @@ constexpr int backward_protos_bytes(int dim) {
 }
 
 inline bool is_channels_last(const BackwardParams& p) {
-  return p.agg.channel == 1 && (p.agg.pixel != 1 || p.problem.pixels == 1);
+  return is_channels_last(p.agg, p.problem.pixels);
 }
 
-// What both kernels need: two-byte types of D <= 512 in rows that start at multiples of 16 bytes,
-// features and gradients in one layout.
+// What both kernels need: two-byte types in vectors, features and gradients in one layout.
 inline bool backward_vectors_apply(const BackwardParams& p) {
-  const Problem& s = p.problem;
   const bool channels_last = is_channels_last(p);
-  const auto inner = [&](const auto& maps) { return channels_last ? maps.channel : maps.pixel; };
-  const auto row = [&](const auto& maps) { return channels_last ? maps.pixel : maps.channel; };
-  const int rows = channels_last ? s.pixels : s.dim, length = channels_last ? s.dim : s.pixels;
-  const auto walkable = [&](const Strided& maps) {
-    return inner(maps) == 1 && is_vector(maps.data) && is_tma_dim(rows, row(maps)) &&
-           (rows == 1 || row(maps) >= length) && is_tma_dim(s.queries, maps.query) &&
-           is_tma_dim(s.episodes, maps.episode);
-  };
-  return s.dim >= 8 && s.dim <= 512 && is_vector(s.dim) && s.pixels >= 1 &&
-         (channels_last || is_vector(s.pixels)) && walkable(p.feat) && walkable(p.grad_out) &&
-         is_tma_dim(s.ways, p.grad_out.way) && is_vector(p.protos) &&
-         (p.statistics.protos != nullptr || s.total == 0);
+  return has_vectors(p.problem, p.feat, channels_last) &&
+         has_vectors(p.problem, p.grad_out, channels_last) && is_vector(p.protos) &&
+         (p.statistics.protos != nullptr || p.problem.total == 0);
 }
 
 // backward_query.cuh: dF and delta.
 constexpr int kBackwardQueryPixels = 64;
 inline bool backward_query_applies(const BackwardParams& p) {
-  const auto inner = [&](const Dense& maps) {
-    return is_channels_last(p) ? maps.channel : maps.pixel;
-  };
-  return backward_vectors_apply(p) && inner(p.agg) == 1 && inner(p.grad_feat) == 1 &&
-         is_vector(p.agg.data) && is_vector(p.grad_feat.data);
+  return backward_vectors_apply(p) && has_vectors(p.agg, is_channels_last(p)) &&
+         has_vectors(p.grad_feat, is_channels_last(p));
 }
 template <class T>  // bf16, half
 const char* launch_backward_query_of(const BackwardParams& p, const KernelPlan& plan, void* stream);

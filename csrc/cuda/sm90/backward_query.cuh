@@ -22,198 +22,9 @@
 
 #include <type_traits>
 
-#include "../plan.h"
-#include "backward_tiles.cuh"
+#include "backward_query_loads.cuh"
 
 namespace fastproto::cuda::sm90 {
-
-struct BackwardQueryMaps {
-  TensorMap feat;       // [E][Q]
-  TensorMap enhanced;   // dY2 [E][Q][K]
-  TensorMap copy;       // dY1 [E][Q][K], with concat
-  TensorMap agg;        // [E*Q*K]
-  TensorMap grad_feat;  // [E*Q]
-  TensorMap protos;
-  MapSteps feat_steps, grad_steps;
-  Turns turns;
-};
-
-template <class T_, int Dim, bool ChannelsLast>
-struct BackwardQueryTraits {
-  using T = T_;
-  static constexpr int kThreads = backward_threads();
-  static constexpr int kMaxRegisters = kLaunchRegisters;
-  static constexpr int kConsumerRegisters = 240;
-  static constexpr int kProducerRegisters = 24;
-  static_assert(fits_launch<kThreads>(kConsumerRegisters, kProducerRegisters));
-  static constexpr bool kChannelsLast = ChannelsLast;
-  static constexpr int kBoxes = Dim / kBox;
-  static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group
-  static constexpr int kRing = backward_query_ring(Dim);
-
-  // Boxes of the next tile that the ring holds beside this one's.
-  static constexpr int kAhead = kRing - kBoxes < kBoxes ? kRing - kBoxes : kBoxes;
-
-  static constexpr int kFeat = 0;
-  static constexpr int kGrad = kFeat + kBoxes * kBoxBytes;
-  static constexpr int kRingAt = kGrad + kBoxes * kBoxBytes;
-  static constexpr int kExchange = kRingAt + kRing * kBoxBytes;
-  // Two stages of a tile's means and reciprocal norms.
-  static constexpr int kStats = kExchange + 2 * kExchangeBytes;
-  // Parts of sums over the two groups: [2][2][64].
-  static constexpr int kSums = kStats + 2 * 2 * kBox * 4;
-  // Means and reciprocal norms of the pixels.
-  static constexpr int kRows = kSums + 2 * 2 * kBox * 4;
-  // First pixel and image: registers are scarce.
-  static constexpr int kPlace = kRows + 2 * kBox * 4;
-  static constexpr int kBarriers = kPlace + 2 * 4;
-  static constexpr int kSharedBytes = kBarriers + 8 * (kBoxes + 1 + 2 * kRing + 4);
-  static_assert(kSharedBytes == backward_query_bytes(Dim), "the plan");
-  static_assert(Dim % (2 * kBox) == 0 && kSharedBytes <= kSharedLimit);
-  static_assert(kOwned * 32 <= 128, "registers of the accumulator");
-};
-
-template <class Traits>
-struct BackwardQueryShared {
-  uint8_t* feat;
-  uint8_t* grad;
-  uint8_t* ring;
-  uint8_t* exchange;
-  float* stats;
-  float* sums;
-  float* rows;
-  int* place;
-  Barrier* grad_full;   // [kBoxes] dY2 of a class, and F with the first
-  Barrier* grad_empty;  // dO was read
-  Barrier* ring_full;
-  Barrier* ring_empty;
-  Barrier* stats_full;
-  Barrier* stats_empty;
-
-  explicit FP_DEVICE BackwardQueryShared(uint8_t* base)
-      : feat(base + Traits::kFeat),
-        grad(base + Traits::kGrad),
-        ring(base + Traits::kRingAt),
-        exchange(base + Traits::kExchange),
-        stats(reinterpret_cast<float*>(base + Traits::kStats)),
-        sums(reinterpret_cast<float*>(base + Traits::kSums)),
-        rows(reinterpret_cast<float*>(base + Traits::kRows)),
-        place(reinterpret_cast<int*>(base + Traits::kPlace)),
-        grad_full(reinterpret_cast<Barrier*>(base + Traits::kBarriers)),
-        grad_empty(grad_full + Traits::kBoxes),
-        ring_full(grad_empty + 1),
-        ring_empty(ring_full + Traits::kRing),
-        stats_full(ring_empty + Traits::kRing),
-        stats_empty(stats_full + 2) {}
-
-  // The accumulator holds dF times a power of two near the norm of F: the coefficients stay in the
-  // range of float16. From shared memory where it is wanted: registers are scarce.
-  FP_DEVICE float power_of(int row, float eps) const {
-    return power_of_two_near(of_constant(rows[kBox + row], eps));
-  }
-};
-
-// Which part of the problem a block (a cluster) has.
-struct PixelTile {
-  int first;  // pixel
-  int episode;
-  int query;
-  int image;
-  FP_DEVICE PixelTile(const Problem& s, int tile) {
-    const int tiles = (s.pixels + kBackwardQueryPixels - 1) / kBackwardQueryPixels;
-    first = tile % tiles * kBackwardQueryPixels;
-    image = tile / tiles;
-    episode = image / s.queries;
-    query = image % s.queries;
-  }
-};
-
-// One lane: everything that comes through the ring, in the order the consumers want it.
-template <class Traits>
-FP_DEVICE void load_ring(const BackwardParams& p, const BackwardQueryMaps& maps,
-                         const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
-  using Place = Places<Traits::kRing>;
-  const Problem& s = p.problem;
-  uint32_t count = 0;
-  const auto next = [&](auto load) {
-    const int slot = Place::slot(count);
-    barrier_wait(shared.ring_empty + slot, Place::parity(count) ^ 1);
-    barrier_arrive_expect(shared.ring_full + slot, kBoxBytes);
-    load(shared.ring + slot * kBoxBytes, shared.ring_full + slot);
-    ++count;
-  };
-  for (int way = 0; way < s.ways; ++way) {
-    FP_NO_UNROLL
-    for (int position = 0; position < Traits::kBoxes; ++position) {
-      const int channel = box_at<Traits::kBoxes>(position) * kBox;
-      const int x = Traits::kChannelsLast ? channel : at.first;
-      const int y = Traits::kChannelsLast ? at.first : channel;
-      next([&](uint8_t* to, Barrier* full) {
-        tma_load(to, &maps.agg, full, x, y, at.image * s.ways + way);
-      });
-      if (s.concat)
-        next([&](uint8_t* to, Barrier* full) {
-          tma_load(to, &maps.copy, full, x, y, way * maps.grad_steps.way,
-                   at.query * maps.grad_steps.query, at.episode * maps.grad_steps.episode);
-        });
-    }
-    const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
-    for (int row = maps.turns.rank() * kBox; row < bag.count; row += maps.turns.size() * kBox) {
-      FP_NO_UNROLL
-      for (int position = 0; position < Traits::kBoxes; ++position) {
-        const int channel = box_at<Traits::kBoxes>(position) * kBox;
-        next([&](uint8_t* to, Barrier* full) {
-          tma_load(to, &maps.protos, full, channel, bag.begin + row);
-        });
-      }
-    }
-  }
-}
-
-// One lane: F, and dY2 of every class.
-template <class Traits>
-FP_DEVICE void load_grads(const BackwardParams& p, const BackwardQueryMaps& maps,
-                          const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
-  for (int way = 0; way < p.problem.ways; ++way) {
-    if (way > 0) barrier_wait(shared.grad_empty, (way - 1) & 1);
-    FP_NO_UNROLL
-    for (int position = 0; position < Traits::kBoxes; ++position) {
-      const int box = box_at<Traits::kBoxes>(position);
-      const int x = Traits::kChannelsLast ? box * kBox : at.first;
-      const int y = Traits::kChannelsLast ? at.first : box * kBox;
-      Barrier* full = shared.grad_full + box;
-      barrier_arrive_expect(full, way == 0 ? 2 * kBoxBytes : kBoxBytes);
-      if (way == 0)
-        tma_load(shared.feat + box * kBoxBytes, &maps.feat, full, x, y,
-                 at.query * maps.feat_steps.query, at.episode * maps.feat_steps.episode);
-      tma_load(shared.grad + box * kBoxBytes, &maps.enhanced, full, x, y, way * maps.grad_steps.way,
-               at.query * maps.grad_steps.query, at.episode * maps.grad_steps.episode);
-    }
-  }
-}
-
-// One warp: means and reciprocal norms of every tile of prototypes; zeros past the bag.
-template <class Traits>
-FP_DEVICE void load_proto_stats(const BackwardParams& p, const BackwardQueryMaps& maps,
-                                const BackwardQueryShared<Traits>& shared, const PixelTile& at) {
-  const Problem& s = p.problem;
-  uint32_t count = 0;
-  for (int way = 0; way < s.ways; ++way) {
-    const Bag bag = load_bag(p.offsets, at.episode * s.ways + way, s.total);
-    const float* mean = p.statistics.protos + bag.begin;
-    const int step = maps.turns.size() * kBox;
-    for (int first = maps.turns.rank() * kBox; first < bag.count; first += step, ++count) {
-      float* to = shared.stats + (count & 1) * 2 * kBox;
-      barrier_wait(shared.stats_empty + (count & 1), (count >> 1 & 1) ^ 1);
-      for (int i = lane_index(); i < kBox; i += 32) {
-        const bool ok = first + i < bag.count;
-        to[i] = ok ? mean[first + i] : 0.f;
-        to[kBox + i] = ok ? mean[s.total + first + i] : 0.f;
-      }
-      barrier_arrive(shared.stats_full + (count & 1));
-    }
-  }
-}
 
 // dF from the accumulator and its sums, in the place of F.
 template <class Traits>
@@ -237,49 +48,15 @@ FP_DEVICE void finish_query_tiles(const BackwardParams& p, const BackwardQueryMa
     for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
     if (lane == 0) p.temperature_terms[block_index()] = sum;
   }
-  const auto finish = [&](const auto& for_boxes) {
+  // What the sums of a cluster take lies where dO was, and in the ring behind it.
+  finish_products(maps.turns, shared.grad, group, thread, acc, [&](const auto& for_boxes) {
     shared_sums(maps.turns, parts, row, sum_cos, sum_mean);
-    float mean_q[2], inverse_power[2], projection[2];
-    FP_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int r = row + 8 * h;
-      mean_q[h] = shared.rows[r];
-      projection[h] = projection_factor(shared.rows[kBox + r], s.eps) * sum_cos[h];
-      inverse_power[h] = 1 / shared.power_of(r, s.eps);
-    }
+    const RowEnd end(shared.rows, row, s.eps, sum_cos, sum_mean,
+                     [&](int r) { return shared.power_of(r, s.eps); });
     for_boxes([&](int box, const float (&sum)[32]) {
-      FP_UNROLL
-      for (int step = 0; step < 4; ++step) {
-        uint8_t* at = shared.feat + box * kBoxBytes + fragment_offset<kChannelsLast>(base, step);
-        uint32_t f[4];
-        load_matrix<!kChannelsLast>(f, at);
-        FP_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int h = i & 1;
-          const int c = 8 * step + 4 * (i / 2) + 2 * h;
-          float f0, f1;
-          unpack<T>(f[i], &f0, &f1);
-          f[i] = pack<T>(
-              (sum[c] - sum_mean[h]) * inverse_power[h] - (f0 - mean_q[h]) * projection[h],
-              (sum[c + 1] - sum_mean[h]) * inverse_power[h] - (f1 - mean_q[h]) * projection[h]);
-        }
-        sync_warp();
-        store_matrix<!kChannelsLast>(at, f);
-      }
+      end.finish_box<T, kChannelsLast>(shared.feat + box * kBoxBytes, base, sum);
     });
-  };
-  if (maps.turns.size() == 1) {
-    finish([&](const auto& finish_box) {
-      FP_UNROLL
-      for (int q = 0; q < kOwned; ++q) finish_box(group * kOwned + q, acc[q]);
-    });
-  } else {
-    publish_products(shared.grad, group, thread, acc);  // and the ring behind it
-    sync_cluster();
-    finish([&](const auto& finish_box) {
-      gather_products<kOwned>(maps.turns, shared.grad, group, thread, finish_box);
-    });
-  }
+  });
   fence_async();
   sync_some(kGroupBarrier + group, 128);
   if (thread == 0) {
@@ -293,6 +70,74 @@ FP_DEVICE void finish_query_tiles(const BackwardParams& p, const BackwardQueryMa
     }
     tma_store_commit();
     tma_store_wait<0>();
+  }
+}
+
+// Of a class: dO in the place of dY2; delta; dY1 + dY2 G into the accumulator. A loop: unrolled,
+// the compiler mixes the boxes and runs out of registers.
+template <class Traits>
+FP_DEVICE void form_grads(const BackwardQueryMaps& maps, const BackwardQueryShared<Traits>& shared,
+                          bool concat, int way, uint32_t count, int group, int base,
+                          const float (&power)[2], float (&acc)[Traits::kOwned][32],
+                          float (&delta)[2]) {
+  using T = typename Traits::T;
+  using Place = Places<Traits::kRing>;
+  constexpr bool kChannelsLast = Traits::kChannelsLast;
+  constexpr int kOwned = Traits::kOwned;
+  const int lane = lane_index();
+  FP_NO_UNROLL
+  for (int q = 0; q < kOwned; ++q) {
+    // Boxes of this class take the places of some that the other group had: it has seen them
+    // come, or the parity of their places would say nothing.
+    if (Traits::kRing < 2 * Traits::kBoxes && concat && q == kOwned / 2)
+      sync_some(kConsumersBarrier, kConsumers);
+    float direct[32];
+    const int box = group * kOwned + q;
+    const uint32_t item = count + (2 * q + group) * (concat ? 2 : 1);
+    barrier_wait(shared.grad_full + box, way & 1);
+    barrier_wait(shared.ring_full + Place::slot(item), Place::parity(item));
+    if (concat) barrier_wait(shared.ring_full + Place::slot(item + 1), Place::parity(item + 1));
+    const uint8_t* feat = shared.feat + box * kBoxBytes;
+    uint8_t* grad = shared.grad + box * kBoxBytes;
+    const uint8_t* agg = shared.ring + Place::slot(item) * kBoxBytes;
+    // Without dY1 something that may be read.
+    const uint8_t* copy = concat ? shared.ring + Place::slot(item + 1) * kBoxBytes : agg;
+    FP_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      const int offset = fragment_offset<kChannelsLast>(base, step);
+      uint32_t f[4], dy[4], g[4], dy1[4];
+      load_matrix<!kChannelsLast>(f, feat + offset);
+      load_matrix<!kChannelsLast>(dy, grad + offset);
+      load_matrix<!kChannelsLast>(g, agg + offset);
+      load_matrix<!kChannelsLast>(dy1, copy + offset);
+      FP_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int h = i & 1;
+        const int c = 8 * step + 4 * (i / 2) + 2 * h;
+        f[i] = multiply_pairs<T>(dy[i], f[i]);
+        float do0, do1, dy0, dy1_, g0, g1, y0, y1;
+        unpack<T>(f[i], &do0, &do1);
+        unpack<T>(dy[i], &dy0, &dy1_);
+        unpack<T>(g[i], &g0, &g1);
+        unpack<T>(concat ? dy1[i] : 0u, &y0, &y1);
+        // One addition: in a longer chain the products would wait in registers.
+        delta[h] += multiply_add(do1, g1, do0 * g0);
+        direct[c] = multiply_add(dy0, g0, y0) * power[h];
+        direct[c + 1] = multiply_add(dy1_, g1, y1) * power[h];
+      }
+      store_matrix<!kChannelsLast>(grad + offset, f);
+    }
+    FP_UNROLL
+    for (int each = 0; each < kOwned; ++each)
+      if (each == q && maps.turns.rank() == 0) {
+        FP_UNROLL
+        for (int i = 0; i < 32; ++i) acc[each][i] += direct[i];
+      }
+    sync_warp();
+    if (lane == 0) {
+      barrier_arrive(shared.ring_empty + Place::slot(item));
+      if (concat) barrier_arrive(shared.ring_empty + Place::slot(item + 1));
+    }
   }
 }
 
@@ -314,12 +159,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
   const uint64_t rows = matrix_descriptor(group == 0 ? shared.feat : shared.grad, 0, 1024);
   const uint64_t ring = matrix_descriptor(shared.ring, 0, 1024);
 
-  float acc[kOwned][32];
-  FP_UNROLL
-  for (int q = 0; q < kOwned; ++q) {
-    FP_UNROLL
-    for (int i = 0; i < 32; ++i) acc[q][i] = 0;
-  }
+  float acc[kOwned][32] = {};
   float sum_cos[2] = {0, 0};   // sum_j dS c
   float sum_mean[2] = {0, 0};  // sum_j dS r(P) mean(P), scaled as the accumulator
   uint32_t count = 0;          // boxes that went through the ring
@@ -344,62 +184,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
     FP_UNROLL
     for (int h = 0; h < 2; ++h) power[h] = shared.power_of(row + 8 * h, s.eps);
 
-    // dO in the place of dY2; delta; dY1 + dY2 G of this class. A loop: unrolled, the compiler
-    // mixes the boxes and runs out of registers.
-    FP_NO_UNROLL
-    for (int q = 0; q < kOwned; ++q) {
-      // Boxes of this class take the places of some that the other group had: it has seen them
-      // come, or the parity of their places would say nothing.
-      if (Traits::kRing < 2 * Traits::kBoxes && s.concat && q == kOwned / 2)
-        sync_some(kConsumersBarrier, kConsumers);
-      float direct[32];
-      const int box = group * kOwned + q;
-      const uint32_t item = count + (2 * q + group) * (s.concat ? 2 : 1);
-      barrier_wait(shared.grad_full + box, way & 1);
-      barrier_wait(shared.ring_full + Place::slot(item), Place::parity(item));
-      if (s.concat) barrier_wait(shared.ring_full + Place::slot(item + 1), Place::parity(item + 1));
-      const uint8_t* feat = shared.feat + box * kBoxBytes;
-      uint8_t* grad = shared.grad + box * kBoxBytes;
-      const uint8_t* agg = shared.ring + Place::slot(item) * kBoxBytes;
-      // Without dY1 something that may be read.
-      const uint8_t* copy = s.concat ? shared.ring + Place::slot(item + 1) * kBoxBytes : agg;
-      FP_UNROLL
-      for (int step = 0; step < 4; ++step) {
-        const int offset = fragment_offset<kChannelsLast>(base, step);
-        uint32_t f[4], dy[4], g[4], dy1[4];
-        load_matrix<!kChannelsLast>(f, feat + offset);
-        load_matrix<!kChannelsLast>(dy, grad + offset);
-        load_matrix<!kChannelsLast>(g, agg + offset);
-        load_matrix<!kChannelsLast>(dy1, copy + offset);
-        FP_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int h = i & 1;
-          const int c = 8 * step + 4 * (i / 2) + 2 * h;
-          f[i] = multiply_pairs<T>(dy[i], f[i]);
-          float do0, do1, dy0, dy1_, g0, g1, y0, y1;
-          unpack<T>(f[i], &do0, &do1);
-          unpack<T>(dy[i], &dy0, &dy1_);
-          unpack<T>(g[i], &g0, &g1);
-          unpack<T>(s.concat ? dy1[i] : 0u, &y0, &y1);
-          // One addition: in a longer chain the products would wait in registers.
-          delta[h] += multiply_add(do1, g1, do0 * g0);
-          direct[c] = multiply_add(dy0, g0, y0) * power[h];
-          direct[c + 1] = multiply_add(dy1_, g1, y1) * power[h];
-        }
-        store_matrix<!kChannelsLast>(grad + offset, f);
-      }
-      FP_UNROLL
-      for (int each = 0; each < kOwned; ++each)
-        if (each == q && maps.turns.rank() == 0) {
-          FP_UNROLL
-          for (int i = 0; i < 32; ++i) acc[each][i] += direct[i];
-        }
-      sync_warp();
-      if (lane == 0) {
-        barrier_arrive(shared.ring_empty + Place::slot(item));
-        if (s.concat) barrier_arrive(shared.ring_empty + Place::slot(item + 1));
-      }
-    }
+    form_grads(maps, shared, s.concat, way, count, group, base, power, acc, delta);
     count += Traits::kBoxes * (s.concat ? 2 : 1);
     float* parts = shared.sums + (way & 1) * 2 * kBox;
     FP_UNROLL
@@ -425,12 +210,7 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
         const uint64_t a = advance(rows, box_at<Traits::kBoxes>(position) * kBoxBytes);
         const uint64_t b = advance(ring, slot * kBoxBytes);
         barrier_wait(shared.ring_full + slot, Place::parity(from + position));
-        wgmma_begin();
-        FP_UNROLL
-        for (int step = 0; step < 4; ++step)
-          Wgmma<T, 64, !kChannelsLast, false>::run(
-              frag, advance(a, step * kStepBytes<!kChannelsLast>),
-              advance(b, step * kStepBytes<false>), position + step > 0);
+        multiply_boxes<T, !kChannelsLast, false>(frag, a, b, position == 0);
       }
       if (begin < end) wgmma_commit();  // an empty group would be a product of its own
     };
@@ -515,20 +295,16 @@ FP_DEVICE void consume_query_tiles(const BackwardParams& p, const BackwardQueryM
       FP_UNROLL
       for (int q = 0; q < kOwned; ++q) {
         const uint64_t b = advance(ring, Place::slot(count + 2 * q + group) * kBoxBytes);
-        FP_UNROLL
-        for (int step = 0; step < 2; ++step) {
-          const uint32_t a[4] = {mine[4 * step], mine[4 * step + 1], mine[4 * step + 2],
-                                 mine[4 * step + 3]};
-          Wgmma<T, 64, false, true>::run(acc[q], a,
-                                         advance(b, (2 * group + step) * kStepBytes<true>), 1);
-        }
-        FP_UNROLL
-        for (int step = 0; step < 2; ++step) {
-          const uint32_t a[4] = {theirs[4 * step], theirs[4 * step + 1], theirs[4 * step + 2],
-                                 theirs[4 * step + 3]};
-          Wgmma<T, 64, false, true>::run(acc[q], a,
-                                         advance(b, (2 - 2 * group + step) * kStepBytes<true>), 1);
-        }
+        const auto add = [&](const uint32_t (&x)[8], int from) {
+          FP_UNROLL
+          for (int step = 0; step < 2; ++step) {
+            const uint32_t a[4] = {x[4 * step], x[4 * step + 1], x[4 * step + 2], x[4 * step + 3]};
+            Wgmma<T, 64, false, true>::run(acc[q], a, advance(b, (from + step) * kStepBytes<true>),
+                                           1);
+          }
+        };
+        add(mine, 2 * group);
+        add(theirs, 2 - 2 * group);
         wgmma_commit();
       }
       release_in_turn<kOwned>([&](int q) {
@@ -558,21 +334,15 @@ template <class Traits>
 FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
     backward_query_kernel(FP_GRID_CONSTANT BackwardParams p,
                           FP_GRID_CONSTANT BackwardQueryMaps maps) {
-  const BackwardQueryShared<Traits> shared(shared_memory());
+  const BackwardQueryShared<Traits> shared;
   const PixelTile at(p.problem, maps.turns.cluster_index());
   if (thread_index() == 0) {
     shared.place[0] = at.first;
     shared.place[1] = at.image;
     for (int i = 0; i < Traits::kBoxes; ++i) barrier_init(shared.grad_full + i, 1);
     barrier_init(shared.grad_empty, 8);
-    for (int i = 0; i < Traits::kRing; ++i) {
-      barrier_init(shared.ring_full + i, 1);
-      barrier_init(shared.ring_empty + i, 4);
-    }
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(shared.stats_full + i, 32);
-      barrier_init(shared.stats_empty + i, 8);
-    }
+    init_ring<Traits::kRing>(shared.ring_full, shared.ring_empty, shared.stats_full,
+                             shared.stats_empty);
     barrier_init_fence();
   }
   if (thread_index() < 2 * kBox) {
@@ -596,32 +366,24 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
   }
 }
 
-template <class Traits>
-const char* launch_backward_query_as(const BackwardParams& p, const KernelPlan& plan,
-                                     void* stream) {
-  const Problem& s = p.problem;
-  const int64_t images = int64_t(s.episodes) * s.queries;
-  const StackDim aggs[1] = {{images * s.ways, p.agg.image}};
-  const StackDim grad_features[1] = {{images, p.grad_feat.image}};
-  BackwardQueryMaps maps = {
-      {}, {}, {}, {}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out), Turns(plan.cluster)};
-  BackwardMapMaker<Traits> make{p};
-  make.features(&maps.feat);
-  make.gradients(&maps.enhanced, s.concat ? s.dim : 0);
-  make.gradients(&maps.copy, 0);
-  make.stack(&maps.agg, p.agg.data, p.agg, aggs);
-  make.stack(&maps.grad_feat, p.grad_feat.data, p.grad_feat, grad_features);
-  make.protos(&maps.protos);
-  if (make.error != nullptr) return make.error;
-  const Grid grid{plan.blocks, Traits::kThreads, Traits::kSharedBytes, plan.cluster, stream};
-  return launch<backward_query_kernel<Traits>>(grid, p, maps);
-}
-
 template <class T>
 const char* launch_backward_query_of(const BackwardParams& p, const KernelPlan& plan,
                                      void* stream) {
   return with_traits<T, BackwardQueryTraits>(p.problem.dim, is_channels_last(p), [&](auto tag) {
-    return launch_backward_query_as<typename decltype(tag)::type>(p, plan, stream);
+    using Traits = typename decltype(tag)::type;
+    const Problem& s = p.problem;
+    const int64_t images = int64_t(s.episodes) * s.queries;
+    BackwardQueryMaps maps = {
+        {}, {}, {}, {}, {}, {}, MapSteps(p.feat), MapSteps(p.grad_out), Turns(plan.cluster)};
+    MapMaker<Traits, BackwardParams> make{p};
+    make.features(&maps.feat);
+    make.gradients(&maps.enhanced, s.concat ? s.dim : 0);
+    make.gradients(&maps.copy, 0);
+    make.dense(&maps.agg, p.agg, images * s.ways);
+    make.dense(&maps.grad_feat, p.grad_feat, images);
+    make.protos(&maps.protos);
+    return make.template launch<backward_query_kernel<Traits>>(maps, plan.blocks, plan.cluster,
+                                                               stream);
   });
 }
 

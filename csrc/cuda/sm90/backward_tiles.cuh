@@ -9,6 +9,7 @@
 // between two threads, and only pairs of warps wait for each other.
 #pragma once
 
+#include "../plan.h"
 #include "backward.h"
 #include "tiles.cuh"
 
@@ -24,17 +25,26 @@ constexpr bool fits_launch(int consumer, int producer) {
   return kConsumers * consumer + (Threads - kConsumers) * producer <= Threads * kLaunchRegisters;
 }
 
+// What both kernels' Traits have.
+template <class T_, int Dim, bool ChannelsLast, int ConsumerRegisters, int ProducerRegisters>
+struct BackwardTraits {
+  using T = T_;
+  static constexpr int kThreads = backward_threads();
+  static constexpr int kMaxRegisters = kLaunchRegisters;
+  static constexpr int kConsumerRegisters = ConsumerRegisters;
+  static constexpr int kProducerRegisters = ProducerRegisters;
+  static_assert(fits_launch<kThreads>(kConsumerRegisters, kProducerRegisters));
+  static constexpr bool kChannelsLast = ChannelsLast;
+  static constexpr int kBoxes = Dim / kBox;
+  static constexpr int kOwned = kBoxes / 2;  // boxes of channels of one group
+  static_assert(Dim % (2 * kBox) == 0);
+  static_assert(kOwned * 32 <= 128, "registers of the accumulator");
+};
+
 // Named barriers; 0 is the block's.
 constexpr int kPairBarrier = 1;       // + warp of the group: 64 threads
 constexpr int kConsumersBarrier = 5;  // 256 threads
 constexpr int kGroupBarrier = 6;      // + group: 128 threads
-
-// As Ring, for any number of stages.
-template <int Stages>
-struct Places {
-  static FP_HOST_DEVICE constexpr int slot(uint32_t count) { return int(count % Stages); }
-  static FP_HOST_DEVICE constexpr int parity(uint32_t count) { return int(count / Stages & 1); }
-};
 
 // Boxes of channels come in turns for the two groups, which own one half of the channels each.
 template <int Boxes>
@@ -47,6 +57,17 @@ FP_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor +
 // Bytes from one step of 16 numbers of K to the next, in boxes whose rows are K or not.
 template <bool RowsAreK>
 constexpr int kStepBytes = RowsAreK ? 16 * kBoxRowBytes : 32;
+
+// c = a b over the 64 numbers of K of a box each, or c += a b.
+template <class T, bool TransposeA, bool TransposeB>
+FP_DEVICE void multiply_boxes(float (&c)[32], uint64_t a, uint64_t b, bool first) {
+  wgmma_begin();
+  FP_UNROLL
+  for (int step = 0; step < 4; ++step)
+    Wgmma<T, 64, TransposeA, TransposeB>::run(c, advance(a, step * kStepBytes<TransposeA>),
+                                              advance(b, step * kStepBytes<TransposeB>),
+                                              !first || step > 0);
+}
 
 // Where this lane's row of step 0 lies for load_matrix<!ChannelsLast> (store_matrix), and that of
 // `step`: matrices 2 h + 0, 1 are channels
@@ -113,6 +134,22 @@ FP_DEVICE void gather_products(const Turns& turns, const uint8_t* area, int grou
     finish(box, sum);
   }
   sync_cluster();
+}
+// Calls finish(for_boxes), of which for_boxes(each) calls each(box, sum) for the boxes of this
+// block: of all it has where a block is alone, else of the cluster's sums, published in `area`.
+template <int Owned, class Finish>
+FP_DEVICE void finish_products(const Turns& turns, uint8_t* area, int group, int thread,
+                               const float (&acc)[Owned][32], const Finish& finish) {
+  if (turns.size() == 1) {
+    finish([&](const auto& each) {
+      FP_UNROLL
+      for (int q = 0; q < Owned; ++q) each(group * Owned + q, acc[q]);
+    });
+  } else {
+    publish_products(area, group, thread, acc);
+    sync_cluster();
+    finish([&](const auto& each) { gather_products<Owned>(turns, area, group, thread, each); });
+  }
 }
 // The producing warps, at their end: barriers of a cluster are for all of its threads.
 FP_DEVICE void attend_sums(const Turns& turns) {
@@ -215,38 +252,60 @@ FP_DEVICE void shared_sums(const Turns& turns, const float* parts, int row, floa
   }
 }
 
-// The tensor maps of a call, in the host's hands; `error` is of the first that fails.
-template <class Traits>
-struct BackwardMapMaker {
-  const BackwardParams& p;
-  const char* error = nullptr;
+// The gradient of this thread's two rows of pixels or prototypes x, from their accumulator: less
+// the means that the other side's vectors had, and less the projection on x.
+struct RowEnd {
+  float mean[2], inverse_power[2], projection[2], sum_mean[2];
 
-  template <class Maps, int Outer>
-  void stack(TensorMap* map, const void* data, const Maps& strides, const StackDim (&dims)[Outer]) {
-    if (error == nullptr)
-      error =
-          make_stack_map(map, map_type<typename Traits::T>(), data, p.problem.dim, p.problem.pixels,
-                         strides.channel, strides.pixel, Traits::kChannelsLast, dims);
+  // `rows` are means and reciprocal norms; power_of(row) is what the accumulator is scaled with.
+  template <class PowerOf>
+  FP_DEVICE RowEnd(const float* rows, int row, float eps, const float (&sum_cos)[2],
+                   const float (&sum_mean_)[2], const PowerOf& power_of) {
+    FP_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + 8 * h;
+      mean[h] = rows[r];
+      projection[h] = projection_factor(rows[kBox + r], eps) * sum_cos[h];
+      inverse_power[h] = 1 / power_of(r);
+      sum_mean[h] = sum_mean_[h];
+    }
   }
-  void features(TensorMap* map) {
-    const StackDim dims[2] = {stack_dim(p.problem.queries, p.feat.query),
-                              stack_dim(p.problem.episodes, p.feat.episode)};
-    stack(map, p.feat.data, p.feat, dims);
-  }
-  // From a channel of the gradient on.
-  void gradients(TensorMap* map, int64_t channel) {
-    const Strided& grad = p.grad_out;
-    const StackDim dims[3] = {stack_dim(p.problem.ways, grad.way),
-                              stack_dim(p.problem.queries, grad.query),
-                              stack_dim(p.problem.episodes, grad.episode)};
-    using T = typename Traits::T;
-    stack(map, static_cast<const T*>(grad.data) + channel * grad.channel, grad, dims);
-  }
-  void protos(TensorMap* map) {
-    if (error == nullptr)
-      error = make_protos_map(map, map_type<typename Traits::T>(), p.protos, p.problem.dim,
-                              p.problem.total, p.feat.data);
+  // In a box of x.
+  template <class T, bool ChannelsLast>
+  FP_DEVICE void finish_box(uint8_t* box, int base, const float (&sum)[32]) const {
+    FP_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      uint8_t* at = box + fragment_offset<ChannelsLast>(base, step);
+      uint32_t x[4];
+      load_matrix<!ChannelsLast>(x, at);
+      FP_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int h = i & 1;
+        const int c = 8 * step + 4 * (i / 2) + 2 * h;
+        float x0, x1;
+        unpack<T>(x[i], &x0, &x1);
+        x[i] =
+            pack<T>((sum[c] - sum_mean[h]) * inverse_power[h] - (x0 - mean[h]) * projection[h],
+                    (sum[c + 1] - sum_mean[h]) * inverse_power[h] - (x1 - mean[h]) * projection[h]);
+      }
+      sync_warp();
+      store_matrix<!ChannelsLast>(at, x);
+    }
   }
 };
+
+// Barriers of a ring, whose places a group's warps give back, and of two stages of statistics,
+// which a producing warp writes and all consuming warps read.
+template <int Stages>
+FP_DEVICE void init_ring(Barrier* full, Barrier* empty, Barrier* stats_full, Barrier* stats_empty) {
+  for (int i = 0; i < Stages; ++i) {
+    barrier_init(full + i, 1);
+    barrier_init(empty + i, 4);
+  }
+  for (int i = 0; i < 2; ++i) {
+    barrier_init(stats_full + i, 32);
+    barrier_init(stats_empty + i, 8);
+  }
+}
 
 }  // namespace fastproto::cuda::sm90

@@ -13,271 +13,11 @@
 //                      the tensor cores, 2 x 2 x 64 x 64 x D operations a tile of 64 x 64
 #pragma once
 
-#include "forward.h"
-#include "tiles.cuh"
+#include "forward_loads.cuh"
 
 namespace fastproto::cuda::sm90 {
 
-template <class Type, int Dim, bool IsChannelsLast>
-struct ForwardTraits {
-  using T = Type;
-  static constexpr bool kChannelsLast = IsChannelsLast;
-  static constexpr int kDim = Dim;
-  static constexpr int kTile = kBox;  // queries of a block; prototypes of a tile
-  static constexpr int kSlices = kDim / kBox;
-  static constexpr int kHalfSlices = kSlices / 2;  // one consumer's channels of G
-  static constexpr int kHalf = kDim / 2;
-  static constexpr int kStages = forward_stages(kDim);
-  static constexpr int kConsumers = 256;
-  static constexpr int kThreads = kConsumers + 128;
-  static constexpr int kStagings = 4;  // two boxes for each consumer; W of the stages before that
-
-  static constexpr int kTileBytes = kSlices * kBoxBytes;
-  static constexpr int kQuery = 0;
-  static constexpr int kProtos = kQuery + kTileBytes;
-  static constexpr int kWeights = kProtos + kStages * kTileBytes;
-  static constexpr int kBarriers = kWeights + kStagings * kBoxBytes;
-  static constexpr int kNumBarriers = kStages * (kSlices + 2) + kSlices + 2;
-  static constexpr int kQueryStats = kBarriers + 8 * kNumBarriers;  // [2][kTile] floats
-  static constexpr int kProtoStats = kQueryStats + 8 * kTile;       // [consumer][2][kTile]
-  static constexpr int kRowSums = kProtoStats + 16 * kTile;         // [consumer][kTile]
-  static constexpr int kRowMaxima = kRowSums + 8 * kTile;           // [consumer][kTile]
-  static constexpr int kSharedBytes = kRowMaxima + 8 * kTile;
-
-  static_assert(kDim == 256 || kDim == 512, "WGMMA is 128 or 256 columns wide");
-  static_assert(kStages <= kStagings, "a W for each stage");
-  static_assert(8 * 2 * 4 * kTile <= kStages * kBoxBytes, "partial sums lie where W does");
-  static_assert(kSharedBytes == forward_bytes(kDim) && kThreads == forward_threads(), "the plan");
-  static_assert(kSharedBytes <= kSharedLimit, "shared memory of a multiprocessor");
-};
-
-struct ForwardMaps {
-  TensorMap feat;        // 4D: pixels, channels (or swapped), Q, E
-  TensorMap protos;      // 2D: channels, rows
-  TensorMap out_feat;    // 3D: pixels, channels (or swapped), E*Q*K: the first half of Y
-  TensorMap out_second;  // G*F
-  TensorMap agg;
-  MapSteps feat_steps;
-};
-
 namespace forward_detail {
-
-// Named barriers.
-constexpr int kAllConsumers = 1;
-constexpr int kOneConsumer = 2;  // + warpgroup
-
-template <class Traits>
-struct Shared {
-  uint8_t* base = shared_memory();
-
-  FP_DEVICE uint8_t* query(int slice) const { return base + Traits::kQuery + slice * kBoxBytes; }
-  FP_DEVICE uint8_t* protos(int slot, int slice) const {
-    return base + Traits::kProtos + (slot * Traits::kSlices + slice) * kBoxBytes;
-  }
-  FP_DEVICE uint8_t* weights(int slot) const { return base + Traits::kWeights + slot * kBoxBytes; }
-  FP_DEVICE uint8_t* staging(int group, int i) const { return weights(2 * group + i); }
-  FP_DEVICE float* floats(int at) const { return reinterpret_cast<float*>(base + at); }
-
-  FP_DEVICE Barrier* barriers() const {
-    return reinterpret_cast<Barrier*>(base + Traits::kBarriers);
-  }
-  // A slice of a tile has come.
-  FP_DEVICE Barrier* full(int slot, int slice) const {
-    return barriers() + slot * Traits::kSlices + slice;
-  }
-  // Consumer `group` needs its half of the tile's channels no more. It says so after it has seen
-  // the weights of the tile, for which all channels were read.
-  FP_DEVICE Barrier* empty(int slot, int group) const {
-    return barriers() + Traits::kStages * Traits::kSlices + 2 * slot + group;
-  }
-  FP_DEVICE Barrier* query_full(int slice) const {
-    return barriers() + Traits::kStages * (Traits::kSlices + 2) + slice;
-  }
-  FP_DEVICE Barrier* query_empty(int group) const {
-    return barriers() + Traits::kStages * (Traits::kSlices + 2) + Traits::kSlices + group;
-  }
-};
-
-// A block's piece of work: 64 pixels of an image, for one class. Neighbours share prototypes.
-struct Work {
-  int pixel;
-  int query;
-  int episode;
-  int bag;
-  int way;
-  int image;
-  int map;
-};
-FP_DEVICE Work find_work(const Problem& p, int tiles, int item) {
-  Work w;
-  w.pixel = item % tiles * kBox;
-  item /= tiles;
-  w.query = item % p.queries;
-  w.bag = item / p.queries;
-  w.episode = w.bag / p.ways;
-  w.way = w.bag % p.ways;
-  w.image = w.episode * p.queries + w.query;
-  w.map = w.image * p.ways + w.way;
-  return w;
-}
-
-// ---------------------------------------------------------------- producer
-
-// The slice of prototypes that consumer `group` multiplies `i`-th: its own half first, which was
-// given back first.
-template <class Traits>
-FP_DEVICE int slice_in_order(int group, int i) {
-  return (group * Traits::kHalfSlices + i) % Traits::kSlices;
-}
-
-template <class Traits>
-FP_DEVICE void load_half_tile(const Shared<Traits>& shared, const TensorMap* map, uint32_t count,
-                              int half, int row) {
-  const int slot = Ring<Traits::kStages>::slot(count);
-  barrier_wait(shared.empty(slot, half), Ring<Traits::kStages>::parity(count) ^ 1);
-  FP_UNROLL
-  for (int i = 0; i < Traits::kHalfSlices; ++i) {
-    const int slice = slice_in_order<Traits>(half, i);
-    barrier_arrive_expect(shared.full(slot, slice), kBoxBytes);
-    tma_load(shared.protos(slot, slice), map, shared.full(slot, slice), slice * kBox, row);
-  }
-}
-
-// The two tiles of a step, or the last one alone: halves in the order in which they are used.
-template <class Traits>
-FP_DEVICE void load_step(const Shared<Traits>& shared, const TensorMap* map, uint32_t count,
-                         int begin, int tile, int tiles) {
-  const int row = begin + tile * Traits::kTile;
-  load_half_tile(shared, map, count, 0, row);
-  if (tile + 1 < tiles) {
-    load_half_tile(shared, map, count + 1, 1, row + Traits::kTile);
-    load_half_tile(shared, map, count, 1, row);
-    load_half_tile(shared, map, count + 1, 0, row + Traits::kTile);
-  } else {
-    load_half_tile(shared, map, count, 1, row);
-  }
-}
-
-template <class Traits>
-FP_DEVICE void produce(const ForwardParams& p, const ForwardMaps& maps,
-                       const Shared<Traits>& shared, int tiles, int items) {
-  uint32_t count = 0;
-  int parity = 0;
-  for (int item = block_index(); item < items; item += grid_size(), parity ^= 1) {
-    const Work work = find_work(p.problem, tiles, item);
-    const Bag bag = load_bag(p.offsets, work.bag, p.problem.total);
-    const int bag_tiles = (bag.count + Traits::kTile - 1) / Traits::kTile;
-    // The first prototypes before the queries, whose place the last results take for longer.
-    if (bag_tiles > 0) load_step(shared, &maps.protos, count, bag.begin, 0, bag_tiles);
-    for (int i = 0; i < Traits::kSlices; ++i) {
-      if (i % Traits::kHalfSlices == 0)
-        barrier_wait(shared.query_empty(i / Traits::kHalfSlices), parity ^ 1);
-      barrier_arrive_expect(shared.query_full(i), kBoxBytes);
-      tma_load(shared.query(i), &maps.feat, shared.query_full(i),
-               Traits::kChannelsLast ? i * kBox : work.pixel,
-               Traits::kChannelsLast ? work.pixel : i * kBox, work.query * maps.feat_steps.query,
-               work.episode * maps.feat_steps.episode);
-    }
-    for (int tile = 2; tile < bag_tiles; tile += 2)
-      load_step(shared, &maps.protos, count + uint32_t(tile), bag.begin, tile, bag_tiles);
-    count += uint32_t(bag_tiles);
-  }
-}
-
-// ---------------------------------------------------------------- consumers
-
-// Mean and reciprocal norm of the block's 64 queries, by all consumers, from the tile in shared
-// memory; to shared memory, and to `saved` where wanted. Channels past D do not take part.
-template <class Traits>
-FP_DEVICE void query_statistics(const Problem& p, const Shared<Traits>& shared, int parity,
-                                int pixel, float* saved) {
-  using T = typename Traits::T;
-  float* const stats = shared.floats(Traits::kQueryStats);
-  const int warp = warp_index(), lane = lane_index();
-  RowSums sums[2];
-  float first[2] = {0, 0};
-  const auto keep = [&](int row, RowStatistics s) {
-    stats[row] = s.mean;
-    stats[Traits::kTile + row] = s.rnorm;
-    if (saved != nullptr && pixel + row < p.pixels) {
-      saved[pixel + row] = s.mean;
-      saved[p.pixels + pixel + row] = s.rnorm;
-    }
-  };
-  if constexpr (Traits::kChannelsLast) {
-    // Four lanes a pixel. Even and odd pixels take different pieces: 8 lanes, all 32 banks.
-    const int row = 8 * warp + lane / 4;
-    FP_NO_UNROLL
-    for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      barrier_wait(shared.query_full(slice), parity);
-      const uint8_t* const box = shared.query(slice);
-      if (slice == 0) {
-        first[0] = to_float(*reinterpret_cast<const T*>(box + box_offset(row, 0)));
-      }
-      FP_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int piece = lane % 4 + 4 * ((row ^ i) & 1);
-        if (slice * kBox + 8 * piece >= p.dim) continue;
-        const Vector16 v = *reinterpret_cast<const Vector16*>(box + box_offset(row, piece));
-        FP_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          float low, high;
-          unpack<T>(v.x[j], &low, &high);
-          sums[0].add(low - first[0]);
-          sums[0].add(high - first[0]);
-        }
-      }
-    }
-    FP_UNROLL
-    for (int mask = 1; mask <= 2; mask *= 2) {
-      sums[0].total += shuffle_xor(sums[0].total, mask);
-      sums[0].squares += shuffle_xor(sums[0].squares, mask);
-    }
-    if (lane % 4 == 0) keep(row, row_statistics(first[0], sums[0], p.dim, p.eps));
-  } else {
-    // A warp takes every eighth channel, a lane two pixels of it.
-    float* const partial = shared.floats(Traits::kWeights);  // [warp][kTile][2]
-    FP_NO_UNROLL
-    for (int slice = 0; slice < Traits::kSlices; ++slice) {
-      barrier_wait(shared.query_full(slice), parity);
-      const uint8_t* const box = shared.query(slice);
-      if (slice == 0)
-        unpack<T>(
-            *reinterpret_cast<const uint32_t*>(box + box_offset(0, lane / 4) + 4 * (lane % 4)),
-            &first[0], &first[1]);
-      const int channels = p.dim - slice * kBox;
-      FP_UNROLL
-      for (int i = 0; i < kBox; i += 8) {
-        if (i >= channels) break;
-        float x[2];
-        unpack<T>(*reinterpret_cast<const uint32_t*>(box + box_offset(i + warp, lane / 4) +
-                                                     4 * (lane % 4)),
-                  &x[0], &x[1]);
-        sums[0].add(x[0] - first[0]);
-        sums[1].add(x[1] - first[1]);
-      }
-    }
-    float* const mine = partial + (warp * Traits::kTile + 2 * lane) * 2;
-    mine[0] = sums[0].total;
-    mine[1] = sums[0].squares;
-    mine[2] = sums[1].total;
-    mine[3] = sums[1].squares;
-    sync_some(kAllConsumers, Traits::kConsumers);
-    const int row = thread_index();
-    if (row < Traits::kTile) {
-      RowSums all;
-      FP_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        all.total += partial[(i * Traits::kTile + row) * 2];
-        all.squares += partial[(i * Traits::kTile + row) * 2 + 1];
-      }
-      const T x =
-          *reinterpret_cast<const T*>(shared.query(0) + box_offset(0, row / 8) + 2 * (row % 8));
-      keep(row, row_statistics(to_float(x), all, p.dim, p.eps));
-    }
-  }
-  sync_some(kAllConsumers, Traits::kConsumers);
-}
 
 // Zeros in the rows of a tile that belong to the next bag: their weights are 0, but 0 * NaN is not.
 template <class Traits>
@@ -287,6 +27,63 @@ FP_DEVICE void zero_rows(const Shared<Traits>& shared, int slot, int from, int t
     const int row = i / kPieces, piece = i % kPieces;
     uint8_t* const to = shared.protos(slot, piece / 8) + box_offset(row, piece % 8);
     *reinterpret_cast<Vector16*>(to) = Vector16{{0, 0, 0, 0}};
+  }
+}
+
+// An item's results: G * F in the place of F, G (divided by the sums of weights) beside it; both go
+// out box by box.
+template <class Traits>
+FP_DEVICE void store_results(const ForwardParams& p, const ForwardMaps& maps,
+                             const Shared<Traits>& shared, const Work& work,
+                             const float (&g)[Traits::kHalf / 2], const float (&inverse)[2]) {
+  using T = typename Traits::T;
+  const int warp = warp_index(), lane = lane_index(), group = warp / 4;
+  const bool leader = thread_index() % 128 == 0;
+  // Where this lane's rows of the 8 x 8 blocks lie: block m of four is pixels + 8 (m % 2), columns
+  // + 8 (m / 2).
+  const int block_row = lane % 8, block_pixels = lane / 8 % 2, block_columns = lane / 16;
+  const int weight_row = 16 * (warp % 4) + 8 * block_pixels + block_row;
+  const bool wants_agg = p.agg.data != nullptr;
+  FP_UNROLL
+  for (int i = 0; i < Traits::kHalfSlices; ++i) {
+    const int slice = group * Traits::kHalfSlices + i, channel = slice * kBox;
+    uint8_t* const staging = shared.staging(group, i % 2);
+    if (i >= 2 && wants_agg) {
+      if (leader) tma_store_wait<1>();
+      sync_some(kOneConsumer + group, 128);
+    }
+    FP_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      const int at = Traits::kChannelsLast ? box_offset(weight_row, 2 * k + block_columns)
+                                           : box_offset(16 * k + 8 * block_columns + block_row,
+                                                        2 * (warp % 4) + block_pixels);
+      uint32_t f[4], y[4], a[4];
+      load_matrix<!Traits::kChannelsLast>(f, shared.query(slice) + at);
+      FP_UNROLL
+      for (int m = 0; m < 4; ++m) {
+        const float* const x = g + 32 * i + 8 * k + 2 * m;
+        const float low = x[0] * inverse[m % 2], high = x[1] * inverse[m % 2];
+        float f_low, f_high;
+        unpack<T>(f[m], &f_low, &f_high);
+        y[m] = pack<T>(low * f_low, high * f_high);
+        a[m] = pack<T>(low, high);
+      }
+      store_matrix<!Traits::kChannelsLast>(shared.query(slice) + at, y);
+      if (wants_agg) store_matrix<!Traits::kChannelsLast>(staging + at, a);
+    }
+    fence_async();
+    sync_some(kOneConsumer + group, 128);
+    if (leader && channel < p.problem.dim) {
+      const int x = Traits::kChannelsLast ? channel : work.pixel;
+      const int y = Traits::kChannelsLast ? work.pixel : channel;
+      tma_store(&maps.out_second, shared.query(slice), x, y, work.map);
+      if (wants_agg) tma_store(&maps.agg, staging, x, y, work.map);
+    }
+    if (leader) tma_store_commit();
+  }
+  if (leader) {
+    tma_store_wait<0>();
+    barrier_arrive(shared.query_empty(group));
   }
 }
 
@@ -319,9 +116,7 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
     const float scale = exponent_scale(problem, bag.count);
     const int bag_tiles = (bag.count + kTile - 1) / kTile;
 
-    float g[Traits::kHalf / 2];
-    FP_UNROLL
-    for (int i = 0; i < Traits::kHalf / 2; ++i) g[i] = 0;
+    float g[Traits::kHalf / 2] = {};
     float sum[2] = {0, 0};
     float bound[2] = {scale, scale};
     if (problem.running_max) bound[0] = bound[1] = -infinity();
@@ -331,8 +126,8 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
     for (int tile = 0; tile == 0 || tile < bag_tiles; tile += 2) {
       const uint32_t own = count + uint32_t(tile + group),
                      other = count + uint32_t(tile + 1 - group);
-      const int slot = Ring<Traits::kStages>::slot(own);
-      const int other_slot = Ring<Traits::kStages>::slot(other);
+      const int slot = Places<Traits::kStages>::slot(own);
+      const int other_slot = Places<Traits::kStages>::slot(other);
       const bool has_own = tile + group < bag_tiles, has_other = tile + 1 - group < bag_tiles;
       float* const proto_stats = shared.floats(Traits::kProtoStats) + group * 2 * kTile;
       const int rows = bag.count - (tile + group) * kTile;  // of the own tile
@@ -343,7 +138,7 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
         for (int i = 0; i < Traits::kSlices; ++i) {
           const int slice = slice_in_order<Traits>(group, i);
           if (tile == 0) barrier_wait(shared.query_full(slice), parity);
-          barrier_wait(shared.full(slot, slice), Ring<Traits::kStages>::parity(own));
+          barrier_wait(shared.full(slot, slice), Places<Traits::kStages>::parity(own));
           wgmma_begin();
           FP_UNROLL
           for (int k = 0; k < 4; ++k)
@@ -494,48 +289,7 @@ FP_DEVICE void consume(const ForwardParams& p, const ForwardMaps& maps,
             (problem.running_max ? bound[h] : scale) + log2_fast(all);
     }
 
-    const bool wants_agg = p.agg.data != nullptr;
-    FP_UNROLL
-    for (int i = 0; i < Traits::kHalfSlices; ++i) {
-      const int slice = group * Traits::kHalfSlices + i, channel = slice * kBox;
-      uint8_t* const staging = shared.staging(group, i % 2);
-      if (i >= 2 && wants_agg) {
-        if (leader) tma_store_wait<1>();
-        sync_some(kOneConsumer + group, 128);
-      }
-      FP_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        const int at = Traits::kChannelsLast ? box_offset(weight_row, 2 * k + block_columns)
-                                             : box_offset(16 * k + 8 * block_columns + block_row,
-                                                          2 * (warp % 4) + block_pixels);
-        uint32_t f[4], y[4], a[4];
-        load_matrix<!Traits::kChannelsLast>(f, shared.query(slice) + at);
-        FP_UNROLL
-        for (int m = 0; m < 4; ++m) {
-          const float* const x = g + 32 * i + 8 * k + 2 * m;
-          const float low = x[0] * inverse[m % 2], high = x[1] * inverse[m % 2];
-          float f_low, f_high;
-          unpack<T>(f[m], &f_low, &f_high);
-          y[m] = pack<T>(low * f_low, high * f_high);
-          a[m] = pack<T>(low, high);
-        }
-        store_matrix<!Traits::kChannelsLast>(shared.query(slice) + at, y);
-        if (wants_agg) store_matrix<!Traits::kChannelsLast>(staging + at, a);
-      }
-      fence_async();
-      sync_some(kOneConsumer + group, 128);
-      if (leader && channel < problem.dim) {
-        const int x = Traits::kChannelsLast ? channel : work.pixel;
-        const int y = Traits::kChannelsLast ? work.pixel : channel;
-        tma_store(&maps.out_second, shared.query(slice), x, y, work.map);
-        if (wants_agg) tma_store(&maps.agg, staging, x, y, work.map);
-      }
-      if (leader) tma_store_commit();
-    }
-    if (leader) {
-      tma_store_wait<0>();
-      barrier_arrive(shared.query_empty(group));
-    }
+    store_results(p, maps, shared, work, g, inverse);
   }
 }
 
@@ -572,47 +326,20 @@ FP_KERNEL FP_LAUNCH_BOUNDS(Traits::kThreads, 1)
   }
 }
 
-namespace forward_detail {
-
-template <class Traits>
-const char* launch(const ForwardParams& p, int blocks, void* stream) {
-  constexpr MapType kType = map_type<typename Traits::T>();
-  const Problem& s = p.problem;
-  const auto make_map = [&](TensorMap* map, const Dense& d, int64_t first_channel) {
-    const StackDim stack[1] = {{int64_t(s.episodes) * s.queries * s.ways, d.image}};
-    const void* const data = static_cast<const uint16_t*>(d.data) + first_channel * d.channel;
-    return make_stack_map(map, kType, data, s.dim, s.pixels, d.channel, d.pixel,
-                          Traits::kChannelsLast, stack);
-  };
-  ForwardMaps maps = {{}, {}, {}, {}, {}, MapSteps(p.feat)};
-  const StackDim images[2] = {stack_dim(s.queries, p.feat.query),
-                              stack_dim(s.episodes, p.feat.episode)};
-  const char* error = make_stack_map(&maps.feat, kType, p.feat.data, s.dim, s.pixels,
-                                     p.feat.channel, p.feat.pixel, Traits::kChannelsLast, images);
-  if (error == nullptr)
-    error = make_protos_map(&maps.protos, kType, p.protos, s.dim, s.total, p.feat.data);
-  if (error == nullptr) error = make_map(&maps.out_feat, p.out, 0);
-  if (error == nullptr) error = make_map(&maps.out_second, p.out, s.concat ? s.dim : 0);
-  if (error == nullptr && p.agg.data != nullptr) error = make_map(&maps.agg, p.agg, 0);
-  if (error != nullptr) return error;
-
-  const int64_t tiles = (s.pixels + Traits::kTile - 1) / Traits::kTile;
-  const int64_t items = tiles * s.episodes * s.queries * s.ways;
-  Grid grid;
-  grid.blocks = int(items < blocks ? items : blocks);
-  grid.threads = Traits::kThreads;
-  grid.shared_bytes = Traits::kSharedBytes;
-  grid.stream = stream;
-  return cuda::launch<forward_kernel<Traits>>(grid, p, maps);
-}
-
-}  // namespace forward_detail
-
 template <class T>
 const char* launch_forward_of(const ForwardParams& p, int blocks, void* stream) {
-  using namespace forward_detail;
   return with_traits<T, ForwardTraits>(p.problem.dim, is_channels_last(p), [&](auto tag) {
-    return launch<typename decltype(tag)::type>(p, blocks, stream);
+    using Traits = typename decltype(tag)::type;
+    const Problem& s = p.problem;
+    const int64_t images = int64_t(s.episodes) * s.queries * s.ways;
+    ForwardMaps maps = {{}, {}, {}, {}, {}, MapSteps(p.feat)};
+    MapMaker<Traits, ForwardParams> make{p};
+    make.features(&maps.feat);
+    make.protos(&maps.protos);
+    make.dense(&maps.out_feat, p.out, images);
+    make.dense(&maps.out_second, p.out, images, s.concat ? s.dim : 0);
+    if (p.agg.data != nullptr) make.dense(&maps.agg, p.agg, images);
+    return make.template launch<forward_kernel<Traits>>(maps, blocks, 1, stream);
   });
 }
 

@@ -28,25 +28,35 @@ constexpr bool is_tma_dim(int64_t size, int64_t stride) {
   return size <= 1 || (stride >= 0 && is_vector(stride) && stride < (int64_t(1) << 38));
 }
 
+// The layout of maps of `pixels`: of one pixel, either.
+inline bool is_channels_last(const Dense& maps, int pixels) {
+  return maps.channel == 1 && (maps.pixel != 1 || pixels == 1);
+}
 inline bool is_channels_last(const ForwardParams& p) {
-  return p.out.channel == 1 && (p.out.pixel != 1 || p.problem.pixels == 1);
+  return is_channels_last(p.out, p.problem.pixels);
 }
 
-// What both kernels need of two-byte types: rows of features, prototypes and outputs that start at
-// multiples of 16 bytes and, as the manual of tensor maps has it, do not overlap; D <= 512.
-inline bool vectors_apply(const ForwardParams& p) {
-  const Problem& s = p.problem;
-  const bool channels_last = is_channels_last(p);
-  const int64_t inner = channels_last ? p.feat.channel : p.feat.pixel;
-  const int64_t row = channels_last ? p.feat.pixel : p.feat.channel;
+// Whether maps in this layout have rows of whole vectors: dense ones, which may be absent, and
+// strided ones, whose rows do not overlap, as the manual of tensor maps has it.
+inline bool has_vectors(const Dense& maps, bool channels_last) {
+  return is_vector(maps.data) && (channels_last ? maps.channel : maps.pixel) == 1;
+}
+inline bool has_vectors(const Problem& s, const Strided& maps, bool channels_last) {
+  const int64_t inner = channels_last ? maps.channel : maps.pixel;
+  const int64_t row = channels_last ? maps.pixel : maps.channel;
   const int rows = channels_last ? s.pixels : s.dim, length = channels_last ? s.dim : s.pixels;
-  return s.dim >= 8 && s.dim <= 512 && is_vector(s.dim) && s.pixels >= 1 &&
-         (channels_last || (p.out.pixel == 1 && is_vector(s.pixels))) && inner == 1 &&
-         is_tma_dim(rows, row) && (rows <= 1 || row >= length) &&
-         is_tma_dim(s.queries, p.feat.query) && is_tma_dim(s.episodes, p.feat.episode) &&
-         is_vector(p.feat.data) && is_vector(p.protos) && is_vector(p.out.data) &&
-         is_vector(p.agg.data) &&
-         (p.agg.data == nullptr || (channels_last ? p.agg.channel : p.agg.pixel) == 1);
+  return s.dim >= 8 && s.dim <= kMaxDim && is_vector(s.dim) && s.pixels >= 1 &&
+         (channels_last || is_vector(s.pixels)) && inner == 1 && is_vector(maps.data) &&
+         is_tma_dim(rows, row) && (rows == 1 || row >= length) &&
+         is_tma_dim(s.queries, maps.query) && is_tma_dim(s.episodes, maps.episode) &&
+         is_tma_dim(s.ways, maps.way);
+}
+
+// What both kernels need, of two-byte types.
+inline bool vectors_apply(const ForwardParams& p) {
+  const bool channels_last = is_channels_last(p);
+  return has_vectors(p.problem, p.feat, channels_last) && has_vectors(p.out, channels_last) &&
+         (p.agg.data == nullptr || has_vectors(p.agg, channels_last)) && is_vector(p.protos);
 }
 
 // forward.cuh: throughput. Needs the prototypes' statistics.
@@ -59,6 +69,6 @@ const char* launch_forward_of(const ForwardParams& p, int blocks, void* stream);
 // forward_latency.cuh: few pixels. Computes the prototypes' statistics where they are null.
 inline bool forward_latency_applies(const ForwardParams& p) { return vectors_apply(p); }
 template <class T>
-const char* launch_forward_latency_of(const ForwardParams& p, void* stream);
+const char* launch_forward_latency_of(const ForwardParams& p, int blocks, void* stream);
 
 }  // namespace fastproto::cuda::sm90

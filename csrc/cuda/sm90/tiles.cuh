@@ -32,12 +32,11 @@ FP_DEVICE uint64_t box_descriptor(const uint8_t* box, int step) {
   return MnMajor ? descriptor_mn_major(box, step) : descriptor_k_major(box, step);
 }
 
-// The place in a ring of `Stages` tiles that the tile number `count` takes, and its phase there.
+// The place in a ring of `Stages` boxes or tiles that number `count` takes, and its phase there.
 template <int Stages>
-struct Ring {
-  static_assert((Stages & (Stages - 1)) == 0, "a power of two");
+struct Places {
   static FP_HOST_DEVICE constexpr int slot(uint32_t count) { return int(count % Stages); }
-  static FP_HOST_DEVICE constexpr int parity(uint32_t count) { return int(count / Stages % 2); }
+  static FP_HOST_DEVICE constexpr int parity(uint32_t count) { return int(count / Stages & 1); }
 };
 
 // launch(TypeTag<Traits<T, Dim, ChannelsLast>>()) of the Dim that holds the channels.
@@ -97,14 +96,55 @@ const char* make_stack_map(TensorMap* map, MapType type, const void* data, int c
   return make_tensor_map(map, type, 2 + Outer, data, sizes, strides, box);
 }
 
-// The matrix of prototypes [rows][channels]; coordinates (channel, row). Without rows, a map of
-// `other` that is never used.
-inline const char* make_protos_map(TensorMap* map, MapType type, const void* protos, int channels,
-                                   int rows, const void* other) {
-  const uint64_t sizes[2] = {uint64_t(channels), uint64_t(rows > 0 ? rows : 1)};
-  const uint64_t strides[1] = {uint64_t(channels) * 2};
-  const uint32_t box[2] = {kBox, kBox};
-  return make_tensor_map(map, type, 2, rows > 0 ? protos : other, sizes, strides, box);
-}
+// The tensor maps of a call, in the host's hands, and its launch; `error` is of the first that
+// fails.
+template <class Traits, class Params>
+struct MapMaker {
+  using T = typename Traits::T;
+  const Params& p;
+  const char* error = nullptr;
+
+  template <class Strides, int Outer>
+  void stack(TensorMap* map, const void* data, const Strides& strides,
+             const StackDim (&dims)[Outer]) {
+    if (error == nullptr)
+      error = make_stack_map(map, map_type<T>(), data, p.problem.dim, p.problem.pixels,
+                             strides.channel, strides.pixel, Traits::kChannelsLast, dims);
+  }
+  // One map for each of `images`, from a channel on.
+  void dense(TensorMap* map, const Dense& maps, int64_t images, int channel = 0) {
+    const StackDim dims[1] = {{images, maps.image}};
+    stack(map, static_cast<const T*>(maps.data) + channel * maps.channel, maps, dims);
+  }
+  void features(TensorMap* map) {
+    const StackDim dims[2] = {stack_dim(p.problem.queries, p.feat.query),
+                              stack_dim(p.problem.episodes, p.feat.episode)};
+    stack(map, p.feat.data, p.feat, dims);
+  }
+  // From a channel of the gradient on.
+  void gradients(TensorMap* map, int channel) {
+    const Strided& grad = p.grad_out;
+    const StackDim dims[3] = {stack_dim(p.problem.ways, grad.way),
+                              stack_dim(p.problem.queries, grad.query),
+                              stack_dim(p.problem.episodes, grad.episode)};
+    stack(map, static_cast<const T*>(grad.data) + channel * grad.channel, grad, dims);
+  }
+  // Coordinates (channel, row). Without rows, a map of the features that is never used.
+  void protos(TensorMap* map) {
+    const int rows = p.problem.total, channels = p.problem.dim;
+    const uint64_t sizes[2] = {uint64_t(channels), uint64_t(rows > 0 ? rows : 1)};
+    const uint64_t strides[1] = {uint64_t(channels) * 2};
+    const uint32_t box[2] = {kBox, kBox};
+    if (error == nullptr)
+      error = make_tensor_map(map, map_type<T>(), 2, rows > 0 ? p.protos : p.feat.data, sizes,
+                              strides, box);
+  }
+  template <auto Kernel, class Maps>
+  const char* launch(const Maps& maps, int blocks, int cluster, void* stream) const {
+    if (error != nullptr) return error;
+    const Grid grid{blocks, Traits::kThreads, Traits::kSharedBytes, cluster, stream};
+    return cuda::launch<Kernel>(grid, p, maps);
+  }
+};
 
 }  // namespace fastproto::cuda::sm90

@@ -171,8 +171,7 @@ def test_a_cluster_adds_up_what_its_blocks_saw(gpu: ModuleType, layout: str, dim
     """One bag has fewer tiles than the cluster blocks."""
     problem = Problem("cluster", ((130, 256),), 2, dim=dim, height=3, width=24, layout=layout)
     last = layout == "channels_last"
-    sizes = problem.sizes
-    plan = backends.plan(H200, dtype=torch.bfloat16, save=True, channels_last=last, **sizes)
+    plan = backends.plan(H200, dtype=torch.bfloat16, save=True, channels_last=last, **problem.sizes)
     assert plan["backward_query"]["cluster"] == plan["backward_protos"]["cluster"] == 4
     with gpu.pretending(kernels="sm90", proxies=dim == 72 and not last, seed=1):
         assert_within_rounding(gpu.proto_attention, problem, torch.bfloat16)
@@ -213,8 +212,7 @@ def test_tensors_of_a_gpu_that_is_not_there_have_the_same_shapes(gpu: ModuleType
             fake = [torch.empty_strided(*s, device="cuda", dtype=dtype) for *s, dtype in strides]
             found = torch.ops.fastproto.proto_attention_fwd(*fake, *options)
         for one, other in zip(real, found, strict=True):
-            for fact in ("shape", "dtype"):
-                assert getattr(one, fact) == getattr(other, fact)
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
             assert one.stride() == other.stride()
             assert other.device.type == "cuda"
 

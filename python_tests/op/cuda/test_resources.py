@@ -8,6 +8,8 @@ assembled for one of them.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -36,11 +38,6 @@ def kernels() -> list[Kernel]:
     return cuda_resources.kernels(LIBRARY)
 
 
-@pytest.fixture(scope="module")
-def budgets(kernels: list[Kernel]) -> dict[str, Budget]:
-    return cuda_resources.budgets(kernels, SOURCES)
-
-
 def test_architectures(kernels: list[Kernel]) -> None:
     """sm90 for 90a alone; all else for every architecture, and as PTX for those to come."""
     plain = {f"sm_{name.rstrip('af')}" for name in ARCHITECTURES}
@@ -59,12 +56,9 @@ def test_no_decision_rests_on_a_clamped_value(kernels: list[Kernel]) -> None:
     assert {label: count for label, count in counts.items() if count} == {}
 
 
-def test_every_kernel_keeps_its_budget(kernels: list[Kernel], budgets: dict[str, Budget]) -> None:
-    bad = [
-        f"{kernel.label} {kernel.chip}: {complaint}"
-        for kernel in kernels
-        for complaint in cuda_resources.complaints(kernel, budgets.get(kernel.traits))
-    ]
+def test_every_kernel_keeps_its_budget(kernels: list[Kernel]) -> None:
+    budgets = cuda_resources.budgets(kernels, SOURCES)
+    bad = cuda_resources.all_complaints(kernels, budgets)
     assert not bad, "\n".join(bad)
     assert len(budgets) > 1
     for each in kernels:
@@ -81,43 +75,27 @@ def test_newer_gpus_can_run_the_ptx(kernels: list[Kernel]) -> None:
     assert set(registers) == symbols
 
 
-def wgmma(**changes: int) -> dict[str, int]:
-    counts = {"HMMA": 0, "HGMMA": 40, "UTMALDG": 4, CLAMPED: 0, MORE: 240, FEWER: 24}
-    return counts | changes
-
-
-def kernel(**changes: object) -> Kernel:
-    fields: dict[str, object] = {
-        "symbol": "_Z",
-        "name": "sm90::forward_kernel",
-        "traits": "T",
-        "chip": "sm_90a",
-        "registers": 168,
-        "stack": 0,
-        "local": 0,
-        "instructions": wgmma(),
-    }
-    return Kernel(**(fields | changes))  # type: ignore[arg-type]
+WGMMA = {"HMMA": 0, "HGMMA": 40, "UTMALDG": 4, CLAMPED: 0, MORE: 240, FEWER: 24}
+GOOD = Kernel("_Z", "sm90::forward_kernel", "T", "sm_90a", 168, 0, 0, WGMMA)
 
 
 def test_what_is_wrong_is_said() -> None:
     """The check would notice."""
     budget = Budget(384, 168, 200 * 1024)
-    assert not cuda_resources.complaints(kernel(), budget)
-    without = wgmma(HMMA=3, HGMMA=0)
-    clamped = wgmma(**{CLAMPED: 2})
-    greedy = wgmma(**{FEWER: 32})
+    kernel = functools.partial(dataclasses.replace, GOOD)
+    assert not cuda_resources.complaints(GOOD, budget)
+    without = WGMMA | {"HMMA": 3, "HGMMA": 0}
     for wrong, allowed, words in (
         (kernel(stack=8), budget, "8 bytes of stack"),
         (kernel(local=16), budget, "16 of local memory"),
         (kernel(registers=160), Budget(128, 152, 0), "allowed by its Traits: 152"),
         (kernel(registers=169), Budget(384, 255, 0), "67584 registers of a block"),
-        (kernel(instructions=greedy), budget, "setmaxnreg: 65536; allowed: 64512"),
-        (kernel(), Budget(384, 168, 230 * 1024), "bytes of shared memory"),
+        (kernel(instructions=WGMMA | {FEWER: 32}), budget, "setmaxnreg: 65536; allowed: 64512"),
+        (GOOD, Budget(384, 168, 230 * 1024), "bytes of shared memory"),
         (kernel(chip="sm_80"), budget, "bytes of shared memory"),
         (kernel(instructions=without), budget, "no HGMMA"),
-        (kernel(instructions=clamped), budget, "2 VIMNMX with a predicate"),
-        (kernel(), None, "no budget"),
+        (kernel(instructions=WGMMA | {CLAMPED: 2}), budget, "2 VIMNMX with a predicate"),
+        (GOOD, None, "no budget"),
     ):
         (complaint,) = cuda_resources.complaints(wrong, allowed)
         assert words in complaint

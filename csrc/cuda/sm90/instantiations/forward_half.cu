@@ -4,5 +4,5 @@
 
 namespace fastproto::cuda::sm90 {
 template const char* launch_forward_of<half>(const ForwardParams&, int, void*);
-template const char* launch_forward_latency_of<half>(const ForwardParams&, void*);
+template const char* launch_forward_latency_of<half>(const ForwardParams&, int, void*);
 }  // namespace fastproto::cuda::sm90
