@@ -131,21 +131,14 @@ Call prepare(const Tensor& feat, const Tensor& protos, const Tensor& offsets,
   c.offsets = dense(offsets, false);
   // The bound |c| <= 1 instead: float16's smallest number is 6e-8, and a tensor's value is unknown.
   constexpr double kSmallestBounded = 2.0 / 60;
-  c.problem = {
-      .episodes = int32_t(episodes),
-      .queries = int32_t(queries),
-      .ways = int32_t(ways),
-      .dim = int32_t(dim),
-      .pixels = int32_t(pixels),
-      .total = int32_t(total),
-      .concat = concat,
-      .running_max = c.dtype == DType::kFloat16 || has_tensor || temperature < kSmallestBounded,
-      .precision = tf32 ? Float32Precision::kTf32 : Float32Precision::kTf32x3,
-      .eps = float(eps),
-      .temperature = float(temperature),
-      .temperature_tensor = has_tensor ? temperature_tensor->data_ptr() : nullptr,
-      .temperature_is_double =
-          has_tensor && temperature_tensor->scalar_type() == ScalarType::Double};
+  const bool running_max =
+      c.dtype == DType::kFloat16 || has_tensor || temperature < kSmallestBounded;
+  c.problem = {{int32_t(episodes), int32_t(queries), int32_t(ways), int32_t(dim), int32_t(pixels),
+                int32_t(total), concat, float(temperature), float(eps)},
+               running_max,
+               tf32 ? Float32Precision::kTf32 : Float32Precision::kTf32x3,
+               has_tensor ? temperature_tensor->data_ptr() : nullptr,
+               has_tensor && temperature_tensor->scalar_type() == ScalarType::Double};
   return c;
 }
 

@@ -6,7 +6,7 @@ STABLE_TORCH_LIBRARY(fastproto, m) {
   // `temperature_tensor`, where given, takes the place of `temperature` and has a gradient.
   // With save_for_backward `agg` and `stats` are what the backward of the same device needs, else
   // both are empty: on the CPU in the accumulation type agg [E, Q, K, D, H, W] and stats
-  // [E, Q, K, 3, H*W] (csrc/params.h); on CUDA agg in the features' type and stats, flat: lse
+  // [E, Q, K, 3, H*W] (csrc/cpu/kernels.h); on CUDA agg in the features' type and stats, flat: lse
   // [E*Q*K, H*W], query [E*Q, 2, H*W], protos [2, N_total] (csrc/cuda/params.h).
   // `tf32`: float32 on CUDA may multiply in TF32, PyTorch's setting.
   m.def(

@@ -45,7 +45,7 @@ def proto_attention(*arguments: Any) -> Tensor:
 
 
 def fake_forward(on_cuda: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What the forward returns, without values: csrc/api/schemas.h."""
+    """What the forward returns, without values: csrc/api/schemas.cpp."""
     inputs, save_for_backward = autograd.Inputs(*arguments[:7]), arguments[7]
     feat = inputs.feat
     episodes, queries, dim, height, width = feat.shape

@@ -29,7 +29,6 @@ FP_DEVICE void finish_pixel_tiles(const BackwardParams& p, const BackwardProtosM
                                   const float (&acc)[Traits::kOwned][32], float (&sum_cos)[2],
                                   float (&sum_mean)[2]) {
   using T = typename Traits::T;
-  constexpr int kOwned = Traits::kOwned;
   const Problem& s = p.problem;
   const int index = thread_index_again(), group = index / 128, thread = index % 128;
   const int warp = thread / 32, lane = thread % 32, row = 16 * warp + lane / 4;  // and row + 8
