@@ -271,12 +271,13 @@ def superpixels() -> None:
 def whole_slices() -> None:
     """No field of view follows the foreground, in training or at inference."""
     from fastproto.segmentation import learn
-    from fastproto.training import episodes
+    from fastproto.training.episodes import labels
+    from fastproto.training.episodes import supervoxels as drawn
 
     def field(case: Any, label: Any, generator: Any) -> tuple[tuple[float, float], float]:
         return (case.extent[0] / 2, case.extent[1] / 2), max(case.extent)
 
-    episodes.field_of_view = field
+    labels.field_of_view = drawn.field_of_view = field
     learn.DIAMETERS = learn.MARGIN_MM = 1e6
 
 

@@ -124,7 +124,8 @@ def launches(
     found: list[Launch] = []
     settings: Any = (feat, protos, offsets, None)
     how: Any = {"plan": plan, "precision": precision}
-    out, *saved = launch.run_forward(found.append, *settings, 0.05, 1e-6, True, save, **how)
+    forward: Any = (*settings, 0.05, 1e-6, True, save)  # t, eps, concat
+    out, *saved = launch.run_forward(found.append, *forward, **how)
     if save:
         options: Any = (0.05, 1e-6, True, True, True)  # t, eps, concat, needs, needs
         grad = torch.empty_like(out)
