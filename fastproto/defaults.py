@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 TEMPERATURE = 0.05
 """t of the aggregation's softmax, no unit."""
 EPS = 1e-6
@@ -12,5 +14,5 @@ MASK_THRESHOLD = 0.5
 ENCODER = "resnet34"
 OUTPUT_STRIDE = 16
 """Pixels of a cell at the bottleneck, along each side."""
-PLANE = "axial"
+PLANE: Literal["axial", "coronal", "sagittal"] = "axial"
 """Slicing plane."""

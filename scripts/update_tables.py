@@ -273,7 +273,7 @@ CPU: dict[str, Blocks] = {
     "overhead": single("one thread", "overhead", OVERHEAD),
 }
 PAGES: dict[str, dict[str, Table]] = {
-    "README.md": {"summary": summary},
+    "README.md": {"summary": summary, "promises": promises},
     "docs/provenance.md": {"records": every_record},
     "docs/results.md": {"results": crossval},
     "docs/training.md": {

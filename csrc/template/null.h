@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The smallest whole op: copy these three files to start another. See CONTRIBUTING.md.
+// The smallest whole op: copy these four files to start another. See CONTRIBUTING.md.
 #pragma once
 
 #include <cstdint>

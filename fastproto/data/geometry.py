@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fastproto.data.volume import Volume
+from fastproto.defaults import PLANE
 
 # Where slices, rows and columns grow: (world axis, sign) with world axes 0 = left, 1 = posterior,
 # 2 = superior. Coronal and sagittal pictures have the head on top.
@@ -69,7 +70,7 @@ def linear_weights(positions: np.ndarray, length: int, step: float) -> torch.Ten
     return torch.from_numpy(weights.astype(np.float32))
 
 
-def canonical(volume: Volume, plane: str = "axial") -> Volume:
+def canonical(volume: Volume, plane: str = PLANE) -> Volume:
     """The same voxels in canonical order, as a view of the array.
 
     Oblique volumes take the nearest axes; nothing is resampled. Slices, rows and columns grow as

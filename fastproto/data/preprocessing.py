@@ -21,6 +21,7 @@ import torch
 from fastproto.data.geometry import PLANES, FieldOfView, ImageAxis, canonical, view_of_axes
 from fastproto.data.intensity import CT_WINDOW, body_box, clipped_moments, normalisation
 from fastproto.data.volume import Volume, blocks, check_same_grid
+from fastproto.defaults import PLANE
 from fastproto.errors import LabelError, require
 
 
@@ -45,7 +46,7 @@ class Preprocessing:
     mean: float | None = None
     std: float | None = None
     crop: bool = True
-    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    plane: Literal["axial", "coronal", "sagittal"] = PLANE
 
     def __post_init__(self) -> None:
         modality, image_size, mean, std = self.modality, self.image_size, self.mean, self.std
@@ -71,7 +72,7 @@ class Preprocessing:
         image_size: int = 256,
         *,
         crop: bool = True,
-        plane: Literal["axial", "coronal", "sagittal"] = "axial",
+        plane: Literal["axial", "coronal", "sagittal"] = PLANE,
     ) -> Preprocessing:
         """Preprocessing for a training set; ``volumes`` may be a generator, one is held at a time.
 

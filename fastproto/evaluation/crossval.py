@@ -21,6 +21,7 @@ from fastproto._files import write_text
 from fastproto.data.dataset import Case, Dataset, open_dataset
 from fastproto.data.preprocessing import canonical
 from fastproto.data.volume import Volume, check_labels, read_label, read_volume
+from fastproto.defaults import PLANE
 from fastproto.errors import CheckpointError, DatasetError, LabelError, require
 from fastproto.evaluation.measure import evaluate_case
 from fastproto.evaluation.methods import Example, Learned, LearnedNetwork, make_method
@@ -231,7 +232,7 @@ class _Teacher:
             fix="Name the cases to learn from with --annotated.",
             error=LabelError,
         )
-        config, modality, plane = self.round.config, self.round.dataset.modality, "axial"
+        config, modality, plane = self.round.config, self.round.dataset.modality, PLANE
         if config.model != NO_MODEL and config.needing_model:
             plane = model_preprocessing(self.round.model, modality).plane
         return Example(image, label, organs, modality, plane)

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastproto.data.preprocessing import PreparedVolume, canonical
 from fastproto.data.volume import Volume
+from fastproto.defaults import PLANE
 from fastproto.evaluation.protocol import SliceSegmenter
 from fastproto.evaluation.settings import MethodOptions
 from fastproto.nn import PrototypeNet
@@ -43,7 +44,7 @@ class Example:
     label: Volume
     organs: dict[int, str]
     modality: str
-    plane: str = "axial"
+    plane: str = PLANE
     _located: list[tuple[Volume, dict[str, Prior]]] = dataclasses.field(default_factory=list)
 
     @cached_property

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastproto.data.geometry import canonical
 from fastproto.data.volume import Volume, check_same_grid
+from fastproto.defaults import PLANE
 from fastproto.errors import ArgumentError, LabelError, require
 from fastproto.segmentation.alignment import (
     Alignment,
@@ -84,7 +85,7 @@ class Atlas:
         modality: str,
         kind: str = "affine",
         *,
-        plane: str = "axial",
+        plane: str = PLANE,
     ) -> Atlas:
         """Make it from an annotated scan.
 

@@ -152,7 +152,7 @@ class TrainConfig:
         auto=(256, 128), network=True, help="side of the network's images in pixels")
     store_size: int = _option(256, _COUNT,
         help="largest side of the slices that fields of view are cut from, in pixels")
-    plane: Plane = _option("axial", _one_of(Plane), "--plane", group="data", network=True,
+    plane: Plane = _option(defaults.PLANE, _one_of(Plane), "--plane", group="data", network=True,
         help="slices to learn from; with axial ones, those of the other planes as well")
     crop: bool = _option(True, _SWITCH, help="crop to the body's bounding box before resampling")
     encoder: str = _option("auto", _ENCODER, "--encoder NAME",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fastproto._files import write_text
 from fastproto._memory import return_large_buffers
 from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError, require
-from fastproto.losses import EpisodeLoss
+from fastproto.losses import PARTS, EpisodeLoss
 from fastproto.nn import FewShotUNet
 from fastproto.nn.inference import computes_bfloat16
 from fastproto.segmentation.task import known_preprocessing, load_model
@@ -180,7 +180,10 @@ class _Run:
         self.take_step = Step(
             self.model,
             self.optimizer,
-            EpisodeLoss(config.ce, config.align, config.cycle, weights.to(self.device)),
+            EpisodeLoss(
+                **{name: getattr(config, name) for name in PARTS},
+                class_weights=weights.to(self.device),
+            ),
             config.clip_norm,
             self.autocast,
             capture=config.cuda_graph and self.device.type == "cuda",
