@@ -116,7 +116,7 @@ def backward_query_kernel(
         delta_q = tl.zeros([BLOCK_M], ACC)
         sum_grad = tl.zeros([BLOCK_M], ACC)  # sum_d dO
         for ch in range(0, D, CHUNK):
-            _, do = load_grad_agg(
+            do = load_grad_agg(
                 feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
             )
             g = load_tile(bag_agg, pix, agg_hw, pix_ok, ch, channels, agg_d, D)
@@ -133,7 +133,8 @@ def backward_query_kernel(
             product = tl.zeros([BLOCK_M, BLOCK_N], ACC)
             grad_weight = tl.zeros([BLOCK_M, BLOCK_N], ACC)  # dA
             for ch in range(0, D, CHUNK):
-                f, do = load_grad_agg(
+                f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+                do = load_grad_agg(
                     feat, feat_d, feat_hw, bag_grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D
                 )
                 p = load_tile(bag_protos, rows, D, row_ok, ch, channels, 1, D)
@@ -307,7 +308,8 @@ def backward_protos_kernel(
         grad_weight = tl.zeros([BLOCK_N, BLOCK_M], ACC)  # dA
         sum_grad = tl.zeros([BLOCK_M], ACC)
         for ch in range(0, D, CHUNK):
-            f, do = load_grad_agg(
+            f = load_tile(maps, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+            do = load_grad_agg(
                 maps, feat_d, feat_hw, grads, grad_d, grad_hw, pix, pix_ok, ch, channels, D
             )
             p = load_tile(protos, rows, D, row_ok, ch, channels, 1, D)
@@ -334,10 +336,11 @@ def backward_protos_kernel(
         updated = ()
         for i in tl.static_range(OUT_CHUNKS):
             ch = (part * OUT_CHUNKS + i) * CHUNK
-            f, do = load_grad_agg(
+            f = load_tile(maps, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
+            f = centre(f, mean_q, ch, channels, D, CENTRED)
+            do = load_grad_agg(
                 maps, feat_d, feat_hw, grads, grad_d, grad_hw, pix, pix_ok, ch, channels, D
             )
-            f = centre(f, mean_q, ch, channels, D, CENTRED)
             new = tl.dot(weights, do, acc[i], input_precision=PRECISION, out_dtype=ACC)
             new = tl.dot(coefficients, f, new, input_precision=PRECISION, out_dtype=ACC)
             updated = updated + (new,)

@@ -26,8 +26,9 @@ def own_slice(pid, D: tl.constexpr, CHUNK: tl.constexpr, OUT_CHUNKS: tl.constexp
 @triton.jit
 def load_statistics(stats, rows, row_ok, step):
     """Mean and reciprocal norm of rows; the latter lie ``step`` behind the former."""
-    mean = tl.load(stats + rows, mask=row_ok, other=0.0)
-    return mean, tl.load(stats + step + rows, mask=row_ok, other=0.0)
+    stats += rows
+    mean = tl.load(stats, mask=row_ok, other=0.0)
+    return mean, tl.load(stats + step, mask=row_ok, other=0.0)
 
 
 @triton.jit
@@ -158,10 +159,10 @@ def cosine(product, mean_a, mean_b, rnorm_a, rnorm_b, D: tl.constexpr, CENTRED: 
 def load_grad_agg(
     feat, feat_d, feat_hw, grad, grad_d, grad_hw, pix, pix_ok, ch, channels, D: tl.constexpr
 ):
-    """F, and the gradient of G, dO = dY2 * F, in its dtype; ``grad`` points at dY2."""
+    """The gradient of G, dO = dY2 * F, in the dtype of the products; ``grad`` points at dY2."""
     f = load_tile(feat, pix, feat_hw, pix_ok, ch, channels, feat_d, D)
     dy = load_tile(grad, pix, grad_hw, pix_ok, ch, channels, grad_d, D)
     if f.dtype == tl.float64:
-        return f, dy * f
+        return dy * f
     else:
-        return f, (dy.to(tl.float32) * f.to(tl.float32)).to(f.dtype)
+        return (dy.to(tl.float32) * f.to(tl.float32)).to(f.dtype)
