@@ -58,6 +58,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add ``text`` to the end of ``path``, as UTF-8: others may add to it as well.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OutputError(
+            path,
+            found=f"that it cannot be written ({error.strerror or error})",
+            allowed="a writable folder with free space",
+            fix="Free some space and run the same command again.",
+        ) from error
+
+
 def cache_folder() -> Path:
-    """Where downloads and measured plans are kept: ``FASTPROTO_CACHE``, or ~/.cache/fastproto."""
+    """Where downloads are kept: ``FASTPROTO_CACHE``, or ~/.cache/fastproto."""
     return Path(os.environ.get("FASTPROTO_CACHE") or Path.home() / ".cache" / "fastproto")

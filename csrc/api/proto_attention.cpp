@@ -146,6 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> proto_attention_bwd(Tensor grad_out, Tensor f
                                                        Tensor agg, Tensor stats, double temperature,
                                                        double eps, bool concat, bool needs_protos,
                                                        bool needs_temperature, bool /*tf32*/) {
+  FP_CHECK(agg.dim() == 6, "agg: found none; allowed: that of a forward with save_for_backward.");
   const Call c = prepare(feat, protos, offsets, temperature_tensor, temperature, eps, concat);
   const cpu::Problem& s = c.problem;
   const Tensor grad = dense(grad_out, c.channels_last), saved = dense(agg, c.channels_last);

@@ -325,8 +325,9 @@ inline Plan make_plan(const Request& r, const char* wanted = nullptr,
 
   for (const KernelPlan* one : {&plan.forward, &plan.backward_query, &plan.backward_protos}) {
     if (one->shared_bytes <= r.shared_memory || (one != &plan.forward && !r.save)) continue;
-    plan.error = sentence("feat: D = ", r.dim, " takes ", one->shared_bytes,
-                          " bytes of shared memory in this dtype; the GPU has ", r.shared_memory);
+    plan.error =
+        sentence("feat: the kernel for ", padded_dim(r.dim), " channels takes ", one->shared_bytes,
+                 " bytes of shared memory in this dtype; the GPU has ", r.shared_memory);
   }
   return plan;
 }

@@ -105,9 +105,10 @@ def learn_example(
     if args.classes and labels is not None:
         classes = options.choose_classes(args.classes, labels, "--classes")
     elif args.classes:
-        names = ", ".join(item for item in args.classes if not item.isdigit())
+        names = [item for item in args.classes if not item.isdigit()]
+        found = ", ".join(item or "an empty name" for item in names)
         allowed = "label values, or names that --labels or a dataset.json explains"
-        require(not names, "--classes", found=names, allowed=allowed, error=LabelError)
+        require(not names, "--classes", found=found, allowed=allowed, error=LabelError)
         classes = [int(item) for item in args.classes]
     elif labels and args.labels and "=" in args.labels[0]:
         classes = list(labels)

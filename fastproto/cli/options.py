@@ -207,9 +207,10 @@ def choose_classes(wanted: Sequence[str], labels: Mapping[int, str], option: str
     """
     by_name = {name.casefold(): value for value, name in labels.items()}
     by_name |= {str(value): value for value in labels}
-    unknown = ", ".join(item for item in wanted if item.casefold() not in by_name)
+    unknown = [item for item in wanted if item.casefold() not in by_name]
+    found = ", ".join(item or "an empty name" for item in unknown)
     known = ", ".join(f"{name} ({value})" for value, name in labels.items())
-    require(not unknown, option, found=unknown, allowed=known, error=LabelError)
+    require(not unknown, option, found=found, allowed=known, error=LabelError)
     return [by_name[item.casefold()] for item in wanted]
 
 

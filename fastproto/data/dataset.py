@@ -57,8 +57,9 @@ class Dataset:
         """
         known = {case.id: case for case in self.cases}
         ids = list(ids)
-        unknown = ", ".join(id_ for id_ in ids if id_ not in known)
-        _require(not unknown, self.root, found=f"no case {unknown}", allowed=", ".join(known))
+        unknown = [id_ for id_ in ids if id_ not in known]
+        found = f"no case {', '.join(map(repr, unknown))}"
+        _require(not unknown, self.root, found=found, allowed=", ".join(known))
         return [known[id_] for id_ in ids]
 
     def label_ids(self, labels: Iterable[str | int]) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastproto._files import write_text
+from fastproto._files import append_text, write_text
 from fastproto.data.dataset import Case, Dataset, open_dataset
 from fastproto.data.preprocessing import canonical
 from fastproto.data.volume import Volume, check_labels, read_label, read_volume
@@ -125,10 +125,9 @@ class ResultFile:
         self.path = path
         settings = json.loads(json.dumps(settings))  # tuples are lists now
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self._lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        self._lines = self._lines or [json_text(settings)]
+        lines = text[: text.rfind("\n") + 1].splitlines(keepends=True) or [json_text(settings)]
         try:
-            head, *units = map(json.loads, self._lines)
+            head, *units = map(json.loads, lines)
             self.units = {tuple(unit[name] for name in KEY): unit for unit in units}
             changed = [name for name in settings if head.get(name) != settings[name]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -143,13 +142,12 @@ class ResultFile:
             fix="Choose another output folder, or delete the old results.",
             error=CheckpointError,
         )
-        write_text(path, "".join(self._lines))
+        write_text(path, "".join(lines))
 
     def add(self, key: tuple[Any, ...], rows: list[dict[str, Any]]) -> None:
         """Keep a finished measurement."""
         unit = dict(zip(KEY, key, strict=True)) | {"rows": without_nan(rows)}
-        self._lines.append(json_text(unit))
-        write_text(self.path, "".join(self._lines))
+        append_text(self.path, json_text(unit))
         self.units[key] = unit
 
 

@@ -8,7 +8,7 @@ imports torch or numpy, so that help appears at once.
 # ruff: noqa: RUF009 - `_option` and `_list` are `field`s
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 from fastproto.errors import require
@@ -73,6 +73,7 @@ class CrossValidation:
 
     data: str = _option("--data DIR", "data set with labels", argument={"required": True})
     output: str = _option("--out OUT", "folder for all results", argument={"required": True})
+    _: KW_ONLY
     folds: int = _option("--folds N", default=5, group="cases",
         help="folds, consecutive in the data set's order; the scan after a fold is tested with it")
     test_cases: tuple[str, ...] = _list("--test-cases CASE", "one fold of these cases",

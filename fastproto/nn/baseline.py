@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastproto import defaults
 from fastproto.nn.base import Features, FewShotModel
 from fastproto.nn.prototypes import Prototypes, prototype_scores
 
@@ -16,8 +17,13 @@ from fastproto.nn.prototypes import Prototypes, prototype_scores
 class PrototypeNet(FewShotModel):
     """Prototype scores at the bottleneck, bilinear upsampling to full size.
 
-    The arguments are those of :class:`fastproto.nn.FewShotUNet`; at an output stride of 8 the
-    bottleneck of a 256 x 256 image is 32 x 32.
+    Args:
+        encoder: ``"resnet101"``, or 18, 34, 50.
+        output_stride: 8 (a 32 x 32 bottleneck for 256 x 256) or 16.
+        weights: Of the encoder: None (random), ``"imagenet"`` or a path.
+        temperature: t of aggregation and scores, above 0.
+        mask_threshold: tau, the share of a cell that a class must exceed to give a prototype.
+        append_global: Append the mask-weighted average to every bag that is not empty.
 
     Raises:
         ArgumentError: An argument out of its range.
@@ -31,9 +37,17 @@ class PrototypeNet(FewShotModel):
     """
 
     def __init__(
-        self, encoder: str = "resnet101", output_stride: int = 8, *args: Any, **options: Any
+        self,
+        encoder: str = "resnet101",
+        output_stride: int = 8,
+        weights: str | os.PathLike[str] | None = None,
+        temperature: float = defaults.TEMPERATURE,
+        mask_threshold: float = defaults.MASK_THRESHOLD,
+        append_global: bool = False,
     ):
-        super().__init__(encoder, output_stride, *args, **options)
+        super().__init__(
+            encoder, output_stride, weights, temperature, mask_threshold, append_global
+        )
 
     @classmethod
     def from_unet(cls, model: FewShotModel) -> PrototypeNet:

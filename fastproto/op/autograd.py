@@ -113,15 +113,15 @@ def _gradients(
     ctx: Any, backward: Callable[..., Sequence[Tensor]], grad_out: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of :class:`Inputs`."""
-    temperature_tensor = ctx.saved_tensors[3]
+    saved = ctx.saved_tensors  # once: checkpointing unpacks them anew at each access
     needs_protos, needs_temperature = needs[1], needs[3]
     options = (*ctx.options, needs_protos, needs_temperature, *ctx.modes)
-    grad_feat, grad_protos, grad_temperature = backward(grad_out, *ctx.saved_tensors, *options)
+    grad_feat, grad_protos, grad_temperature = backward(grad_out, *saved, *options)
     return (
         grad_feat,
         grad_protos if needs_protos else None,
         None,
-        grad_temperature.reshape(temperature_tensor.shape) if needs_temperature else None,
+        grad_temperature.reshape(saved[3].shape) if needs_temperature else None,
         *(None, None, None),
     )
 

@@ -114,10 +114,11 @@ class Task:
         """The network that segments with this task: adapted and `for_inference`; kept."""
         weights = tuple((name, id(t), t._version) for name, t in self.weights.items())
         key = next(model.parameters()).device, model.backend, weights
-        if key not in self._ready:
+        ready = self._ready.get(key)
+        if ready is None:
             self._ready.clear()  # one at a time: it may take a GPU's memory
-            self._ready[key] = self.adapted(model).for_inference()
-        return self._ready[key]
+            ready = self._ready[key] = self.adapted(model).for_inference()
+        return ready
 
     def save(self, path: str | Path) -> None:
         """Write the task as one safetensors file with JSON metadata, atomically.

@@ -126,6 +126,10 @@ class SliceStore:
     def __init__(self, cases: Sequence[CaseSlices]):
         self.cases = list(cases)
 
+    def __len__(self) -> int:
+        """Number of slices."""
+        return sum(map(len, self.cases))
+
     @classmethod
     def build(
         cls,
@@ -156,6 +160,7 @@ class SliceStore:
             DatasetError: A case has no label map where one is needed, or no slice is left at all.
             InputError: A file that cannot be used.
         """
+        require(isinstance(labels, bool), "labels", found=repr(labels), allowed="True or False")
         needed = labels or bool(without) or holding is not None
         whole = []
         for case in cases:

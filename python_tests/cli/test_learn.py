@@ -44,6 +44,17 @@ def test_the_former_name_of_learn(program, task_file, tmp_path, capsys):
     assert "register" not in capsys.readouterr().out
 
 
+def test_the_base_model_is_the_default(program, task_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastproto.segmentation.task.BASE_FILE", tmp_path / "base.safetensors")
+    arguments = ["learn", "--image", program.example[0], "--label", program.example[1]]
+    arguments += [*CHOSEN, "-o", str(tmp_path / "organs.task")]
+    assert main(arguments) == 2
+    assert "no base model in this installation" in capsys.readouterr().err
+    shutil.copy(program.model, tmp_path / "base.safetensors")
+    assert main(arguments) == 0
+    assert (tmp_path / "organs.task").read_bytes() == task_file.read_bytes()
+
+
 def test_learn_lists_what_it_learned(program, tmp_path, capsys):
     path = tmp_path / "organs.task"
     assert program.learn(path, *CHOSEN, "--slices", "6") == 0
@@ -146,3 +157,5 @@ def test_organs_that_cannot_be_learned(program, tmp_path, monkeypatch, capsys, o
     assert program.learn("organs.task", *QUICK, *options, label="mask.nii.gz") == 2
     assert message in capsys.readouterr().err
     assert not Path("organs.task").exists()
+    assert program.learn("organs.task", *QUICK, "--classes", "", label="mask.nii.gz") == 2
+    assert "an empty name" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_the_backend_is_forced_and_files_are_left_out(program, task_file, scan, 
     assert written == ["mr_001-uncertainty.nii.gz", "mr_001.nii.gz"]  # no probabilities
     assert program.segment(scan, tmp_path / "out", *options, "abacus") == 2
     assert "'abacus'" in capsys.readouterr().err
+
+
+def test_a_task_of_another_model_is_refused(program, task_file, scan, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    FewShotUNet(encoder="resnet18", temperature=0.1).save(other, {})
+    program = dataclasses.replace(program, model=other)
+    assert program.segment(scan, tmp_path / "out.nii.gz", "--task", task_file) == 2
+    assert "another model" in capsys.readouterr().err
 
 
 def test_examples_are_learned_on_the_spot_as_by_learn(

@@ -59,6 +59,17 @@ def test_absent_options_keep_their_defaults_and_minutes_stand_for_steps(configs)
     assert both.steps == 7
 
 
+def test_help_tells_the_defaults_of_the_configuration(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    config = TrainConfig(data="d", output="o")
+    options = ("steps", "batch", "learning-rate", "shots", "label-fraction", "image-size")
+    for option in (*options, "plane", "encoder", "seed"):
+        default = text.split(f" --{option} ")[-1].split("(default: ")[1].split(")")[0]
+        assert default == str(getattr(config, option.replace("-", "_"))), option
+
+
 def test_a_new_option_is_one_field(configs, monkeypatch, capsys):
     weight = Allowed("a number of at least 0", lambda x: x >= 0, {"type": float})
     option = Option(weight, "--dice WEIGHT", loss=True, help="weight of the Dice loss")

@@ -6,12 +6,14 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from support.conformance import TINY, offsets_of
 from support.problems import PROBLEMS, Problem
+from torch.utils.checkpoint import checkpoint
 
 import fastproto.op.native  # noqa: F401  (defines torch.ops.fastproto)
 from fastproto import InputError, proto_attention
@@ -74,6 +76,25 @@ def test_weights_far_below_the_bound_keep_their_digits(temperature: float) -> No
         feat.double(), protos.double(), offsets_of(5), temperature=temperature, concat=False
     )
     assert torch.allclose(ours.double(), truth, rtol=2e-5, atol=0)
+
+
+def test_checkpointing_reads_what_is_saved_once() -> None:
+    feat, protos = torch.rand(1, 1, 8, 3, 3), torch.rand(5, 8)
+    unpacked = []
+
+    def op(feat: torch.Tensor, protos: torch.Tensor) -> torch.Tensor:
+        return proto_attention(feat, protos, offsets_of(5), backend="native")
+
+    def gradients(call: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (feat, protos)]
+        return list(torch.autograd.grad(call(*leaves).square().sum(), leaves))
+
+    expected = gradients(op)
+    found = gradients(lambda *leaves: checkpoint(op, *leaves, use_reentrant=False))
+    assert all(map(torch.equal, found, expected))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: unpacked.append(x) or x):
+        gradients(op)
+    assert len(unpacked) == 5 + 1  # feat, protos, offsets, agg, stats; and what square keeps
 
 
 GOOD = {

@@ -116,7 +116,7 @@ def _read_header(path: Path) -> _Slice:
     require_volume(
         not frames or frames[0] <= 1,
         path,
-        found=f"a multi-frame DICOM file ({frames} frames)",
+        found=lambda: f"a multi-frame DICOM file ({frames[0]} frames)",
         allowed="one slice per file",
         fix="Convert it to NIfTI first, e.g. with dcm2niix.",
     )

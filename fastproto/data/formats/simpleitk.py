@@ -56,6 +56,10 @@ def reading(path: Path, fix: str = "Copy or export the file again.") -> Iterator
     try:
         yield
     except (RuntimeError, OSError, EOFError, zlib.error, MemoryError) as error:
+        if isinstance(error, OSError) and error.strerror:  # missing, or no permission
+            found, missing = f"that {error.filename or path} cannot be read", error.strerror
+            allowed = "a file, and those that it names, that can be opened"
+            raise VolumeError(path, found=f"{found} ({missing})", allowed=allowed) from error
         of_grid = isinstance(error, RuntimeError) and re.search("spacing|cosines", str(error))
         raise (GeometryError if of_grid else VolumeError)(
             path,
