@@ -58,7 +58,7 @@ class Dataset:
         known = {case.id: case for case in self.cases}
         ids = list(ids)
         unknown = [id_ for id_ in ids if id_ not in known]
-        found = f"no case {', '.join(map(repr, unknown))}"
+        found = "no case " + ", ".join(id_ or "''" for id_ in unknown)
         _require(not unknown, self.root, found=found, allowed=", ".join(known))
         return [known[id_] for id_ in ids]
 

@@ -21,7 +21,7 @@ def configs(monkeypatch) -> list[tuple[TrainConfig, bool]]:
         seen.append((config, resume))
         return config.output
 
-    monkeypatch.setattr("fastproto.training.trainer.train", train)
+    monkeypatch.setattr("fastproto.training.train", train)
     return seen
 
 

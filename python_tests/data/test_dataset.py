@@ -214,6 +214,8 @@ def test_cases_and_labels_are_selected_in_the_given_order(plain: Path):
     assert [case.id for case in dataset.select(["a.1", "b"])] == ["a.1", "b"]
     with pytest.raises(DatasetError, match=r"no case zz; allowed: b, a\.1"):
         dataset.select(["a.1", "zz"])
+    with pytest.raises(DatasetError, match="no case ''; allowed"):
+        dataset.select([""])
     assert dataset.label_ids(["left kidney", 1, "6"]) == [6, 1, 6]
     for label in ("spleen", 0, 2, "0"):
         with pytest.raises(LabelError, match="1 liver, 6 left kidney"):
