@@ -7,7 +7,16 @@
 
 namespace fastproto {
 
-enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// The table of types: our name, torch's, Python's, bytes, the CUDA kernels' type (double: none).
+#define FP_DTYPES(ROW)                          \
+  ROW(kFloat32, Float, "float32", 4, float)     \
+  ROW(kFloat64, Double, "float64", 8, double)   \
+  ROW(kBFloat16, BFloat16, "bfloat16", 2, bf16) \
+  ROW(kFloat16, Half, "float16", 2, half)
+
+#define FP_ROW(name, ...) name,
+enum class DType : int { FP_DTYPES(FP_ROW) };
+#undef FP_ROW
 
 template <class Int, class Real>
 struct ProblemOf {

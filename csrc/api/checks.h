@@ -15,17 +15,12 @@
 namespace fastproto {
 
 inline DType dtype_of(const torch::stable::Tensor& t) {
-  using torch::headeronly::ScalarType;
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      return DType::kFloat32;
-  }
+#define FP_ROW(name, torch_name, ...) \
+  if (t.scalar_type() == torch::headeronly::ScalarType::torch_name) return DType::name;
+  FP_DTYPES(FP_ROW)
+#undef FP_ROW
+  FP_CHECK(false, "feat: found another dtype; allowed: float32, bfloat16, float16, float64.");
+  return {};
 }
 
 }  // namespace fastproto

@@ -17,10 +17,11 @@ using fastproto::DType;
 using namespace fastproto::cuda;
 using namespace py::literals;
 
-DType dtype_of(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float16") return DType::kFloat16;
+DType dtype_of(const std::string& wanted) {
+#define FP_ROW(name, torch_name, python_name, ...) \
+  if (wanted == python_name) return DType::name;
+  FP_DTYPES(FP_ROW)
+#undef FP_ROW
   return DType::kFloat64;  // which the plan refuses
 }
 

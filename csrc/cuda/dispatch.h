@@ -14,12 +14,11 @@ struct TypeTag {
 
 template <class T>
 constexpr DType kDTypeOf = DType::kFloat64;  // which no kernel takes
-template <>
-constexpr DType kDTypeOf<float> = DType::kFloat32;
-template <>
-constexpr DType kDTypeOf<bf16> = DType::kBFloat16;
-template <>
-constexpr DType kDTypeOf<half> = DType::kFloat16;
+#define FP_ROW(name, torch_name, python_name, bytes, type) \
+  template <>                                              \
+  constexpr DType kDTypeOf<type> = DType::name;
+FP_DTYPES(FP_ROW)
+#undef FP_ROW
 
 // launch(TypeTag<T>()) of the one of Ts that `dtype` is: an error text, or null.
 template <class... Ts, class Launch>

@@ -61,7 +61,13 @@ struct Plan {
 namespace planning {
 
 constexpr int64_t kMaxInt = INT32_MAX;
-constexpr int item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int item_size(DType dtype) {
+#define FP_ROW(name, torch_name, python_name, bytes, ...) \
+  if (dtype == DType::name) return bytes;
+  FP_DTYPES(FP_ROW)
+#undef FP_ROW
+  return 0;
+}
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class... Parts>
