@@ -13,6 +13,7 @@ import pytest
 SCRIPT = """
 import json, pathlib, types
 import torch
+from fastproto._memory import return_large_buffers
 from fastproto.losses import EpisodeLoss
 from fastproto.nn import FewShotUNet
 
@@ -21,6 +22,7 @@ def peak():
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
+return_large_buffers()  # as the program does: what the heap keeps differs from run to run
 model = FewShotUNet().eval()
 images = torch.randn(1, 4, 3, 256, 256)
 masks = torch.zeros(1, 4, 256, 256, dtype=torch.long)
@@ -57,5 +59,5 @@ def test_resident_memory(tmp_path: Path) -> None:
         timeout=300,
     )
     peak = json.loads(result.stdout)  # MiB
-    assert peak["segment"] < 400  # on top of the network: four images, two classes
+    assert peak["segment"] < 320  # on top of the network: four images, two classes
     assert peak["train"] < 1400  # the largest maps kept, as this little batch allows
