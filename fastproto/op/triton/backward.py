@@ -85,10 +85,7 @@ def backward_query_kernel(
     channels = tl.arange(0, CHUNK)
     feat += episode.to(tl.int64) * feat_e + query.to(tl.int64) * feat_q
     grad_out += episode.to(tl.int64) * grad_e + query.to(tl.int64) * grad_q
-    if CONCAT:
-        grad_enhanced = grad_out + D * grad_d
-    else:
-        grad_enhanced = grad_out
+    grad_enhanced = grad_out + (D * grad_d if CONCAT else 0)
 
     query_stats += image.to(tl.int64) * 2 * pixels
     mean_q, rnorm_q = load_statistics(query_stats, pix, pix_ok, pixels)
