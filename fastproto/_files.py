@@ -13,6 +13,24 @@ from fastproto.errors import OutputError, require
 
 
 @contextlib.contextmanager
+def writing(path: Path, fix: str) -> Iterator[None]:
+    """Turn what writing ``path`` raises into one message.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            path,
+            found=f"that it cannot be written ({error.strerror or error})",
+            allowed="a writable folder with free space",
+            fix=fix,
+        ) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path`` in one step.
 
@@ -26,7 +44,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     allowed = "a file path to write to"
     require(not path.is_dir(), path, found="a folder", allowed=allowed, error=OutputError)
-    try:
+    with writing(path, "Choose another output path or free some space; nothing was overwritten."):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
             prefix=".partial-", suffix="".join(path.suffixes[-2:]), dir=path.parent
@@ -43,13 +61,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            path,
-            found=f"that it cannot be written ({error.strerror or error})",
-            allowed="a writable folder with free space",
-            fix="Choose another output path or free some space; nothing was overwritten.",
-        ) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -64,16 +75,11 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         OutputError: It cannot be written.
     """
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise OutputError(
-            path,
-            found=f"that it cannot be written ({error.strerror or error})",
-            allowed="a writable folder with free space",
-            fix="Free some space and run the same command again.",
-        ) from error
+    with (
+        writing(path, "Free some space and run the same command again."),
+        open(path, "a", encoding="utf-8") as file,
+    ):
+        file.write(text)
 
 
 def cache_folder() -> Path:

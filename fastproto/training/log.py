@@ -6,12 +6,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastproto._files import write_text
-from fastproto.errors import ArgumentError, CheckpointError, OutputError
+from fastproto._files import write_text, writing
+from fastproto.errors import ArgumentError, CheckpointError
 
 
 class RunLog(contextlib.AbstractContextManager["RunLog"]):
@@ -55,17 +54,8 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
         with self._reporting():
             os.fsync(self._file.fileno())
 
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                self.path,
-                found=f"that it cannot be written ({error.strerror or error})",
-                allowed="a writable folder with free space",
-                fix="Free some space and resume the run.",
-            ) from error
+    def _reporting(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self.path, "Free some space and resume the run.")
 
     def __exit__(self, *error: object) -> None:
         """Close the files."""
