@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Volumes in and out: the one door for image files, with every check that SimpleITK leaves out.
+"""Volumes in and out: the one door for image files, with every check of them.
 
 Arrays are [Z, Y, X] in the axes of the file; spacing, origin and direction are in mm and in the
 patient's LPS coordinates, as SimpleITK gives them.
@@ -13,25 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
 from fastproto._files import atomic_write
-from fastproto.data.formats.checks import blocks, check_voxels, require_volume
-from fastproto.data.formats.dicom import read_series
-from fastproto.data.formats.simpleitk import reading, reason
-from fastproto.data.formats.table import FORMATS, READABLE, WRITABLE
-from fastproto.errors import (
-    ArgumentError,
-    GeometryError,
-    LabelError,
-    OutputError,
-    VolumeError,
-    require,
+from fastproto.data.formats.checks import (
+    GRID_TOLERANCE,
+    Voxels,
+    blocks,
+    check_voxels,
+    require_volume,
 )
+from fastproto.data.formats.dicom import read_series
+from fastproto.data.formats.simpleitk import reading
+from fastproto.data.formats.table import CONVERT, FORMATS, READABLE, WRITABLE
+from fastproto.errors import ArgumentError, GeometryError, LabelError, require
 
-# Two grids are one when no corner is further apart than this part of the smallest voxel side:
-# headers round to float32 or a few decimals, and that must not matter.
-_GRID_TOLERANCE = 0.05
 _LABEL_TOLERANCE = 1e-3
 
 
@@ -45,6 +40,8 @@ class Volume:
         origin: Centre of the first voxel (x, y, z) in mm, LPS.
         direction: 3 x 3 matrix, row by row; column j is the axis along which index j grows.
         path: Where it was read from; None for a volume made in memory.
+        nifti: Of a NIfTI file, the fields of its header that place the voxels: a result on the
+            same grid gets both forms and their codes as they were.
     """
 
     array: np.ndarray
@@ -52,6 +49,7 @@ class Volume:
     origin: tuple[float, ...] = (0.0, 0.0, 0.0)
     direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
     path: Path | None = None
+    nifti: np.void | None = None
 
     @property
     def name(self) -> str:
@@ -94,13 +92,13 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         path,
         found="a file of unknown format",
         allowed=f"{', '.join(READABLE)}, or a folder with a DICOM series",
-        fix="For DICOM, name the folder instead of one of its files.",
+        fix=CONVERT.get(path.suffix.removesuffix(".gz") or ".dcm", CONVERT[".dcm"]),
     )
     with reading(path):
         folder = path.is_dir()
         voxels = read_series(path, series) if folder else FORMATS[suffix or ""].read(path)
     check_voxels(path, voxels)
-    return Volume(*voxels, path=path)
+    return Volume(*voxels[:4], path=path, nifti=voxels.nifti)
 
 
 def read_label(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
@@ -165,8 +163,7 @@ def check_same_grid(a: Volume, b: Volume) -> None:
     """
     distance = np.abs(_corners(a) - _corners(b)).max()
     require(
-        a.array.shape == b.array.shape
-        and distance <= _GRID_TOLERANCE * min(*a.spacing, *b.spacing),
+        a.array.shape == b.array.shape and distance <= GRID_TOLERANCE * min(*a.spacing, *b.spacing),
         b.name,
         error=GeometryError,
         found=f"{_grid(b)}; its corners lie up to {distance:.3g} mm away",
@@ -183,7 +180,8 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) 
         array: [Z, Y, X], or [C, Z, Y, X] for C values per voxel, written as vector pixels (the
             form both 3D Slicer and ITK-SNAP open). Integers become the smallest of uint8, uint16,
             int16 and int32 that holds them, real numbers float32.
-        like: Gives spacing, origin and direction.
+        like: Gives spacing, origin and direction. Where it was read from a NIfTI file and the
+            result is one, both have the same qform and sform with the same codes.
 
     Raises:
         ArgumentError: Unknown suffix, other shape, NaN, Inf or integers beyond int32.
@@ -198,23 +196,9 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) 
         found=f"shape {tuple(array.shape)}",
         allowed=f"{like.array.shape}, or that with leading channels",
     )
-    vector = array.ndim == 4
-    array = _storable(np.moveaxis(array, 0, -1) if vector else array)
-    image = sitk.GetImageFromArray(array, isVector=vector)
-    image.SetSpacing(like.spacing)
-    image.SetOrigin(like.origin)
-    image.SetDirection(like.direction)
+    voxels = Voxels(_storable(array), like.spacing, like.origin, like.direction, like.nifti)
     with atomic_write(path) as temporary:
-        try:
-            WRITABLE[suffix](temporary, image)
-        except (RuntimeError, VolumeError) as error:
-            why = error.found if isinstance(error, VolumeError) else reason(error)
-            raise OutputError(
-                path,
-                found=f"that it cannot be written completely ({why})",
-                allowed="a writable folder with free space",
-                fix="Choose another output path or free some space; nothing was overwritten.",
-            ) from error
+        WRITABLE[suffix](temporary, voxels)
 
 
 def _integer_labels(volume: Volume) -> np.ndarray:

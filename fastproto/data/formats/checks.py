@@ -6,17 +6,33 @@ They raise VolumeError, or GeometryError about the place of the voxels. Sizes ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
-from fastproto.errors import GeometryError, VolumeError, require
+from fastproto.errors import FastprotoWarning, GeometryError, VolumeError, require
 
 Numbers = tuple[float, ...]
-# Array [Z, Y, X], spacing, origin and direction, as the fields of Volume.
-Voxels = tuple[np.ndarray, Numbers, Numbers, Numbers]
+Grid = tuple[Numbers, Numbers, Numbers]  # spacing, origin, direction
 _BLOCK_VOXELS = 1 << 20
+_PLAUSIBLE_MM = 0.01, 100.0
+# Two grids are one when no corner is further apart than this part of the smallest voxel side:
+# headers round to float32 or a few decimals, and that must not matter.
+GRID_TOLERANCE = 0.05
+
+
+class Voxels(NamedTuple):
+    """What a format reads and writes, as the fields of Volume; written also [C, Z, Y, X]."""
+
+    array: np.ndarray
+    spacing: Numbers
+    origin: Numbers
+    direction: Numbers
+    nifti: np.void | None = None
+
 
 require_volume = partial(require, error=VolumeError)
 require_geometry = partial(require, error=GeometryError)
@@ -24,7 +40,7 @@ require_geometry = partial(require, error=GeometryError)
 
 def check_voxels(path: object, voxels: Voxels) -> None:
     """Everything that holds whatever the format."""
-    array, spacing, origin, direction = voxels
+    array, spacing, origin, direction, _ = voxels
     check_size(path, array.shape[::-1])
     check_spacing(path, spacing)
     check_finite(path, "origin or direction", (*origin, *direction))
@@ -46,12 +62,22 @@ def check_size(path: object, size: Sequence[int]) -> None:
 def check_spacing(path: object, spacing: Iterable[float], name: str = "spacing") -> None:
     """Voxel sizes in mm, read from the field ``name``."""
     sizes = np.array(spacing)
+    low, high = _PLAUSIBLE_MM
+    found = f"{name} {', '.join(f'{size:g}' for size in sizes)}"
     require_geometry(
         np.isfinite(sizes).all() and (sizes > 0).all(),
         path,
-        found=f"{name} {', '.join(f'{size:g}' for size in sizes)}",
+        found=found,
         allowed="finite sizes above 0 mm",
         fix="Correct the header from the scanner's data; distances cannot be guessed.",
+    )
+    unit = "micrometres" if sizes.max() > high else "metres"
+    require_geometry(
+        ((low <= sizes) & (sizes <= high)).all(),
+        path,
+        found=f"{found} mm",
+        allowed=f"voxels of {low:g} to {high:g} mm",
+        fix=f"The sizes are probably in {unit}: correct the header.",
     )
 
 
@@ -72,14 +98,24 @@ def check_axes(path: object, axes: np.ndarray) -> None:
     )
 
 
-def check_complete(path: object, size: int, promised: int) -> None:
-    """Bytes of data, and how many the header says there are."""
+def grid(spacing: np.ndarray, origin: np.ndarray, axes: np.ndarray) -> Grid:
+    """The fields of Volume; of axes that ``check_axes`` accepts, the nearest orthonormal ones."""
+    left, _, right = np.linalg.svd(axes)
+    direction = (left @ right).ravel()
+    return tuple(spacing.tolist()), tuple(origin.tolist()), tuple(direction.tolist())
+
+
+def check_bytes(path: object, size: int, promised: int) -> None:
+    """Bytes of voxels, and how many the header says there are."""
     require_volume(
-        size >= promised,
+        size == promised,
         path,
-        found=f"{size} bytes of data where the header promises {promised}",
-        allowed="a complete file",
-        fix="The file is truncated or its header damaged: copy or export it again.",
+        found=f"{size} bytes of voxels where the header promises {promised}",
+        allowed="exactly the voxels of the header",
+        fix="The file is truncated or its header damaged: copy or export it again."
+        if size < promised
+        else f"{size - promised} bytes are too many, and where the voxels begin is unclear: "
+        "export it again, or correct its header.",
     )
 
 
@@ -104,3 +140,8 @@ def blocks(array: np.ndarray) -> list[np.ndarray]:
     """Views that cover ``array`` along its first axis, about a million voxels each."""
     rows = max(_BLOCK_VOXELS * len(array) // max(array.size, 1), 1)
     return [array[start : start + rows] for start in range(0, len(array), rows)]
+
+
+def warn(path: object, text: str) -> None:
+    """Tell the user what was found in a file and what was done about it, in a full sentence."""
+    warnings.warn(f"{path}: {text}", FastprotoWarning, stacklevel=3)

@@ -81,7 +81,7 @@ def read_series(folder: Path, series: str | None = None) -> Voxels:
     normal = np.cross(row, column)
     slices.sort(key=lambda item: float(item.position @ normal))
     step = _step(folder, slices, normal)
-    return (
+    return Voxels(
         _pixels(slices),
         (*spacing, step),
         tuple(slices[0].position.tolist()),

@@ -1,64 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MetaImage files (.mha, .mhd): what SimpleITK does not notice is checked on the bytes first.
+"""MetaImage files (.mha, .mhd), read and written with numpy.
 
-A damaged or too short compressed stream is printed to stderr and otherwise ignored, so the volume
-that comes back is partly made up; negative voxel sizes and NaN offsets are repaired in silence;
-more than ten dimensions overrun a buffer of MetaIO's.
+Voxels lie where TransformMatrix, Offset and ElementSpacing say; as in ITK, CenterOfRotation and
+AnatomicalOrientation change nothing about that. CompressedDataSize is not needed: compressed data
+end by themselves.
 """
 
 from __future__ import annotations
 
+import io
 import math
-import zlib
-from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
 
-from fastproto.data.formats.checks import (
-    Voxels,
-    check_complete,
-    check_finite,
-    check_spacing,
-    require_volume,
+import numpy as np
+
+from fastproto.data.formats.body import (
+    ZLIB,
+    deflated,
+    inflated,
+    opened,
+    read_array,
+    seek_from_end,
+    skip,
 )
-from fastproto.data.formats.simpleitk import read_image
+from fastproto.data.formats.checks import (
+    Grid,
+    Voxels,
+    check_axes,
+    check_finite,
+    check_size,
+    check_spacing,
+    grid,
+    require_geometry,
+    require_volume,
+    warn,
+)
 from fastproto.errors import VolumeError
 
-_ITEM_BYTES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
-_HEADER_LIMIT = 1 << 16
-_CHUNK_BYTES = 1 << 20
+_DTYPES = {
+    "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4",
+    "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8",
+    "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
+}  # fmt: skip
+_MM = {"": 1.0, "?": 1.0, "um": 1e-3, "mm": 1.0, "cm": 10.0}
+_LINE_LIMIT = 1 << 16
 
 
 def read(path: Path) -> Voxels:
-    """Check geometry fields and, where it is compressed, the data; then let SimpleITK read.
+    """Read a file with its data, local or in one other file, and check both.
 
     Raises:
         VolumeError, GeometryError: What the checks find.
-        OSError, zlib.error, EOFError, RuntimeError: Unreadable.
+        OSError, zlib.error, EOFError, MemoryError: Unreadable.
     """
-    with open(path, "rb") as file:
-        header = _header(path, file)
-        sizes = header.get("DimSize", "").split()
-        usable = all(word.isdecimal() and int(word) for word in sizes)
-        usable = usable and 1 <= len(sizes) <= 10 and str(len(sizes)) == header.get("NDims")
-        found = f"NDims = {header.get('NDims')} and DimSize = {header.get('DimSize')}"
+    with opened(path) as file:
+        fields = _header(path, file)
+        words = fields.get("DimSize", "").split()
+        usable = all(word.isdecimal() and int(word) for word in words)
+        usable = usable and str(len(words)) == fields.get("NDims")
+        found = f"NDims = {fields.get('NDims')} and DimSize = {fields.get('DimSize')}"
         require_volume(usable, path, found=found, allowed="as many sizes above 0 as dimensions")
-        spacing = _numbers(path, header, "ElementSpacing", "ElementSize")
-        check_spacing(path, spacing, "ElementSpacing")
-        check_finite(path, "Offset", _numbers(path, header, "Offset", "Position", "Origin"))
-        if header.get("CompressedData", "").lower() == "true":
-            name = header["ElementDataFile"]
-            local = name.upper() == "LOCAL"
-            with nullcontext(file) if local else open(path.parent / name, "rb") as stream:
-                _check_compressed(path, stream, header, math.prod(map(int, sizes)))
-    return read_image(path)
+        sizes = [int(word) for word in words]
+        check_size(path, sizes)
+        place = _place(path, fields, len(sizes))
+        name = fields["ElementDataFile"]
+        if name.upper() == "LOCAL":
+            return Voxels(_array(path, file, fields, sizes), *place)
+        require_volume(
+            "%" not in name and not name.startswith("LIST"),
+            path,
+            found=f"ElementDataFile = {name}, voxels in several files",
+            allowed="voxels in one file",
+            fix="Save the volume as one .mha file.",
+        )
+        with opened(path.parent / name) as data:
+            return Voxels(_array(path, data, fields, sizes), *place)
 
 
-def _header(path: Path, file: IO[bytes]) -> dict[str, str]:
+def write(path: Path, voxels: Voxels) -> None:
+    """Write a compressed .mha file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    array = voxels.array
+    channels = []
+    if array.ndim == 4:  # values of one voxel beside each other
+        channels = [f"ElementNumberOfChannels = {len(array)}"]
+        array = np.moveaxis(array, 0, -1)
+    data = b"".join(deflated(array, ZLIB))
+    axes = np.array(voxels.direction).reshape(3, 3).T.ravel()
+    element = next(name for name, code in _DTYPES.items() if array.dtype == code)
+    lines = [
+        "ObjectType = Image",
+        "NDims = 3",
+        "BinaryData = True",
+        "BinaryDataByteOrderMSB = False",
+        "CompressedData = True",
+        f"CompressedDataSize = {len(data)}",
+        f"TransformMatrix = {' '.join(map(repr, axes.tolist()))}",
+        f"Offset = {' '.join(map(repr, voxels.origin))}",
+        f"ElementSpacing = {' '.join(map(repr, voxels.spacing))}",
+        f"DimSize = {' '.join(map(str, voxels.array.shape[:-4:-1]))}",
+        *channels,
+        f"ElementType = {element}",
+        "ElementDataFile = LOCAL",
+    ]
+    with open(path, "wb") as file:
+        file.write(("\n".join(lines) + "\n").encode("ascii"))
+        file.write(data)
+
+
+def _header(path: Path, file: io.BufferedReader) -> dict[str, str]:
     """The ``key = value`` lines up to ElementDataFile, after which the data begin."""
     fields: dict[str, str] = {}
-    while file.tell() < _HEADER_LIMIT and (line := file.readline(_HEADER_LIMIT)):
-        key, equals, value = line.decode("latin-1").partition("=")
+    while file.tell() < _LINE_LIMIT and (line := file.readline(_LINE_LIMIT)):
+        key, equals, value = line.decode("utf-8", "replace").partition("=")
         if not equals:
             break
         fields[key.strip()] = value.strip()
@@ -67,27 +124,82 @@ def _header(path: Path, file: IO[bytes]) -> dict[str, str]:
     raise VolumeError(path, found="no MetaImage header", allowed="a .mha or .mhd file")
 
 
-def _numbers(path: Path, header: dict[str, str], *names: str) -> list[float]:
+def _place(path: Path, fields: dict[str, str], dimension: int) -> Grid:
+    """Spacing, origin and direction in mm and LPS."""
+    unit = fields.get("DistanceUnits", "").lower()
+    found = f"DistanceUnits = {unit}"
+    require_geometry(unit in _MM, path, found=found, allowed=", ".join(list(_MM)[2:]))
+    sizes = _numbers(path, fields, dimension, "ElementSpacing", "ElementSize")
+    require_geometry(
+        sizes,
+        path,
+        found="no ElementSpacing",
+        allowed="the voxel size in the header",
+        fix="Add it from the scanner's data; distances cannot be guessed.",
+    )
+    offset = _numbers(path, fields, dimension, "Offset", "Position", "Origin")
+    axes = _numbers(path, fields, dimension**2, "TransformMatrix", "Rotation", "Orientation")
+    missing = [name for name, found in (("Offset 0", offset), ("straight axes", axes)) if not found]
+    if missing:
+        warn(path, f"its header does not place the voxels: {' and '.join(missing)} are assumed.")
+    spacing = np.array(sizes)[:3] * _MM[unit]
+    check_spacing(path, spacing, "ElementSpacing")
+    origin = np.array(offset or [0.0] * 3)[:3] * _MM[unit]
+    check_finite(path, "Offset", origin)
+    matrix = np.reshape(axes or np.eye(dimension), (dimension, dimension))[:3, :3].T
+    check_axes(path, matrix)
+    return grid(spacing, origin, matrix)
+
+
+def _array(
+    path: Path, file: io.BufferedReader, fields: dict[str, str], sizes: list[int]
+) -> np.ndarray:
+    channels = fields.get("ElementNumberOfChannels", "1")
+    element = fields.get("ElementType", "").removesuffix("_ARRAY")
+    compressed = _true(fields, "CompressedData")
+    skipped = fields.get("HeaderSize", "0")
+    usable_skip = skipped.isdecimal() or (skipped == "-1" and not compressed)
+    per_slice = fields.get("HeaderSizePerSlice", "0")
+    for usable, found, allowed in (
+        (channels == "1", f"{channels} values per voxel", "one number per voxel"),
+        (element in _DTYPES, f"ElementType = {element}", "one number per voxel"),
+        (_true(fields, "BinaryData", "True"), "voxels written as text", "BinaryData = True"),
+        (usable_skip, f"HeaderSize = {skipped}", "a whole number, or -1 without compression"),
+        (per_slice == "0", f"HeaderSizePerSlice = {per_slice}", "0"),
+    ):
+        fix = "Save the volume again, in another way."
+        require_volume(usable, path, found=found, allowed=allowed, fix=fix)
+    big = _true(fields, "BinaryDataByteOrderMSB") or _true(fields, "ElementByteOrderMSB")
+    dtype = np.dtype(_DTYPES[element]).newbyteorder(">" if big else "<")
+    shape = tuple(sizes[2::-1])
+    if skipped == "-1":
+        seek_from_end(file, shape, dtype)
+    skip(file, int(skipped))
+    slope, intercept = (
+        _numbers(path, fields, 1, f"ElementToIntensityFunction{name}") or [default]
+        for name, default in (("Slope", 1.0), ("Offset", 0.0))
+    )
+    found = f"ElementToIntensityFunction {slope[0]:g} and {intercept[0]:g}"
+    usable = slope[0] != 0 and all(map(math.isfinite, (*slope, *intercept)))
+    require_volume(usable, path, found=found, allowed="finite numbers, a slope other than 0")
+    stream = inflated(file) if compressed else file
+    return read_array(path, stream, shape, dtype, slope[0], intercept[0])
+
+
+def _true(fields: dict[str, str], name: str, default: str = "False") -> bool:
+    """As MetaIO reads it."""
+    return fields.get(name, default)[:1] in ("T", "t", "1")
+
+
+def _numbers(path: Path, fields: dict[str, str], count: int, *names: str) -> list[float]:
     """The numbers of the first field of ``names`` that is there."""
-    name = next((name for name in names if name in header), None)
+    name = next((name for name in names if name in fields), None)
     if name is None:
         return []
     try:
-        return [float(word) for word in header[name].split()]
-    except ValueError as error:
-        raise VolumeError(path, found=f"{name} {header[name]}", allowed="numbers") from error
-
-
-def _check_compressed(path: Path, stream: IO[bytes], header: dict[str, str], voxels: int) -> None:
-    name = header.get("ElementType", "")
-    item = _ITEM_BYTES.get(name.removeprefix("MET_").removesuffix("_ARRAY").removeprefix("U"), 0)
-    require_volume(item, path, found=f"ElementType {name}", allowed="one number per voxel")
-    channels = _numbers(path, header, "ElementNumberOfChannels") or [1]
-    decoder = zlib.decompressobj()
-    size = 0
-    while not decoder.eof and (chunk := decoder.unconsumed_tail or stream.read(_CHUNK_BYTES)):
-        size += len(decoder.decompress(chunk, _CHUNK_BYTES))
-    size += len(decoder.flush())
-    check_complete(path, size, int(voxels * channels[0] * item))
-    if not decoder.eof:
-        raise EOFError("the compressed data have no end")
+        numbers = [float(word) for word in fields[name].split()]
+    except ValueError:
+        numbers = []
+    found = f"{name} = {fields[name]}"
+    require_volume(len(numbers) == count, path, found=found, allowed=f"{count} numbers")
+    return numbers

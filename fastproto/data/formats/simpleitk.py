@@ -10,10 +10,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import SimpleITK as sitk
-
-from fastproto.data.formats.checks import Voxels, check_size, require_volume
 from fastproto.errors import GeometryError, VolumeError
 
 
@@ -39,11 +35,13 @@ def quiet() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What was wrong, on one line; of a SimpleITK error the sentence that says it."""
-    if isinstance(error, MemoryError):
-        return "more data than memory holds"
+    """What was wrong, on one line; of a SimpleITK error the sentence that says it.
+
+    The file is named by the caller, and places in ITK's source help nobody but -v, which shows all.
+    """
     text = re.split(r"ERROR: ", str(error))[-1]
-    return " ".join(re.sub(r"^\w+\(0x[0-9a-f]+\): ", "", text).split())
+    text = re.sub(r"\w+\(0x[0-9a-f]+\): |\S*[/\\]\S*|\b(in |file name = ?|Reason: )", "", text)
+    return " ".join(text.split())
 
 
 @contextlib.contextmanager
@@ -55,7 +53,14 @@ def reading(path: Path, fix: str = "Copy or export the file again.") -> Iterator
     """
     try:
         yield
-    except (RuntimeError, OSError, EOFError, zlib.error, MemoryError) as error:
+    except MemoryError as error:
+        raise VolumeError(
+            path,
+            found=f"a volume larger than the memory that is free ({error or 'it was used up'})",
+            allowed="one that fits",
+            fix="End other programs, or crop or resample it; is it that large at all?",
+        ) from error
+    except (RuntimeError, OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.strerror:  # missing, or no permission
             found, missing = f"that {error.filename or path} cannot be read", error.strerror
             allowed = "a file, and those that it names, that can be opened"
@@ -67,35 +72,3 @@ def reading(path: Path, fix: str = "Copy or export the file again.") -> Iterator
             allowed="a complete, valid volume",
             fix=fix,
         ) from error
-
-
-def read_image(path: Path) -> Voxels:
-    """Read a file that SimpleITK checks well enough.
-
-    Raises:
-        RuntimeError: SimpleITK cannot.
-        VolumeError: No 3-D scalar volume.
-    """
-    with quiet():
-        image = sitk.ReadImage(str(path))
-    size, kind = image.GetSize(), image.GetPixelIDTypeAsString()
-    scalar = image.GetNumberOfComponentsPerPixel() <= 1 and "complex" not in kind
-    require_volume(scalar, path, found=f"voxels of {kind}", allowed="one number per voxel")
-    check_size(path, size)
-    axes = np.array(image.GetDirection()).reshape(len(size), len(size))[:3, :3]
-    return (
-        sitk.GetArrayFromImage(image).reshape(size[2::-1]),
-        image.GetSpacing()[:3],
-        image.GetOrigin()[:3],
-        tuple(axes.ravel().tolist()),
-    )
-
-
-def write_image(path: Path, image: sitk.Image) -> None:
-    """Write a compressed file.
-
-    Raises:
-        RuntimeError: SimpleITK cannot.
-    """
-    with quiet():
-        sitk.WriteImage(image, str(path), useCompression=True)

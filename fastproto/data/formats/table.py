@@ -7,11 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import SimpleITK as sitk
-
-from fastproto.data.formats import metaimage, nifti
+from fastproto.data.formats import metaimage, nifti, nrrd
 from fastproto.data.formats.checks import Voxels
-from fastproto.data.formats.simpleitk import read_image, write_image
 
 
 class Format(NamedTuple):
@@ -20,20 +17,28 @@ class Format(NamedTuple):
     Attributes:
         read: Reads a file and checks what ``check_voxels`` cannot; raises VolumeError,
             GeometryError, or what ``reading`` turns into one.
-        write: Writes an image completely or raises RuntimeError or VolumeError.
+        write: Writes a file completely or raises OSError.
     """
 
     read: Callable[[Path], Voxels]
-    write: Callable[[Path, sitk.Image], None] | None = None
+    write: Callable[[Path, Voxels], None] | None = None
 
 
 FORMATS = {
     ".nii.gz": Format(nifti.read, nifti.write),
     ".nii": Format(nifti.read, nifti.write),
-    ".nrrd": Format(read_image, write_image),
-    ".nhdr": Format(read_image),
-    ".mha": Format(metaimage.read, write_image),
+    ".nrrd": Format(nrrd.read, nrrd.write),
+    ".nhdr": Format(nrrd.read),
+    ".mha": Format(metaimage.read, metaimage.write),
     ".mhd": Format(metaimage.read),
 }
 READABLE = tuple(FORMATS)
 WRITABLE = {suffix: format_.write for suffix, format_ in FORMATS.items() if format_.write}
+# What to do about files of other formats that users have, by their ending.
+CONVERT = {
+    ".hdr": "Analyze and two-file NIfTI do not hold together: make one .nii.gz of it, e.g. with "
+    "3D Slicer or nibabel, and look whether left and right are right.",
+    ".mgz": "Convert this FreeSurfer volume with `mri_convert scan.mgz scan.nii.gz`.",
+    ".dcm": "For DICOM, name the folder instead of one of its files.",
+}
+CONVERT |= {".img": CONVERT[".hdr"], ".mgh": CONVERT[".mgz"]}

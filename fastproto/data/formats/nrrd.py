@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NRRD files (.nrrd, .nhdr), read and written with numpy.
+
+The format is https://teem.sourceforge.net/nrrd/format.html. Lengths in other units than millimetres
+are converted; a header without voxel sizes is refused, and one without anatomical axes or origin is
+read as LPS from 0, as other programs do, with a warning.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from fastproto.data.formats.body import (
+    GZIP,
+    deflated,
+    inflated,
+    opened,
+    read_array,
+    seek_from_end,
+    skip,
+)
+from fastproto.data.formats.checks import (
+    Grid,
+    Voxels,
+    check_axes,
+    check_finite,
+    check_size,
+    check_spacing,
+    grid,
+    require_geometry,
+    require_volume,
+    warn,
+)
+from fastproto.errors import GeometryError, VolumeError
+
+_NAMES = {
+    "i1": "signed char, int8, int8_t",
+    "u1": "uchar, unsigned char, uint8, uint8_t",
+    "i2": "short, short int, signed short, signed short int, int16, int16_t",
+    "u2": "ushort, unsigned short, unsigned short int, uint16, uint16_t",
+    "i4": "int, signed int, int32, int32_t",
+    "u4": "uint, unsigned int, uint32, uint32_t",
+    "i8": "longlong, long long, long long int, signed long long, signed long long int, int64, "
+    "int64_t",
+    "u8": "ulonglong, unsigned long long, unsigned long long int, uint64, uint64_t",
+    "f4": "float",
+    "f8": "double",
+}
+_DTYPES = {name: code for code, names in _NAMES.items() for name in names.split(", ")}
+_ORDERS = {"little": "<", "big": ">", "": "|"}
+_TO_LPS = {
+    "left-posterior-superior": (1, 1, 1), "lps": (1, 1, 1),
+    "right-anterior-superior": (-1, -1, 1), "ras": (-1, -1, 1),
+    "left-anterior-superior": (1, -1, 1), "las": (1, -1, 1),
+}  # fmt: skip
+_MM = {
+    "": 1.0, "mm": 1.0, "millimeter": 1.0, "millimetre": 1.0, "cm": 10.0, "m": 1000.0,
+    "um": 1e-3, "µm": 1e-3, "μm": 1e-3, "micron": 1e-3, "nm": 1e-6,
+}  # fmt: skip
+_LINE_LIMIT = 1 << 20
+_HEADER_LIMIT = 1 << 24
+
+
+def read(path: Path) -> Voxels:
+    """Read a file with its data, attached or in one other file, and check both.
+
+    Raises:
+        VolumeError, GeometryError: What the checks find.
+        OSError, zlib.error, EOFError, MemoryError: Unreadable.
+    """
+    with opened(path) as file:
+        fields = _header(path, file)
+        sizes = _integers(path, fields, "sizes")
+        dimension = _integers(path, fields, "dimension")
+        found = f"dimension {dimension} and sizes {sizes}"
+        usable = dimension == [len(sizes)] and min(sizes, default=0) > 0
+        require_volume(usable, path, found=found, allowed="as many sizes above 0 as dimensions")
+        place, spatial = _place(path, fields, len(sizes))
+        _check_sizes(path, fields, sizes, spatial)
+        shape = tuple(sizes[axis] for axis in reversed(spatial))
+        name = fields.get("datafile")
+        if name is None:
+            return Voxels(_array(path, file, fields, shape), *place)
+        require_volume(
+            "%" not in name and not name.startswith("LIST"),
+            path,
+            found=f"data file {name}, voxels in several files",
+            allowed="voxels in one file",
+            fix="Save the volume as one .nrrd file.",
+        )
+        with opened(path.parent / name) as data:
+            return Voxels(_array(path, data, fields, shape), *place)
+
+
+def write(path: Path, voxels: Voxels) -> None:
+    """Write a compressed .nrrd file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    array = voxels.array
+    axes = np.array(voxels.direction).reshape(3, 3) * voxels.spacing
+    vectors = ["(" + ",".join(map(repr, axis)) + ")" for axis in axes.T.tolist()]
+    kinds = ["domain"] * 3
+    if array.ndim == 4:  # values of one voxel beside each other
+        array = np.moveaxis(array, 0, -1)
+        vectors, kinds = ["none", *vectors], ["vector", *kinds]
+    lines = [
+        "NRRD0004",
+        f"type: {_NAMES[array.dtype.str[1:]].split(', ')[0]}",
+        f"dimension: {array.ndim}",
+        "space: left-posterior-superior",
+        f"sizes: {' '.join(map(str, array.shape[::-1]))}",
+        f"space directions: {' '.join(vectors)}",
+        f"kinds: {' '.join(kinds)}",
+        "endian: little",
+        "encoding: gzip",
+        f"space origin: ({','.join(map(repr, voxels.origin))})",
+    ]
+    with open(path, "wb") as file:
+        file.write(("\n".join(lines) + "\n\n").encode("ascii"))
+        file.writelines(deflated(array, GZIP))
+
+
+def _header(path: Path, file: io.BufferedReader) -> dict[str, str]:
+    """The fields ``name: value``, names without spaces, and the metadata ``:name := value``."""
+    fields: dict[str, str] = {}
+    magic = file.readline(_LINE_LIMIT)
+    require_volume(
+        re.match(rb"NRRD000[1-5]\s*$", magic),
+        path,
+        found="no NRRD header",
+        allowed="a file that begins with NRRD0001 to NRRD0005",
+    )
+    while file.tell() < _HEADER_LIMIT and (line := file.readline(_LINE_LIMIT)):
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        if not text:
+            break
+        name, colon, value = text.partition(":")
+        if text[0] == "#" or not colon:
+            continue
+        key = ":" + name if value[:1] == "=" else name.lower().replace(" ", "")
+        doubled = key in fields and key[0] != ":"
+        require_volume(not doubled, path, found=f"{name} twice", allowed="each field once")
+        fields[key] = value.strip()
+    return fields
+
+
+def _check_sizes(path: Path, fields: dict[str, str], sizes: list[int], spatial: list[int]) -> None:
+    """Three axes in space, and one value for each voxel."""
+    others = [size for axis, size in enumerate(sizes) if axis not in spatial]
+    segments = sum(bool(re.fullmatch(r":Segment\d+_ID", name)) for name in fields)
+    require_volume(
+        not segments or all(size == 1 for size in others),
+        path,
+        found=f"{segments} segments in overlapping layers",
+        allowed="segments that share no voxel, stored as one label map",
+        fix="In 3D Slicer remove the overlap, or export the segments as a label map.",
+    )
+    check_size(path, [sizes[axis] for axis in spatial] + others)
+
+
+def _place(path: Path, fields: dict[str, str], dimension: int) -> tuple[Grid, list[int]]:
+    """Spacing, origin and direction in mm and LPS, and which axes of the file lie in space."""
+    missing = []
+    space = fields.get("space", "").lower().removesuffix("-time").removesuffix("t")
+    if space not in _TO_LPS:
+        missing.append("left-posterior-superior axes")
+    to_lps = np.array(_TO_LPS.get(space, (1, 1, 1)))
+    if "spacedirections" in fields:
+        words = re.findall(r"none|\([^()]*\)", fields["spacedirections"])
+        spatial = [axis for axis, word in enumerate(words) if word != "none"][:3]
+        vectors = [_vector(path, "space directions", words[axis]) for axis in spatial]
+        scale = to_lps * _units(path, fields, "spaceunits", range(3))
+        axes = np.array(vectors).reshape(-1, 3).T * scale[:, None]
+    else:
+        words = fields.get("spacings", "").split()
+        require_geometry(
+            words and not {"axismins", "axismaxs"} & fields.keys(),
+            path,
+            found="axis mins or maxs" if words else "no voxel sizes in the header",
+            allowed="space directions (or spacings)",
+            fix="Save the volume again with a program that knows where its voxels lie.",
+        )
+        spacings = _numbers(path, "spacings", " ".join(words))
+        spatial = [axis for axis, size in enumerate(spacings) if size == size][:3]
+        sizes = np.array([spacings[axis] for axis in spatial])
+        axes = np.diag(sizes * _units(path, fields, "units", spatial)) * to_lps[: len(sizes)]
+        scale = to_lps * _units(path, fields, "spaceunits", range(3))
+    require_geometry(
+        len(words) == dimension,
+        path,
+        found=f"space directions or spacings of {len(words)} axes",
+        allowed=f"those of {dimension} axes, as the header says",
+    )
+    origin = np.zeros(3)
+    if "spaceorigin" in fields:
+        origin = np.array(_vector(path, "space origin", fields["spaceorigin"])) * scale
+    else:
+        missing.append("an origin of 0")
+    check_finite(path, "space origin", origin)
+    spacing = np.linalg.norm(axes, axis=0)
+    check_spacing(path, spacing)
+    if missing:
+        warn(path, f"its header does not place the voxels: {' and '.join(missing)} are assumed.")
+    found = f"a {len(spatial)}-D image"
+    require_volume(len(spatial) == 3, path, found=found, allowed="a 3-D volume")
+    check_axes(path, axes / spacing)
+    return grid(spacing, origin, axes / spacing), spatial
+
+
+def _array(
+    path: Path, file: io.BufferedReader, fields: dict[str, str], shape: tuple[int, ...]
+) -> np.ndarray:
+    order, encoding = fields.get("endian", "").lower(), fields.get("encoding", "").lower()
+    dtype = np.dtype(_DTYPES.get(fields.get("type", "").lower(), "V1"))
+    usable_order = order in _ORDERS and (order or dtype.itemsize == 1)
+    quantized = [name for name in ("oldmin", "oldmax") if name in fields]
+    for usable, found, allowed in (
+        (dtype.kind != "V", f"voxels of type {fields.get('type')}", "integers or real numbers"),
+        (usable_order, f"endian {order or 'missing'}", "little or big"),
+        (encoding in ("raw", "gzip", "gz"), f"encoding {encoding}", "raw or gzip"),
+        (not quantized, f"quantized voxels ({', '.join(quantized)})", "voxels stored as they are"),
+    ):
+        fix = "Save the volume again, in another way."
+        require_volume(usable, path, found=found, allowed=allowed, fix=fix)
+    dtype = np.dtype(_ORDERS[order] + dtype.str[1:])
+    lines, skipped = (_integers(path, fields, name, "0")[0] for name in ("lineskip", "byteskip"))
+    for _ in range(lines):
+        file.readline()
+    if skipped == -1 and encoding == "raw":
+        seek_from_end(file, shape, dtype)
+    stream = file if encoding == "raw" else inflated(file)
+    skip(stream, skipped)
+    return read_array(path, stream, shape, dtype)
+
+
+def _units(path: Path, fields: dict[str, str], name: str, axes: Iterable[int]) -> np.ndarray:
+    """The millimetres in the unit of each axis; what has no unit is in mm."""
+    words = re.findall(r'"([^"]*)"', fields.get(name, ""))
+    units = [words[axis].strip() if axis < len(words) else "" for axis in axes]
+    unknown = [unit for unit in units if unit not in _MM]
+    require_geometry(
+        not unknown,
+        path,
+        found=f"lengths in {', '.join(map(repr, unknown))}",
+        allowed=", ".join(unit for unit in _MM if unit),
+        fix="Correct the header; distances cannot be guessed.",
+    )
+    return np.array([_MM[unit] for unit in units])
+
+
+def _vector(path: Path, name: str, text: str) -> list[float]:
+    """The first three numbers of "(x,y,z)"; a fourth is time."""
+    numbers = _numbers(path, name, text.strip("()").replace(",", " "))
+    require_geometry(len(numbers) >= 3, path, found=f"{name} {text}", allowed="three numbers")
+    return numbers[:3]
+
+
+def _numbers(path: Path, name: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split()]
+    except ValueError as error:
+        raise GeometryError(path, found=f"{name} {text}", allowed="numbers") from error
+
+
+def _integers(path: Path, fields: dict[str, str], name: str, default: str = "") -> list[int]:
+    text = fields.get(name, default)
+    try:
+        return [int(word) for word in text.split()]
+    except ValueError as error:
+        raise VolumeError(path, found=f"{name} {text}", allowed="whole numbers") from error
