@@ -103,10 +103,11 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
     file = root / "dataset.json"
     _require(root.is_dir(), root, found="no such folder", allowed="a dataset folder")
     nnunet = (root / "imagesTr").is_dir()
-    if not (file.exists() or nnunet or (root / "images").is_dir()) and any(root.iterdir()):
-        scans = find_scans(root)
-        names = scan_names(root, scans)
-        cases = [Case(name, scan, None) for name, scan in zip(names, scans, strict=True)]
+    if not (file.exists() or nnunet or (root / "images").is_dir()) and (
+        scans := find_scans(root, needed=False)
+    ):
+        names = zip(scan_names(root, scans), scans, strict=True)
+        cases = [Case(name, scan, None) for name, scan in names]
         _check_unique(root, "the folder", cases)
         modality = guess_modality(read_volume(cases[0].image))
         return Dataset(root.resolve().name, modality, {}, cases, root)

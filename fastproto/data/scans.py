@@ -16,7 +16,9 @@ _NOT_READ = (".mgz", ".mgh", ".hdr", ".img", ".img.gz", ".mnc", ".nii.bz2", ".ni
 _DATA_SETS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 
-def find_scans(path: Path, *, series: str | None = None, output: Path | None = None) -> list[Path]:
+def find_scans(
+    path: Path, *, series: str | None = None, output: Path | None = None, needed: bool = True
+) -> list[Path]:
     """The scans that ``path`` stands for: itself, or what the folder holds.
 
     Image files count in the folder and in its subfolders (``PATIENT/scan.nii.gz``), folders of
@@ -28,6 +30,7 @@ def find_scans(path: Path, *, series: str | None = None, output: Path | None = N
         path: An image file, a DICOM folder or a folder of these.
         series: SeriesInstanceUID; DICOM folders without it do not count.
         output: Where results go, which are no scans.
+        needed: Refuse a folder without any scan.
 
     Raises:
         VolumeError: There is no scan, or ``path`` is a data set that holds label maps too.
@@ -51,7 +54,7 @@ def find_scans(path: Path, *, series: str | None = None, output: Path | None = N
             path, found=f"what cannot be read ({error})", allowed="files and folders you may read"
         ) from error
     require(
-        scans,
+        scans or not needed,
         path,
         found=lambda: "; ".join(
             ["no image file and no DICOM series", *filter(None, [listing(search.left, path)])]
