@@ -72,7 +72,8 @@ def compress(folder: Path, method: str) -> None:
         if method == "rle":
             dataset.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
         else:
-            image = sitk.GetImageFromArray(dataset.pixel_array[None])
+            stored = dataset.pixel_array
+            image = sitk.GetImageFromArray(stored.reshape(-1, *stored.shape[-2:]))
             writer = sitk.ImageFileWriter()
             writer.SetImageIO("GDCMImageIO")
             writer.SetUseCompression(True)
@@ -161,6 +162,8 @@ def segmentation(
 
 def _with(dataset: Any, **elements: Any) -> Any:
     for keyword, value in elements.items():
-        if value is not None:
+        if value is None and keyword in dataset:
+            del dataset[keyword]
+        elif value is not None:
             setattr(dataset, keyword, value)
     return dataset

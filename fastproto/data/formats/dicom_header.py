@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 EXPORT_AGAIN = "Export the series again, uncompressed, or remove the file if it is no slice of it."
 INDEX = "DICOMDIR"  # what PS3.10 calls the index of a disc
 SEGMENTATIONS = {"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"}
-_GREY = ("MONOCHROME1", "MONOCHROME2", "")
 _LISTED = 4  # files that a message names before it counts
 _TAGS = [
     *("SOPClassUID", "Modality", "SeriesInstanceUID", "ImagePositionPatient", "SliceThickness"),
@@ -207,11 +206,15 @@ def _without_image(dataset: Dataset) -> str | None:
 
 def _no_slice(dataset: Dataset) -> str | None:
     """Why an image is no slice of a scan; None where it should be one."""
-    samples, grey = dataset.get("SamplesPerPixel"), _text(dataset, "PhotometricInterpretation")
-    if samples not in (1, None) or grey not in _GREY:
+    from pydicom.uid import UID
+
+    samples = dataset.get("SamplesPerPixel")
+    colours = _text(dataset, "PhotometricInterpretation").startswith(("RGB", "YBR", "PALETTE"))
+    if samples not in (1, None) or colours:
         return "colour images"
     frames = int(dataset.get("NumberOfFrames") or 1)
-    if frames > 1 and "PerFrameFunctionalGroupsSequence" not in dataset:
+    cut = "Enhanced" in UID(sop_class(dataset)).name  # such a file says it, unless it is truncated
+    if frames > 1 and "PerFrameFunctionalGroupsSequence" not in dataset and not cut:
         return "multi-frame files that do not say where their frames lie"
     return None
 
