@@ -35,9 +35,9 @@ _ROW = "{:>7}  {:<24} {:>6} {:>10} {:>13} {:>13}"  # of the report on what was l
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
     parser.add_argument("--image", type=Path, required=True, metavar="SCAN",
-        help="image file or DICOM folder")
+        help="image file, DICOM folder or multi-frame DICOM file")
     parser.add_argument("--label", type=Path, required=True, metavar="MASK",
-        help="label map on the scan's grid")
+        help="label map on the scan's grid, or its DICOM segmentation")
     add_example_options(parser)
     options.add_series_option(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="TASK",
@@ -97,7 +97,8 @@ def learn_example(
     from fastproto.data.volume import check_labels, read_label, read_volume
     from fastproto.segmentation import register
 
-    mask = read_label(label)
+    scan = read_volume(image, series=series)
+    mask = read_label(label, like=scan)
     labels = options.read_labels(args.labels) if args.labels else None
     if labels is None and (known := options.labels_beside(label)) is not None:
         labels = {value: known.get(value, f"label {value}") for value in check_labels(mask)}
@@ -117,7 +118,7 @@ def learn_example(
     with options.progress_bar("adapting", "step") as advance:
         task = register(
             model,
-            read_volume(image, series=series),
+            scan,
             mask,
             labels=labels,
             classes=classes,

@@ -136,7 +136,11 @@ def progress_bar(title: str, unit: str) -> Iterator[Callable[..., None]]:
 
 
 def labels_beside(label: Path) -> dict[int, str] | None:
-    """The label table of the data set that a label map is in; None where there is none."""
+    """The names in a DICOM segmentation, or of the data set that a label map is in; else None."""
+    from fastproto.data.formats.dicom_seg import find_segmentation, segment_names
+
+    if segmentation := find_segmentation(label):
+        return segment_names(segmentation)
     folder = label.absolute().parent
     table = folder.parent / "dataset.json"
     if folder.name in ("labels", "labelsTr") and table.is_file():

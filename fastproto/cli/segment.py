@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from fastproto.cli import options
 from fastproto.cli.learn import add_example_options, add_model_option, learn_example
-from fastproto.errors import FastprotoError, VolumeError, require
+from fastproto.errors import FastprotoError, require
 
 if TYPE_CHECKING:
     from fastproto.segmentation import Segmentation, Task
@@ -48,11 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="task file of `fastproto learn`; can be given more than once as well")
     add_example_options(parser.add_argument_group("how to learn an example"))
     parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCAN",
-        help="image file, DICOM series folder, or folder of these")
+        help="image file, DICOM series folder, multi-frame DICOM file, or folder of these")
     options.add_series_option(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
         help="label map to write (.nii.gz, .nii, .nrrd, .mha) or, for several scans, the folder "
-        "for SCAN.nii.gz; an older result is replaced only by a complete new one")
+        "for SCAN.nii.gz, or PATIENT.nii.gz of a scan in a subfolder; an older result is replaced "
+        "only by a complete new one")
     parser.add_argument("--probabilities", action="store_true",
         help="also write OUT-probabilities/VALUE-ORGAN.nii.gz, one float32 volume per organ: "
         "3-D files open in every viewer, and only one organ at a time needs to be loaded")
@@ -68,10 +69,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Segment all scans; report those that fail and go on with the next."""
+    from fastproto.data.scans import find_scans, plan_outputs
     from fastproto.segmentation import Task, load_model, segment_volume
 
     _check_source(args)
-    jobs = plan_outputs(args.input, find_scans(args.input), args.output)
+    scans = find_scans(args.input, series=args.series, output=args.output)
+    jobs = plan_outputs(args.input, scans, args.output)
     with options.runtime(args) as device:
         model = load_model(args.model, backend=args.backend).to(device)
         fingerprint = model.fingerprint()  # nothing below changes the weights
@@ -108,90 +111,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_scans(path: Path) -> list[Path]:
-    """Scans that ``path`` stands for: itself, or the image files and DICOM series in the folder.
-
-    Raises:
-        VolumeError: There is no scan.
-    """
-    from fastproto.data.volume import READABLE, volume_suffix
-
-    if not path.is_dir():
-        return [path]
-    try:
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        scans = [
-            entry
-            for entry in entries
-            if (entry.is_file() and volume_suffix(entry))
-            or (entry.is_dir() and _holds_dicom(entry))
-        ]
-    except OSError as error:
-        raise VolumeError(
-            path, found=f"what cannot be read ({error})", allowed="files and folders you may read"
-        ) from error
-    require(
-        scans or any(entry.is_file() for entry in entries),
-        path,
-        found="no image file and no DICOM series",
-        allowed=f"files ending in {', '.join(READABLE)}, or folders of DICOM slices",
-        error=VolumeError,
-    )
-    return scans or [path]  # `read_volume` says whether it is a series, and what is wrong with it
-
-
-def _holds_dicom(folder: Path) -> bool:
-    """Whether a folder has a DICOM file: 128 bytes of preamble, then ``DICM``."""
-    for entry in filter(Path.is_file, folder.iterdir()):
-        with entry.open("rb") as file:
-            if file.read(132)[128:] == b"DICM":
-                return True
-    return False
-
-
-def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
-    """Pair every scan found at ``source`` with the label map to write for it.
-
-    Where ``source`` is the one scan, ``output`` may be a file.
-
-    Raises:
-        ArgumentError: Several scans for one file, two scans of one name, a result that would
-            overwrite a scan, or a format that is not written.
-    """
-    from fastproto.data.volume import WRITABLE, volume_suffix
-
-    if suffix := volume_suffix(output):
-        writable = suffix in WRITABLE and output.name.endswith(suffix)
-        require(writable, "--output", found=str(output), allowed=", ".join(WRITABLE))
-        found = f"the file {output} for the {len(scans)} scans of a folder"
-        require(list(scans) == [source], "--output", found=found, allowed="a folder")
-        jobs = [(source, output)]
-    else:
-        names = [stem(scan) for scan in scans]
-        if all(name.endswith("_0000") for name in names):  # nnU-Net's mark of a single channel
-            names = [name.removesuffix("_0000") for name in names]
-        jobs = [(scan, output / f"{name}.nii.gz") for scan, name in zip(scans, names, strict=True)]
-    inputs = {scan.resolve() for scan in scans}
-    taken: set[Path] = set()
-    for scan, target in jobs:
-        require(
-            target.resolve() not in inputs and target not in taken,
-            "--output",
-            found=f"that the result of {scan} would overwrite another file of this command",
-            allowed="a name of its own for each result",
-            fix="Choose another output folder, or rename one of the scans.",
-        )
-        taken.add(target)
-    return jobs
-
-
-def stem(path: Path) -> str:
-    """A file's name without its image suffix, of a link its own; a folder's whole name."""
-    from fastproto.data.volume import without_suffix
-
-    return path.resolve().name if path.name in ("", "..") else without_suffix(path.name)
-
-
 def _segment_scan(
     segment: Callable[..., Segmentation],
     tasks: Sequence[Task],
@@ -200,6 +119,7 @@ def _segment_scan(
     args: argparse.Namespace,
 ) -> None:
     """Segment one scan, write what was asked for and report on it."""
+    from fastproto.data.scans import stem
     from fastproto.data.volume import read_volume, write_volume
     from fastproto.segmentation import write_overlay
     from fastproto.segmentation.postprocess import uncertainty

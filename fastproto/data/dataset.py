@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastproto.data.intensity import guess_modality
+from fastproto.data.scans import find_scans, scan_names
 from fastproto.data.volume import READABLE, read_volume, volume_suffix, without_suffix
 from fastproto.errors import DatasetError, LabelError, require
 
@@ -102,8 +103,11 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
     file = root / "dataset.json"
     _require(root.is_dir(), root, found="no such folder", allowed="a dataset folder")
     nnunet = (root / "imagesTr").is_dir()
-    if not (file.exists() or nnunet or (root / "images").is_dir()) and (scans := _volumes(root)):
-        cases = [Case(_case_id(scan), scan, None) for scan in scans]
+    if not (file.exists() or nnunet or (root / "images").is_dir()) and (
+        scans := find_scans(root, needed=False)
+    ):
+        names = zip(scan_names(root, scans), scans, strict=True)
+        cases = [Case(name, scan, None) for name, scan in names]
         _check_unique(root, "the folder", cases)
         modality = guess_modality(read_volume(cases[0].image))
         return Dataset(root.resolve().name, modality, {}, cases, root)

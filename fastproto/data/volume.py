@@ -22,7 +22,9 @@ from fastproto.data.formats.checks import (
     check_voxels,
     require_volume,
 )
-from fastproto.data.formats.dicom import read_series
+from fastproto.data.formats.dicom import read_dicom
+from fastproto.data.formats.dicom_header import is_dicom
+from fastproto.data.formats.dicom_seg import find_segmentation, read_segmentation
 from fastproto.data.formats.simpleitk import reading
 from fastproto.data.formats.table import CONVERT, FORMATS, READABLE, WRITABLE
 from fastproto.errors import ArgumentError, GeometryError, LabelError, require
@@ -70,11 +72,12 @@ def without_suffix(name: str) -> str:
 
 
 def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
-    """Read an image file or a DICOM series folder, or say what is wrong with it.
+    """Read an image file or a DICOM series, or say what is wrong with it.
 
     Args:
-        path: A .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd file, or a folder with a DICOM series. A
-            file with more than three dimensions is taken when the further ones have size 1.
+        path: A .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd file, a folder with a DICOM series, or a
+            multi-frame DICOM file. A file with more than three dimensions is taken when the further
+            ones have size 1.
         series: SeriesInstanceUID, needed where the folder holds several series.
 
     Raises:
@@ -88,32 +91,53 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         path.exists(), path, found="no such file or folder", allowed="an existing volume"
     )
     require_volume(
-        suffix or path.is_dir(),
+        suffix or path.is_dir() or is_dicom(path),
         path,
         found="a file of unknown format",
-        allowed=f"{', '.join(READABLE)}, or a folder with a DICOM series",
+        allowed=f"{', '.join(READABLE)}, a multi-frame DICOM file, or a folder with a DICOM series",
         fix=CONVERT.get(path.suffix.removesuffix(".gz") or ".dcm", CONVERT[".dcm"]),
     )
     with reading(path):
-        folder = path.is_dir()
-        voxels = read_series(path, series) if folder else FORMATS[suffix or ""].read(path)
+        named = suffix and path.is_file()
+        voxels = FORMATS[suffix or ""].read(path) if named else read_dicom(path, series)
     check_voxels(path, voxels)
     return Volume(*voxels[:4], path=path, nifti=voxels.nifti)
 
 
-def read_label(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
-    """Read a label map: a volume whose voxels are integers >= 0.
+def read_label(
+    path: str | os.PathLike[str], *, series: str | None = None, like: Volume | None = None
+) -> Volume:
+    """Read a label map: a volume whose voxels are integers >= 0, or a DICOM segmentation (SEG).
 
-    Values stored as real numbers are rounded where they are within 1e-3 of an integer.
+    Values stored as real numbers are rounded where they are within 1e-3 of an integer. The values
+    of a segmentation are its segment numbers.
+
+    Args:
+        path: As in ``read_volume``, or a DICOM segmentation, or a folder that holds one.
+        series: As in ``read_volume``.
+        like: The scan that is annotated. A DICOM segmentation needs it, for its grid.
 
     Returns:
         A volume of uint8, or of uint16 where a label is above 255.
 
     Raises:
-        LabelError: Fractional or negative labels, or labels above 65535.
+        LabelError: Fractional or negative labels, labels above 65535, or overlapping segments.
         VolumeError, GeometryError: As in ``read_volume``.
     """
-    volume = read_volume(path, series=series)
+    path = Path(path)
+    with reading(path):
+        segmentation = find_segmentation(path)
+        if segmentation is not None:
+            if like is None:
+                raise VolumeError(
+                    path,
+                    found="a DICOM segmentation",
+                    allowed="one together with the scan that it annotates, which has the grid",
+                    fix="Convert it to NIfTI first.",
+                )
+            volume = replace(like, array=read_segmentation(segmentation, like), path=path)
+    if segmentation is None:
+        volume = read_volume(path, series=series)
     return replace(volume, array=_integer_labels(volume))
 
 

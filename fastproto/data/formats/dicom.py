@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One DICOM series of single-frame slices -> one array with its geometry.
+"""One DICOM series, of single slices or of multi-frame files -> one array with its geometry.
 
 The geometry comes from ImagePositionPatient and ImageOrientationPatient of every slice: the slice
 thickness says nothing about the step between slices, and SimpleITK stretches the step over a
@@ -8,54 +8,37 @@ missing slice with no more than a warning.
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import SimpleITK as sitk
 
 from fastproto.data.formats.checks import Voxels, check_axes, require_geometry, require_volume
-from fastproto.data.formats.simpleitk import quiet, reading
-
-_MODALITY = "0008|0060"
-_SERIES_UID = "0020|000e"
-_POSITION = "0020|0032"
-_ORIENTATION = "0020|0037"
-_PIXEL_SPACING = "0028|0030"
-_SLICE_THICKNESS = "0018|0050"
-
-# SOP classes that lie beside the slices without being any: DICOMDIR, presentation states, raw data,
-# registrations and segmentations, structured reports, documents, RT dose, structures and plans.
-_NOT_A_SLICE = re.compile(
-    r"1\.2\.840\.10008\.(1\.3\.10$|5\.1\.4\.1\.1\.(11|66|88|104)(\.|$)|5\.1\.4\.1\.1\.481\.[2-9]$)"
+from fastproto.data.formats.dicom_header import (
+    EXPORT_AGAIN,
+    Other,
+    Slice,
+    listing,
+    read_headers,
 )
+from fastproto.data.formats.dicom_pixels import read_pixels
+from fastproto.errors import FastprotoWarning
+
 _ORIENTATION_TOLERANCE = 1e-3
 _STEP_TOLERANCE = 0.05
-_EXPORT_AGAIN = "Export the series again, uncompressed, or remove the file if it is no slice of it."
 _MOVE_OTHERS = "Move localisers and reformats into folders of their own."
 
 
-class _Slice(NamedTuple):
-    """What a file's header says; NaN stands for numbers that are absent or damaged."""
+def read_dicom(path: Path, series: str | None = None) -> Voxels:
+    """Read the DICOM series in a folder, or in one multi-frame file; files may have any name.
 
-    path: Path
-    series: str
-    modality: str
-    size: tuple[int, int]
-    position: np.ndarray
-    axes: np.ndarray
-    pixel_spacing: np.ndarray
-    thickness: float
-
-
-def read_series(folder: Path, series: str | None = None) -> Voxels:
-    """Read the one DICOM series of a folder; the files may have any name.
+    A folder may hold several series where only one has slices that say where they lie; what is
+    left out is named in a warning.
 
     Args:
-        folder: The folder, not searched below its top level.
-        series: SeriesInstanceUID, needed where the folder holds several series.
+        path: The folder, not searched below its top level, or the file.
+        series: SeriesInstanceUID, needed where there are several series.
 
     Returns:
         array [Z, Y, X] in the scanner's units (HU for CT: rescale slope and intercept applied),
@@ -63,110 +46,93 @@ def read_series(folder: Path, series: str | None = None) -> Voxels:
 
     Raises:
         VolumeError: No or several series, a damaged file, a missing or doubled slice, slices of
-            different sizes, colour or multi-frame files.
+            different sizes, colour pixels.
         GeometryError: Slices without position, of different orientation, or sheared (gantry tilt).
     """
-    paths = (path for path in sorted(folder.iterdir()) if path.is_file())
-    slices = [_read_header(path) for path in paths if path.name[0] != "." and _is_slice(path)]
+    folder = path.is_dir()
+    slices, others = read_headers(sorted(path.iterdir()) if folder else [path])
+    slices = _choose_series(path, slices, others, series)
     require_volume(
-        slices,
-        folder,
-        found="a folder without DICOM slices",
-        allowed="a folder with one DICOM series",
-        fix="Name the folder that holds the slices themselves.",
+        folder or slices[0].frames > 1,
+        path,
+        found="a single slice of a DICOM series",
+        allowed="a folder with the slices, or a multi-frame file",
+        fix="Name the folder instead of one of its files.",
     )
-    slices = _choose_series(folder, slices, series)
-    row, column = _common_axes(folder, slices)
+    row, column = _common_axes(path, slices)
     spacing = slices[0].pixel_spacing.tolist()
     normal = np.cross(row, column)
     slices.sort(key=lambda item: float(item.position @ normal))
-    step = _step(folder, slices, normal)
+    step = _step(path, slices, normal)
+    _check_unit(path, slices)
     return Voxels(
-        _pixels(slices),
+        read_pixels(slices),
         (*spacing, step),
         tuple(slices[0].position.tolist()),
         tuple(np.stack([row, column, normal], axis=1).ravel().tolist()),
     )
 
 
-def _is_slice(path: Path) -> bool:
-    """Whether a file, by its beginning, should hold a slice: DICOM, and of an image class.
+def _choose_series(
+    path: Path, slices: Sequence[Slice], others: Sequence[Other], series: str | None
+) -> list[Slice]:
+    """The slices of the one series meant; warns of what is left out.
 
-    DICOM begins with the preamble (PS3.10 section 7.1), or in old files with its first element.
+    A damaged file that may be a slice of it is an error: where it is the last one, no gap shows.
     """
-    with open(path, "rb") as file:
-        head = file.read(1024)
-    if head[128:132] != b"DICM":
-        return head[:4] in (b"\x08\x00\x00\x00", b"\x08\x00\x05\x00", b"\x08\x00\x08\x00")
-    place = head.find(b"\x02\x00\x02\x00UI", 132)
-    if place < 0:
-        return True
-    length = int.from_bytes(head[place + 6 : place + 8], "little")
-    uid = head[place + 8 : place + 8 + length].rstrip(b"\0 ").decode("ascii", "replace")
-    return not _NOT_A_SLICE.match(uid)
-
-
-def _read_header(path: Path) -> _Slice:
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    with reading(path, fix=_EXPORT_AGAIN), quiet():
-        reader.ReadImageInformation()
-    width, height, *frames = reader.GetSize()
-    require_volume(
-        not frames or frames[0] <= 1,
-        path,
-        found=lambda: f"a multi-frame DICOM file ({frames[0]} frames)",
-        allowed="one slice per file",
-        fix="Convert it to NIfTI first, e.g. with dcm2niix.",
-    )
-    scalar = reader.GetNumberOfComponents() == 1
-    require_volume(scalar, path, found="colour pixels", allowed="one number per pixel")
-
-    def text(tag: str) -> str:
-        return reader.GetMetaData(tag).strip("\0 ") if reader.HasMetaDataKey(tag) else ""
-
-    def numbers(tag: str, count: int) -> np.ndarray:
-        try:
-            found = np.array([float(word) for word in text(tag).split("\\")])
-        except ValueError:
-            found = np.empty(0)
-        return found if len(found) == count else np.full(count, np.nan)
-
-    return _Slice(
-        path=path,
-        series=text(_SERIES_UID),
-        modality=text(_MODALITY),
-        size=(height, width),
-        position=numbers(_POSITION, 3),
-        axes=numbers(_ORIENTATION, 6).reshape(2, 3),
-        # DICOM gives the distance of rows (y) first.
-        pixel_spacing=numbers(_PIXEL_SPACING, 2)[::-1],
-        thickness=float(numbers(_SLICE_THICKNESS, 1)[0]),
-    )
-
-
-def _choose_series(folder: Path, slices: list[_Slice], series: str | None) -> list[_Slice]:
-    found: dict[str, list[_Slice]] = {}
+    root = path if path.is_dir() else path.parent
+    found: dict[str, list[Slice]] = {}
     for item in slices:
         found.setdefault(item.series, []).append(item)
-    uid = slices[0].series if series is None and len(found) == 1 else series
-    listing = "; ".join(
+    placed = [uid for uid, items in found.items() if any(item.placed for item in items)] or [*found]
+    chosen = placed[0] if series is None and len(placed) == 1 else series
+    for other in others:
+        suspect = chosen is not None and other.series in (chosen, None)
+        require_volume(
+            not (other.damaged and (suspect or not slices)),
+            other.path,
+            found=other.why,
+            allowed="complete DICOM slices",
+            fix=EXPORT_AGAIN,
+        )
+    require_volume(
+        slices,
+        path,
+        found=listing(others, root) or "a folder without DICOM slices",
+        allowed="a DICOM series of grey slices, or a multi-frame file that says where they lie",
+        fix="Name the folder that holds the slices themselves.",
+    )
+    known = "; ".join(
         f"{uid or '(no UID)'}: {len(items)} {items[0].modality or 'DICOM'} slices of "
         f"{items[0].size[1]} x {items[0].size[0]}"
         for uid, items in sorted(found.items())
     )
     require_volume(
-        uid in found,
-        folder,
-        found=f"{len(found)} series ({listing})",
+        chosen in found,
+        path,
+        found=f"{len(found)} series ({known})",
         allowed="one series, or the series of the given UID",
         fix="Name one by its UID, or put it into a folder of its own.",
     )
-    return found[str(uid)]
+    beside = [] if series else [uid for uid in found if uid != chosen]
+    why = "images that do not say where they lie"
+    left = [Other(item.path, uid, why) for uid in beside for item in found[uid]]
+    left += [item for item in others if item.image and (series is None or item.series is None)]
+    if left:
+        text = f"{path}: left out {listing(left, root)}."
+        warnings.warn(text, FastprotoWarning, stacklevel=3)
+    return found[str(chosen)]
 
 
-def _common_axes(folder: Path, slices: Sequence[_Slice]) -> tuple[np.ndarray, np.ndarray]:
+def _check_unit(path: Path, slices: Sequence[Slice]) -> None:
+    """Warns where a CT says that its values are no Hounsfield units, as dual-energy maps are."""
+    units = {item.unit for item in slices if item.modality == "CT"} - {"", "HU", "US"}
+    if units:
+        text = f"{path}: RescaleType {', '.join(sorted(units))}: the values are not HU."
+        warnings.warn(text, FastprotoWarning, stacklevel=2)
+
+
+def _common_axes(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, np.ndarray]:
     """The row and column axes that all slices share, as they share size and pixel spacing."""
     sizes = sorted({item.size for item in slices})
     require_volume(
@@ -184,12 +150,12 @@ def _common_axes(folder: Path, slices: Sequence[_Slice]) -> tuple[np.ndarray, np
             item.path,
             found="no usable ImagePositionPatient, ImageOrientationPatient or PixelSpacing",
             allowed="slices that say where they lie and how large their pixels are",
-            fix=_EXPORT_AGAIN,
+            fix=EXPORT_AGAIN,
         )
         require_geometry(
             np.allclose(item.axes, first.axes, rtol=0, atol=_ORIENTATION_TOLERANCE),
             folder,
-            found=f"slices of different orientation ({first.path.name}, {item.path.name})",
+            found=f"slices of different orientation ({first.name}, {item.name})",
             allowed="parallel slices",
             fix=_MOVE_OTHERS,
         )
@@ -207,7 +173,7 @@ def _common_axes(folder: Path, slices: Sequence[_Slice]) -> tuple[np.ndarray, np
     return row, column / np.linalg.norm(column)
 
 
-def _step(folder: Path, slices: Sequence[_Slice], normal: np.ndarray) -> float:
+def _step(folder: Path, slices: Sequence[Slice], normal: np.ndarray) -> float:
     """The distance of neighbouring slices in mm; they are sorted along ``normal``."""
     if len(slices) == 1:
         found = f"one slice of thickness {slices[0].thickness:g}"
@@ -220,7 +186,7 @@ def _step(folder: Path, slices: Sequence[_Slice], normal: np.ndarray) -> float:
     step = float(np.median(steps))
 
     def between(index: int) -> str:
-        pair = f"{slices[index].path.name}, {slices[index + 1].path.name}"
+        pair = f"{slices[index].name}, {slices[index + 1].name}"
         return f"{heights[index]:.2f} and {heights[index + 1]:.2f} mm along the slice axis ({pair})"
 
     require_volume(
@@ -228,7 +194,7 @@ def _step(folder: Path, slices: Sequence[_Slice], normal: np.ndarray) -> float:
         folder,
         found=lambda: f"two slices at {between(int(np.argmin(steps)))}",
         allowed="one slice per position",
-        fix="Export a single phase or echo into a folder of its own.",
+        fix="Export a single phase, echo or stack into a folder or file of its own.",
     )
     uneven = np.abs(steps - step) > _STEP_TOLERANCE * step
     gap = int(np.argmax(uneven))
@@ -249,16 +215,3 @@ def _step(folder: Path, slices: Sequence[_Slice], normal: np.ndarray) -> float:
         fix="Resample the series to an orthogonal grid.",
     )
     return float((heights[-1] - heights[0]) / (len(slices) - 1))
-
-
-def _pixels(slices: Sequence[_Slice]) -> np.ndarray:
-    """[Z, Y, X], one slice at a time so that nothing is held twice."""
-    array = np.empty((len(slices), *slices[0].size), bool)
-    for index, item in enumerate(slices):
-        with reading(item.path, fix=_EXPORT_AGAIN), quiet():
-            image = sitk.ReadImage(str(item.path), imageIO="GDCMImageIO")
-        pixels = sitk.GetArrayViewFromImage(image).reshape(item.size)
-        # The first slice gives the type; rescaling may widen it later on, as in PET.
-        array = array.astype(np.result_type(array.dtype, pixels.dtype), copy=False)
-        array[index] = pixels
-    return array

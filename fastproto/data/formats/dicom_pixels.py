@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pixels of DICOM files: what they store, and the scanner's values slope * stored + intercept.
+
+PhotometricInterpretation is for displays: MONOCHROME1 means that they show small values bright, and
+says nothing about the values. pydicom reads uncompressed pixels. GDCM, in SimpleITK, decodes the
+rest; it sees a copy of the file that asks for nothing but that, because ITK inverts MONOCHROME1.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastproto.data.formats.checks import require_volume
+from fastproto.data.formats.dicom_header import EXPORT_AGAIN, Slice, pydicom_reading
+from fastproto.data.formats.simpleitk import quiet, reading
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_TAGS = [
+    *("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData"),
+]
+_TYPES = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32)
+
+
+def read_pixels(slices: Sequence[Slice]) -> np.ndarray:
+    """[Z, Y, X] of the scanner's values, one file at a time so that nothing is held twice.
+
+    The type is the smallest of integers that holds all that these bits and rescalings can give; it
+    is float32 where a slope or intercept is no whole number.
+    """
+    places: dict[Path, list[int]] = {}
+    for index, item in enumerate(slices):
+        places.setdefault(item.path, []).append(index)
+    array = np.empty((len(slices), *slices[0].size), _value_type(slices))
+    for path, indices in places.items():
+        stored = stored_values(path)
+        for index in indices:
+            item = slices[index]
+            require_volume(
+                stored.shape == (item.frames, *item.size),
+                path,
+                found="pixels that are not of the size that the header says",
+                allowed="a complete, consistent file",
+                fix=EXPORT_AGAIN,
+            )
+            pixels = stored[item.frame]
+            if (item.slope, item.intercept) != (1, 0):
+                pixels = pixels * item.slope + item.intercept
+            array[index] = pixels
+    return array
+
+
+def stored_values(path: Path) -> np.ndarray:
+    """[frames, rows, columns] of the numbers that a grey DICOM file stores.
+
+    Raises:
+        VolumeError: It is damaged, truncated, or compressed by a method that GDCM does not know.
+    """
+    import pydicom
+    from pydicom.pixels import pixel_array
+
+    with pydicom_reading(path):
+        dataset = pydicom.dcmread(path, force=True, specific_tags=[*_TAGS])
+        require_volume(
+            "PixelData" in dataset,
+            path,
+            found="a truncated DICOM file (without its pixels)",
+            allowed="a complete DICOM file",
+            fix=EXPORT_AGAIN,
+        )
+        shape = int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns)
+        if not hasattr(dataset.file_meta, "TransferSyntaxUID"):  # the rules of old files
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        compressed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+        if not compressed:
+            array = pixel_array(dataset, raw=True, correct_unused_bits=False).reshape(shape)
+    if compressed:
+        array = _decode(path, dataset).reshape(shape)
+    return array if dataset.BitsAllocated == 1 else _significant_bits(array, dataset)
+
+
+def _decode(path: Path, dataset: Dataset) -> np.ndarray:
+    """The stored values of compressed pixels."""
+    import SimpleITK as sitk
+    from pydicom.uid import MultiFrameGrayscaleWordSecondaryCaptureImageStorage, generate_uid
+
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.SOPClassUID = MultiFrameGrayscaleWordSecondaryCaptureImageStorage
+    dataset.SOPInstanceUID = generate_uid()
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    with tempfile.TemporaryDirectory(prefix="fastproto-") as folder:
+        copy = Path(folder) / "slice.dcm"
+        with pydicom_reading(path):
+            dataset.save_as(copy, enforce_file_format=True)
+        with reading(path, fix=EXPORT_AGAIN), quiet():
+            return sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO"))
+
+
+def _significant_bits(array: np.ndarray, dataset: Dataset) -> np.ndarray:
+    """Without what the unused bits of every word hold (old overlays), and with the right sign."""
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    high = int(dataset.get("HighBit") or stored - 1)
+    if allocated in (8, 16, 32):
+        signed = "i" if dataset.get("PixelRepresentation") else "u"
+        array = array.astype(f"{signed}{allocated // 8}", copy=False)
+        if 0 < stored < allocated and stored - 1 <= high < allocated:
+            array = (array << (allocated - 1 - high)) >> (allocated - stored)
+    return array
+
+
+def _value_type(slices: Sequence[Slice]) -> np.dtype:
+    low, high = np.inf, -np.inf
+    for item in slices:
+        require_volume(
+            np.isfinite([item.slope, item.intercept]).all() and item.slope,
+            item.path,
+            found=f"RescaleSlope {item.slope:g} and RescaleIntercept {item.intercept:g}",
+            allowed="finite numbers, and a slope that is not 0",
+            fix=EXPORT_AGAIN,
+        )
+        if not (item.slope.is_integer() and item.intercept.is_integer()):
+            return np.dtype(np.float32)
+        ends = [limit * item.slope + item.intercept for limit in item.limits]
+        low, high = min(low, *ends), max(high, *ends)
+    fitting = (t for t in _TYPES if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+    return np.dtype(next(fitting, np.float32))

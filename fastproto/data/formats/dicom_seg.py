@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A DICOM segmentation (SEG) as a label map on the grid of the scan that it annotates.
+
+It holds frames for the slices where a segment is drawn, in any order, so that only the scan says
+how many slices there are. Segment numbers are the values (PS3.3 C.8.20).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastproto.data.formats import dicom_header
+from fastproto.data.formats.checks import require_geometry, require_volume
+from fastproto.data.formats.dicom_header import functional_group, numbers, pydicom_reading
+from fastproto.data.formats.dicom_pixels import stored_values
+from fastproto.errors import FastprotoWarning, LabelError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+    from fastproto.data.volume import Volume
+
+_TOLERANCE = 0.05  # of a voxel, as between any two grids
+
+
+def find_segmentation(path: Path) -> Path | None:
+    """``path`` if it is a DICOM segmentation, or the folder's only DICOM file if that is one."""
+    if path.is_dir():
+        inside = [entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != "."]
+        files = [entry for entry in inside if dicom_header.is_dicom(entry)]
+        return find_segmentation(files[0]) if len(files) == 1 else None
+    if not (path.is_file() and dicom_header.is_dicom(path)):
+        return None
+    kind = dicom_header.sop_class(_read_header(path))
+    return path if kind in dicom_header.SEGMENTATIONS else None
+
+
+def segment_names(path: Path) -> dict[int, str]:
+    """Segment number -> SegmentLabel; one that occurs twice gets its number as well."""
+    with pydicom_reading(path):
+        segments = _read_header(path).get("SegmentSequence") or []
+        names = {
+            int(item.SegmentNumber): " ".join(str(item.get("SegmentLabel") or "").split())
+            for item in segments
+        }
+    counts = Counter(name.casefold() for name in names.values())
+    return {
+        number: (name if counts[name.casefold()] == 1 else f"{name} {number}".strip())
+        for number, name in names.items()
+    }
+
+
+def read_segmentation(path: Path, like: Volume) -> np.ndarray:
+    """Read a DICOM segmentation.
+
+    Args:
+        path: Of BINARY, LABELMAP or FRACTIONAL type; of the last, what is drawn by at least half.
+        like: The scan that it annotates.
+
+    Returns:
+        [Z, Y, X], uint16, on the grid of ``like``; slices without a frame are empty.
+
+    Raises:
+        VolumeError: A damaged file.
+        GeometryError: Frames that do not lie on the scan's voxels.
+        LabelError: Segments that overlap.
+    """
+    dataset = _read_header(path)
+    stored = stored_values(path)
+    labels = np.zeros(like.array.shape, np.uint16)
+    kind = str(dataset.get("SegmentationType"))
+    if kind == "FRACTIONAL":
+        stored = _binary(path, stored, dataset)
+    with pydicom_reading(path):
+        shared = list(dataset.get("SharedFunctionalGroupsSequence") or [])[:1]
+        frames = list(dataset.get("PerFrameFunctionalGroupsSequence") or [])
+        require_volume(
+            len(frames) == len(stored),
+            path,
+            found=f"{len(frames)} positions for {len(stored)} frames",
+            allowed="one for each frame",
+        )
+        for index, (frame, pixels) in enumerate(zip(frames, stored, strict=True)):
+            where = [frame, *shared]
+            name = f"{path}, frame {index + 1}"
+            voxels = _voxels(name, where, dataset, pixels.shape, like)
+            seen = labels[voxels]
+            if kind != "LABELMAP":
+                segment = functional_group(where, dataset, "SegmentIdentificationSequence")
+                pixels = pixels * np.uint16(segment.ReferencedSegmentNumber)
+            clash = (seen > 0) & (pixels > 0) & (seen != pixels)
+            if clash.any():
+                both = f"both segment {seen[clash][0]} and segment {pixels[clash][0]}"
+                raise LabelError(
+                    name,
+                    found=f"{clash.sum()} pixels of {both}",
+                    allowed="segments that do not overlap",
+                    fix="Export the segments one by one.",
+                )
+            labels[voxels] = np.maximum(seen, pixels)
+    return labels
+
+
+def _read_header(path: Path) -> Dataset:
+    import pydicom
+
+    with pydicom_reading(path):
+        return pydicom.dcmread(path, force=True, stop_before_pixels=True)
+
+
+def _binary(path: Path, stored: np.ndarray, dataset: Dataset) -> np.ndarray:
+    """Whether a fraction is at least one half."""
+    most = int(dataset.get("MaximumFractionalValue") or 255)
+    if ((stored > 0) & (stored < most)).any():
+        text = f"{path}: a fractional segmentation: half of a voxel or more counts as drawn."
+        warnings.warn(text, FastprotoWarning, stacklevel=2)
+    return (stored >= most / 2).astype(np.uint8)
+
+
+def _voxels(
+    name: str, where: list[Dataset], dataset: Dataset, shape: tuple[int, ...], like: Volume
+) -> tuple[np.ndarray, ...]:
+    """Index of the voxels (z, y, x) of ``like`` that a frame's pixels are, each [rows, columns]."""
+    measures = functional_group(where, dataset, "PixelMeasuresSequence")
+    plane = functional_group(where, dataset, "PlanePositionSequence")
+    orientation = functional_group(where, dataset, "PlaneOrientationSequence")
+    axes = numbers(orientation, "ImageOrientationPatient", 6).reshape(2, 3)
+    spacing = numbers(measures, "PixelSpacing", 2)[::-1]
+    position = numbers(plane, "ImagePositionPatient", 3)
+    # In voxels of the scan: where the first pixel lies, and the steps of columns and rows.
+    to_voxels = np.linalg.inv(np.array(like.direction).reshape(3, 3) * np.array(like.spacing))
+    start = to_voxels @ (position - np.array(like.origin))
+    steps = (axes * spacing[:, None]) @ to_voxels.T
+    exact = np.stack([start, *steps])
+    whole = np.rint(np.nan_to_num(exact)).astype(int)
+    corners = np.array([[1, 0, 0], [1, shape[1] - 1, 0], [1, 0, shape[0] - 1]])
+    inside = (corners @ whole >= 0).all() and (corners @ whole < like.array.shape[::-1]).all()
+    require_geometry(
+        np.isfinite(exact).all()
+        and np.abs(corners @ (exact - whole)).max() <= _TOLERANCE
+        and inside,
+        name,
+        found="pixels that are no voxels of the scan",
+        allowed=f"frames on the grid of {like.name}",
+        fix="Name the scan that was annotated, or export the segmentation as NIfTI.",
+    )
+    row, column = np.indices(shape)
+    first, across, down = whole[:, :, None, None]
+    x, y, z = first + across * column + down * row
+    return z, y, x

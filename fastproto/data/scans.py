@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which scans a folder holds, what is left out and why, and what their results are called."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastproto.data.formats.dicom_header import Other, is_dicom, listing, read_header, read_headers
+from fastproto.data.volume import READABLE, WRITABLE, volume_suffix, without_suffix
+from fastproto.errors import FastprotoWarning, VolumeError, require
+
+_NOT_READ = (".mgz", ".mgh", ".hdr", ".img", ".img.gz", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst")
+_DATA_SETS = (("images", "labels"), ("imagesTr", "labelsTr"))
+
+
+def find_scans(
+    path: Path, *, series: str | None = None, output: Path | None = None, needed: bool = True
+) -> list[Path]:
+    """The scans that ``path`` stands for: itself, or what the folder holds.
+
+    Image files count in the folder and in its subfolders (``PATIENT/scan.nii.gz``), folders of
+    DICOM slices at any depth. A folder with slices is one scan, and image files beside the slices
+    are no scans; multi-frame DICOM files, each a series of its own, are scans themselves. What
+    looks like a scan and does not count is named in a warning.
+
+    Args:
+        path: An image file, a DICOM folder or a folder of these.
+        series: SeriesInstanceUID; DICOM folders without it do not count.
+        output: Where results go, which are no scans.
+        needed: Refuse a folder without any scan.
+
+    Raises:
+        VolumeError: There is no scan, or ``path`` is a data set that holds label maps too.
+    """
+    if not path.is_dir():
+        return [path]
+    for images, labels in _DATA_SETS:
+        require(
+            not ((path / images).is_dir() and (path / labels).is_dir()),
+            path,
+            found=f"a data set, with label maps in {labels}",
+            allowed="a folder of scans",
+            fix=f"Name {path / images}.",
+            error=VolumeError,
+        )
+    search = _Search(series, output)
+    try:
+        scans = search.folder(path)
+    except OSError as error:
+        raise VolumeError(
+            path, found=f"what cannot be read ({error})", allowed="files and folders you may read"
+        ) from error
+    require(
+        scans or not needed,
+        path,
+        found=lambda: "; ".join(
+            ["no image file and no DICOM series", *filter(None, [listing(search.left, path)])]
+        ),
+        allowed=f"files ending in {', '.join(READABLE)}, or folders of DICOM slices",
+        error=VolumeError,
+    )
+    if left := listing([item for item in search.left if item.image], path):
+        warnings.warn(f"{path}: left out {left}.", FastprotoWarning, stacklevel=2)
+    return scans
+
+
+class _Search:
+    """A walk through folders that notes what it leaves out."""
+
+    def __init__(self, series: str | None, output: Path | None):
+        self.series = series
+        self.output = output.resolve() if output else None
+        self.left: list[Other] = []
+        self._seen: set[Path] = set()  # links may lead back
+
+    def folder(self, folder: Path, depth: int = 0) -> list[Path]:
+        """The scans of a folder by name, those at its own level first.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        if folder.resolve() in self._seen:
+            return []
+        self._seen.add(folder.resolve())
+        entries = [item for item in sorted(folder.iterdir()) if item.resolve() != self.output]
+        hidden = [item for item in entries if item.name.startswith(".")]
+        entries = [item for item in entries if not item.name.startswith(".")]
+        files = [item for item in entries if item.is_file()]
+        images = [item for item in files if volume_suffix(item)]
+        scans = self._dicom(folder, [item for item in files if not volume_suffix(item)])
+        slices = scans == [folder]
+        for item in hidden:
+            if volume_suffix(item) and not item.name.startswith(("._", ".partial-")):
+                self._leave(item, "files whose names begin with a dot")
+        for item in entries:
+            broken = item.is_symlink() and not item.exists()
+            if broken and (volume_suffix(item) or not slices):  # or else `read_volume` names it
+                self._leave(item, "broken links")
+            elif item.name.lower().endswith(_NOT_READ):
+                self._leave(item, "files of a format that is not read")
+        for item in images if slices or depth > 1 else ():
+            why = "image files beside the slices of a DICOM series"
+            self._leave(item, why if slices else "image files more than one folder down")
+        scans += images if not slices and depth <= 1 else []
+        for item in filter(Path.is_dir, entries):
+            try:
+                scans += self.folder(item, depth + 1)
+            except OSError as error:
+                self._leave(item, f"what cannot be read ({error.strerror})")
+        return scans
+
+    def _leave(self, path: Path, why: str) -> None:
+        self.left.append(Other(path, None, why))
+
+    def _dicom(self, folder: Path, files: Sequence[Path]) -> list[Path]:
+        """The folder, if it holds slices; or its multi-frame files, where each is a series."""
+        if self.series is not None:
+            slices, others = read_headers(files)
+            known = {item.series for item in slices} | {item.series for item in others}
+            return [folder] if self.series in known else []
+        frames: dict[Path, str] = {}
+        others = []
+        for path in filter(is_dicom, files):
+            header = read_header(path)
+            if isinstance(header, Other):
+                others.append(header)
+            elif header[0].frames > 1:
+                frames[path] = header[0].series
+            if not isinstance(header, Other) and header[0].frames == 1:
+                return [folder]  # `read_volume` says whether it is a series, and what is wrong
+        if any(item.damaged for item in others):
+            return [folder]
+        if not frames:
+            self.left += others
+        several = len(frames) > 1 and len(set(frames.values())) == len(frames)
+        return [*frames] if several else [folder] if frames else []
+
+
+def scan_names(source: Path, scans: Sequence[Path]) -> list[str]:
+    """A name for each scan of ``find_scans(source)``, for its result.
+
+    A scan in a subfolder is called after the subfolder, or where that holds several scans,
+    ``PATIENT-SCAN``. nnU-Net's mark of a single channel is left out where all scans have it.
+    """
+    names = []
+    below = [
+        scan.relative_to(source).parts if scan.is_relative_to(source) else () for scan in scans
+    ]
+    counts = Counter(parts[0] for parts in below if parts)
+    taken = {stem(scan) for scan, parts in zip(scans, below, strict=True) if len(parts) < 2}
+    for scan, parts in zip(scans, below, strict=True):
+        alone = len(parts) > 1 and counts[parts[0]] == 1 and parts[0] not in taken
+        joined = "-".join([*parts[:-1], stem(scan)])
+        names.append(parts[0] if alone else joined)
+    if all(name.endswith("_0000") for name in names):
+        names = [name.removesuffix("_0000") for name in names]
+    return names
+
+
+def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+    """Pair every scan found at ``source`` with the label map to write for it.
+
+    Where there is one scan, ``output`` may be a file.
+
+    Raises:
+        ArgumentError: Several scans for one file, two scans of one name, a result that would
+            overwrite a scan, or a format that is not written.
+    """
+    if suffix := volume_suffix(output):
+        writable = suffix in WRITABLE and output.name.endswith(suffix)
+        require(writable, "--output", found=str(output), allowed=", ".join(WRITABLE))
+        listed = ", ".join(scan.name for scan in scans[:3]) + ", ..." * (len(scans) > 3)
+        found = f"the file {output} for the {len(scans)} scans of a folder ({listed})"
+        require(len(scans) == 1, "--output", found=found, allowed="a folder")
+        jobs = [(scans[0], output)]
+    else:
+        names = scan_names(source, scans)
+        jobs = [(scan, output / f"{name}.nii.gz") for scan, name in zip(scans, names, strict=True)]
+    inputs = {scan.resolve() for scan in scans}
+    taken: set[Path] = set()
+    for scan, target in jobs:
+        require(
+            target.resolve() not in inputs and target not in taken,
+            "--output",
+            found=f"that the result of {scan} would overwrite another file of this command",
+            allowed="a name of its own for each result",
+            fix="Choose another output folder, or rename one of the scans.",
+        )
+        taken.add(target)
+    return jobs
+
+
+def stem(path: Path) -> str:
+    """A file's name without its image suffix, of a link its own; a folder's whole name."""
+    if path.name in ("", ".."):
+        return path.resolve().name
+    dicom = path.suffix.lower() == ".dcm" and path.is_file()
+    return path.stem if dicom else without_suffix(path.name)
