@@ -25,7 +25,7 @@ def choose(
 
     ``masks`` is ``[n, S, S]`` bool, the organ in every slice; it is in some of them. ``wanted`` is
     how many, spread evenly over the organ, to which those beyond its ends come; or their numbers.
-    Those beyond its ends are taken only where ``shown`` [n] says that some pixel counts.
+    Slices of which no pixel counts, as ``shown`` [n] says, are passed over.
 
     Raises:
         ArgumentError: Numbers that do not exist, or none of which shows the organ.
@@ -35,10 +35,11 @@ def choose(
     if isinstance(wanted, int):
         chosen = spread(occupied, wanted)
         step = max(1, round(len(occupied) / len(chosen)))
+        numbers = np.arange(len(masks)) if shown is None else np.flatnonzero(shown)
+        first, last = np.searchsorted(numbers, occupied[[0, -1]])
         for way in range(step, AROUND * step + 1, step):
-            chosen += [int(occupied[0]) - way, int(occupied[-1]) + way]
-        chosen = [number for number in chosen if 0 <= number < len(masks)]
-        chosen = [number for number in chosen if shown is None or shown[number]]
+            beyond = [first - way, last + way]
+            chosen += [int(numbers[place]) for place in beyond if 0 <= place < len(numbers)]
     else:
         chosen = [int(number) for number in wanted]
         fits = chosen and 0 <= min(chosen) <= max(chosen) < len(masks) and present[chosen].any()

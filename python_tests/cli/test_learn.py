@@ -147,7 +147,10 @@ def test_names_come_from_a_table_or_the_data_set_and_classes_choose(
     ("options", "message"),
     [
         (["--classes", "spine"], "names that --labels or a dataset.json explains"),
-        (["--labels", "liver=1", "--classes", "1", "heart"], "found no label 'heart'; allowed: 1 liver"),
+        (
+            ["--labels", "liver=1", "--classes", "1", "heart"],
+            "found no label 'heart'; allowed: 1 liver",
+        ),
         (["--labels", "heart=99"], "no voxel of label 99"),
         (["--labels", "organs.json"], "unknown label"),
     ],
