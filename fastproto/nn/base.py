@@ -263,7 +263,9 @@ class FewShotModel(nn.Module):
         try:
             if not set(config) <= set(cls.config_keys):
                 raise TypeError(f"its keys are {sorted(config)}")
-            with torch.device("meta"):  # no time, and no random number, for initial weights
+            # No random number for initial weights, and no time: `normal_` there imports torch's
+            # compiler, in three seconds, so encoder and decoder leave it out.
+            with torch.device("meta"):
                 model = cls(**config).to_empty(device="cpu")
         except (ArgumentError, TypeError) as error:
             raise CheckpointError(

@@ -58,7 +58,8 @@ class UNetDecoder(nn.Module):
         self.up3 = UpBlock(WIDTHS[2], f2, WIDTHS[2])
         self.up4 = UpBlock(WIDTHS[2], f1, WIDTHS[3])
         self.head = nn.Conv2d(WIDTHS[3], 1, 1)
-        self._initialise()
+        if not self.head.weight.is_meta:
+            self._initialise()
 
     def _initialise(self) -> None:
         """He initialisation; halves of one layer count the inputs of the whole layer."""

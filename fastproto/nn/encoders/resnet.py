@@ -112,7 +112,7 @@ class ResNetEncoder(Encoder):
             self.layer3 = _layer(block, f3, 256, depths[2], dilations=(1, 2))
             self.layer4 = _layer(block, f4, 512, depths[3], dilations=(2, 4))
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
