@@ -18,7 +18,12 @@ def arguments(doc: str | None, **paths: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def today() -> str:
+    """Today's date, as it stands in records and their names."""
+    return datetime.date.today().isoformat()
+
+
 def write(path: Path, **content: Any) -> None:
     """A record with today's date."""
-    record = {"date": datetime.date.today().isoformat(), **content}
+    record = {"date": today(), **content}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
