@@ -82,7 +82,7 @@ class Backend:
     # Why it does not take a problem.
     refusal: Callable[[Problem, torch.dtype], str | None] = lambda problem, dtype: None
     # Within rounding, in a type; equal to the reference; differentiated (``fast``: along one
-    # direction); and where the size does not matter.
+    # direction) and given to opcheck; and where the size does not matter.
     problems: Callable[[torch.dtype], Sequence[Problem]] = lambda dtype: PROBLEMS
     float64: Sequence[Problem] = tuple(PROBLEMS)
     differentiated: Sequence[Problem] = TINY

@@ -9,16 +9,15 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from fastproto.op import autograd
-from support.conformance import TINY, Backend, asked
+from support.conformance import Backend, asked
 from support.problems import Problem
 
 
 @asked("opcheck")
-@pytest.mark.parametrize("tiny", TINY, ids=lambda p: p.name)
-def test_opcheck(backend: Backend, tiny: Problem) -> None:
+def test_opcheck(backend: Backend, differentiated: Problem) -> None:
     """Of both ops, with a tensor and a number for temperature, with and without a backward."""
     forward, backward = (autograd.op(f"{backend.ops}_{name}") for name in ("fwd", "bwd"))
-    feat, protos, offsets = backend.leaves(tiny, torch.float32)
+    feat, protos, offsets = backend.leaves(differentiated, torch.float32)
     detached = (feat.detach(), protos.detach(), offsets)
     t = torch.tensor(0.2, requires_grad=True)
     last = backend.modes
@@ -46,7 +45,7 @@ def test_gradcheck(backend: Backend, differentiated: Problem, concat: bool) -> N
 @asked("torch")
 def test_says_that_it_has_no_second_derivative(backend: Backend) -> None:
     """And who has."""
-    feat, protos, offsets = backend.leaves(TINY[0], torch.float32)
+    feat, protos, offsets = backend.leaves(backend.differentiated[0], torch.float32)
     out = backend.call(feat, protos, offsets)
     (grad,) = torch.autograd.grad(out.square().sum(), feat, create_graph=True)
     with pytest.raises(NotImplementedError, match=rf'{backend.says}.*backend="reference"'):
@@ -93,7 +92,7 @@ def test_compile_equals_eager_and_does_not_recompile_as_n_changes(
 def test_autocast_casts_to_its_dtype(backend: Backend, half: torch.dtype) -> None:
     """Whatever the types were; gradients have those."""
     problem = Problem("cast", ((70, 5),), queries=2, dim=64, height=8, width=8)
-    problem = problem if backend.device == "cuda" else TINY[0]
+    problem = problem if backend.device == "cuda" else backend.differentiated[0]
     feat, protos, offsets = backend.leaves(problem, torch.float32)
     for given in (protos, protos.bfloat16()):
         with torch.autocast(backend.device, dtype=half):
