@@ -92,7 +92,7 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         path,
         found="a file of unknown format",
         allowed=f"{', '.join(READABLE)}, or a folder with a DICOM series",
-        fix=CONVERT.get(path.suffix.removesuffix(".gz") or ".dcm", CONVERT[".dcm"]),
+        fix=CONVERT.get(Path(path.name.lower().removesuffix(".gz")).suffix, CONVERT[".dcm"]),
     )
     with reading(path):
         folder = path.is_dir()

@@ -42,6 +42,8 @@ _DATA_OFFSET = 352
 _VECTOR_INTENT = 1007
 _SCANNER = 1  # the code of a form that places the voxels where the scanner saw them
 _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metres, millimetres, micrometres
+# As in nibabel: a smaller square of a quaternion's real part is rounding of 0.
+_HALF_TURN = 3 * float(np.finfo(np.float32).eps)
 # Of nifti1.h in the NIfTI-1.1 standard, what is used here: type and offset.
 _LAYOUT: Any = {
     "sizeof_hdr": ("i4", 0), "regular": ("S1", 38), "dim": ("8i2", 40), "intent": ("i2", 68),
@@ -214,7 +216,8 @@ def _grid(fields: np.void, shape: tuple[int, ...]) -> Grid:
 def _qform(fields: np.void) -> np.ndarray:
     """[3, 4] from indices to RAS, in the header's unit of length."""
     b, c, d = fields["qform"][:3].tolist()
-    a = math.sqrt(max(1 - b * b - c * c - d * d, 0))
+    rest = 1 - b * b - c * c - d * d
+    a = math.sqrt(rest) if rest > _HALF_TURN else 0.0
     a, b, c, d = np.array([a, b, c, d]) / math.hypot(a, b, c, d)
     rotation = np.array([
         [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],

@@ -169,35 +169,37 @@ def _place(path: Path, fields: dict[str, str], dimension: int) -> tuple[Grid, li
     """Spacing, origin and direction in mm and LPS, and which axes of the file lie in space."""
     missing = []
     space = fields.get("space", "").lower().removesuffix("-time").removesuffix("t")
-    if space not in _TO_LPS:
-        missing.append("left-posterior-superior axes")
-    to_lps = np.array(_TO_LPS.get(space, (1, 1, 1)))
-    if "spacedirections" in fields:
-        words = re.findall(r"none|\([^()]*\)", fields["spacedirections"])
-        spatial = [axis for axis, word in enumerate(words) if word != "none"][:3]
-        vectors = [_vector(path, "space directions", words[axis]) for axis in spatial]
-        scale = to_lps * _units(path, fields, "spaceunits", range(3))
-        axes = np.array(vectors).reshape(-1, 3).T * scale[:, None]
-    else:
-        words = fields.get("spacings", "").split()
-        require_geometry(
-            words and not {"axismins", "axismaxs"} & fields.keys(),
-            path,
-            found="axis mins or maxs" if words else "no voxel sizes in the header",
-            allowed="space directions (or spacings)",
-            fix="Save the volume again with a program that knows where its voxels lie.",
-        )
-        spacings = _numbers(path, "spacings", " ".join(words))
-        spatial = [axis for axis, size in enumerate(spacings) if size == size][:3]
-        sizes = np.array([spacings[axis] for axis in spatial])
-        axes = np.diag(sizes * _units(path, fields, "units", spatial)) * to_lps[: len(sizes)]
-        scale = to_lps * _units(path, fields, "spaceunits", range(3))
+    if space not in _TO_LPS or "spacedirections" not in fields:
+        space = space if space in _TO_LPS else "left-posterior-superior"
+        missing.append(f"{space} axes")
+    to_lps = np.array(_TO_LPS[space])
+    scale = to_lps * _units(path, fields, "spaceunits", range(3))
+    directed = "spacedirections" in fields
+    words = re.findall(r"none|\([^()]*\)", fields.get("spacedirections", ""))
+    words = words if directed else fields.get("spacings", "").split()
+    require_geometry(
+        words and (directed or not {"axismins", "axismaxs"} & fields.keys()),
+        path,
+        found="axis mins or maxs" if words else "no voxel sizes in the header",
+        allowed="space directions (or spacings)",
+        fix="Save the volume again with a program that knows where its voxels lie.",
+    )
     require_geometry(
         len(words) == dimension,
         path,
         found=f"space directions or spacings of {len(words)} axes",
         allowed=f"those of {dimension} axes, as the header says",
     )
+    outside = "none" if directed or dimension == 3 else "nan"
+    spatial = [axis for axis, word in enumerate(words) if word.lower() != outside][:3]
+    found = f"a {len(spatial)}-D image"
+    require_volume(len(spatial) == 3, path, found=found, allowed="a 3-D volume")
+    if directed:
+        vectors = [_vector(path, "space directions", words[axis]) for axis in spatial]
+        axes = np.array(vectors).T * scale[:, None]
+    else:
+        sizes = _numbers(path, "spacings", " ".join(words[axis] for axis in spatial))
+        axes = np.diag(sizes * _units(path, fields, "units", spatial)) * to_lps
     origin = np.zeros(3)
     if "spaceorigin" in fields:
         origin = np.array(_vector(path, "space origin", fields["spaceorigin"])) * scale
@@ -208,8 +210,6 @@ def _place(path: Path, fields: dict[str, str], dimension: int) -> tuple[Grid, li
     check_spacing(path, spacing)
     if missing:
         warn(path, f"its header does not place the voxels: {' and '.join(missing)} are assumed.")
-    found = f"a {len(spatial)}-D image"
-    require_volume(len(spatial) == 3, path, found=found, allowed="a 3-D volume")
     check_axes(path, axes / spacing)
     return grid(spacing, origin, axes / spacing), spatial
 
