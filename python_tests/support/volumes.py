@@ -70,4 +70,6 @@ def write_nifti(path: Path, array: np.ndarray, **fields: Any) -> Path:
 def text_header(lines: dict[str, str | None], given: dict[str, str | None], separator: str) -> str:
     """``lines`` and then those ``given`` that are new; None leaves one out."""
     merged = {**lines, **given}
-    return "".join(f"{key}{separator}{value}\n" for key, value in merged.items() if value)
+    return "".join(
+        f"{key}{separator}{value}\n" for key, value in merged.items() if value is not None
+    )

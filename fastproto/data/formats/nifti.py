@@ -162,7 +162,11 @@ def _check_header(path: Path, header: _Header) -> None:
     require_geometry(unit in _MM, path, found=found, allowed=allowed)
     pixdim = fields["pixdim"][1:4] * _MM[unit]
     check_spacing(path, pixdim, "voxel size (pixdim)")
-    uses_qform, uses_sform = fields["form_codes"] > 0
+    codes = fields["form_codes"]
+    found = f"qform_code {codes[0]} and sform_code {codes[1]}"
+    known = ((codes >= 0) & (codes <= 5)).all()
+    require_geometry(known, path, found=found, allowed="codes of 0 to 5")
+    uses_qform, uses_sform = codes > 0
     if uses_qform:
         check_finite(path, "the qform", fields["qform"])
         length = float(np.linalg.norm(fields["qform"][:3]))

@@ -115,6 +115,7 @@ class TestData:
         ({"ElementToIntensityFunctionSlope": "0"}, VolumeError, "Function 0 and 0"),
         ({"ElementToIntensityFunctionOffset": "nan"}, VolumeError, "Function 1 and nan"),
         ({"Offset": "left"}, VolumeError, "Offset = left"),
+        ({"Offset": "1_0 0 0"}, VolumeError, "Offset = 1_0 0 0"),
         ({"Offset": "0 0"}, VolumeError, "allowed: 3 numbers"),
         ({"Offset": "nan 0 0"}, GeometryError, "Offset"),
         ({"ElementSpacing": None}, GeometryError, "no ElementSpacing"),

@@ -280,6 +280,8 @@ class TestVoxels:
     (sform(TURN @ [[1, 0.002, 0], [0, 1, 0], [0, 0, 1]]), GeometryError, "sheared"),
     (sform(TURN, sizes=(7, 0.8, 2.5)),
      GeometryError, "7, 0.8, 2.5; allowed: the voxel size of the header, 0.7, 0.8, 2.5"),
+    ({"sform_code": 6}, GeometryError, "qform_code 1 and sform_code 6"),
+    ({"qform_code": -1}, GeometryError, "qform_code -1"),
     ({"xyzt_units": 5}, GeometryError, "unit of length 5"),
     # Millimetres that claim to be metres or micrometres.
     ({"xyzt_units": 1}, GeometryError, "700, 800, 2500 mm"),

@@ -88,7 +88,11 @@ class TestData:
         ({"data file": "LIST"}, "several files"), ({"data file": "s%03d.raw 1 5 1"}, "several"),
         ({"sizes": "7 6"}, "sizes [7, 6]"), ({"sizes": "7 6 0"}, "sizes [7, 6, 0]"),
         ({"sizes": "7 6 five"}, "sizes 7 6 five"), ({"dimension": "4"}, "dimension [4]"),
-        ({"Sizes": "7 6 5"}, "Sizes twice"),
+        ({"Sizes": "7 6 5"}, "Sizes twice"), ({"space unit": '"cm"'}, "'space unit: \"cm\"'"),
+        *(({"line skip": lines, "byte skip": skip}, f"line skip [{lines}] and byte skip [{skip}]")
+          for lines, skip in (("-1", "0"), ("0", "-2"), ("", "0"))),
+        ({"line skip": "999999999999"}, "found 0 bytes"),
+        ({"data file": "a\0b"}, "file name 'a\\x00b'"),
     ])  # fmt: skip
     def test_that_are_not_read(self, tmp_path: Path, fields: dict, words: str):
         refused(write_nrrd(tmp_path / "v.nrrd", **fields), VolumeError, words)
@@ -130,11 +134,15 @@ class TestPlace:
         (SPACINGS | {"axis mins": "0 0 0"}, "axis mins"),
         ({"space directions": "(1,0,0) (0,1,0)"}, "of 2 axes"),
         ({"space directions": "(1,0,0) (0,1,0) none"}, "2-D"),
-        ({"space directions": "(1,0) (0,1) (0,0)"}, "three numbers"),
+        ({"space directions": "(1,0) (0,1) (0,0)"}, "a vector of 3 numbers"),
+        ({"space directions": "(1,0,0) 2(0,1,0) (0,0,1)"}, "'2(0,1,0)'"),
+        ({"space units": "cubits cubits cubits"}, "lengths in 'cubits'"),
+        ({"space origin": "(1,2. 5,3)"}, "'(1,2. 5,3)'"),
         ({"space directions": "(1,0,0) (0,1,0) (0,0,0)"}, "spacing 1, 1, 0"),
         ({"space directions": "(1,0,0) (0.1,1,0) (0,0,1)"}, "sheared"),
         ({"space directions": "(7e-4,0,0) (0,8e-4,0) (0,0,2.5e-3)"}, "in metres"),
         ({"space directions": "(700,0,0) (0,800,0) (0,0,2500)"}, "in micrometres"),
+        ({"space": "up-down-left"}, "space up-down-left"),
         ({"space origin": "(nan,0,0)"}, "NaN or Inf in space origin"),
     ])  # fmt: skip
     def test_that_is_refused(self, tmp_path: Path, fields: dict, words: str):
