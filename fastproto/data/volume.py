@@ -95,7 +95,7 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         path,
         found="a file of unknown format",
         allowed=f"{', '.join(READABLE)}, a multi-frame DICOM file, or a folder with a DICOM series",
-        fix=CONVERT.get(path.suffix.removesuffix(".gz") or ".dcm", CONVERT[".dcm"]),
+        fix=CONVERT.get(Path(path.name.lower().removesuffix(".gz")).suffix, CONVERT[".dcm"]),
     )
     with reading(path):
         named = suffix and path.is_file()

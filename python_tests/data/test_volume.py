@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastproto.data import (
     read_volume,
     write_volume,
 )
+from fastproto.data.formats.table import WRITABLE
 from fastproto.errors import ArgumentError, GeometryError, LabelError, OutputError
 
 FORMATS = [".nii.gz", ".nii", ".nrrd", ".mha"]
@@ -168,19 +170,19 @@ class TestWriting:
     def test_a_failing_writer_keeps_the_old_file(
         self, tmp_path: Path, suffix: str, failure: str, monkeypatch: pytest.MonkeyPatch, capfd
     ):
-        """A file-size limit stands for a full disk: the native writer's write fails midway."""
+        """A file-size limit stands for a full disk: the writer fails midway."""
         array = np.random.default_rng(0).integers(0, 60000, (20, 100, 100))
         path = tmp_path / f"a{suffix}"
         write_volume(path, np.zeros_like(array), Volume(array))
         old = path.read_bytes()
 
-        def fail(image: sitk.Image, name: str, **options: bool) -> None:
-            Path(name).write_bytes(old[: len(old) // 2])
-            raise RuntimeError("sitk::ERROR: no space left")
+        def fail(path: Path, voxels: object) -> None:
+            path.write_bytes(old[: len(old) // 2])
+            raise OSError(errno.ENOSPC, "no space left")
 
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if failure == "an exception":
-            monkeypatch.setattr(sitk, "WriteImage", fail)
+            monkeypatch.setitem(WRITABLE, suffix, fail)
         else:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         words = {"an exception": "no space left", "a full disk": "nothing was overwritten"}

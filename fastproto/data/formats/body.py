@@ -54,6 +54,23 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         yield file
 
 
+def data_file(header: Path, name: str) -> Path:
+    """The one file beside a header that holds its voxels.
+
+    Raises:
+        VolumeError: The header names several.
+    """
+    require_volume(
+        "%" not in name and not name.upper().startswith("LIST"),
+        header,
+        found=f"voxels in several files ({name})",
+        allowed="voxels in one file",
+        fix="Save the volume as one file.",
+    )
+    require_volume("\0" not in name, header, found=f"file name {name!r}", allowed="a file's name")
+    return header.parent / name
+
+
 def is_gzip(file: io.BufferedReader) -> bool:
     """Whether what comes next begins as gzip's."""
     return file.peek(2)[:2] == _GZIP_MAGIC

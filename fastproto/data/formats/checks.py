@@ -142,6 +142,17 @@ def blocks(array: np.ndarray) -> list[np.ndarray]:
     return [array[start : start + rows] for start in range(0, len(array), rows)]
 
 
+def parsed(text: str) -> list[float]:
+    """The numbers of a header's field.
+
+    Raises:
+        ValueError: Something else, as are Python's 1_000 and other digits than 0 to 9.
+    """
+    if "_" in text or not text.isascii():
+        raise ValueError(text)
+    return [float(word) for word in text.split()]
+
+
 def warn(path: object, text: str) -> None:
     """Tell the user what was found in a file and what was done about it, in a full sentence."""
     warnings.warn(f"{path}: {text}", FastprotoWarning, stacklevel=3)

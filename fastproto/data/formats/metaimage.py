@@ -16,6 +16,7 @@ import numpy as np
 
 from fastproto.data.formats.body import (
     ZLIB,
+    data_file,
     deflated,
     inflated,
     opened,
@@ -31,6 +32,7 @@ from fastproto.data.formats.checks import (
     check_size,
     check_spacing,
     grid,
+    parsed,
     require_geometry,
     require_volume,
     warn,
@@ -66,14 +68,7 @@ def read(path: Path) -> Voxels:
         name = fields["ElementDataFile"]
         if name.upper() == "LOCAL":
             return Voxels(_array(path, file, fields, sizes), *place)
-        require_volume(
-            "%" not in name and not name.startswith("LIST"),
-            path,
-            found=f"ElementDataFile = {name}, voxels in several files",
-            allowed="voxels in one file",
-            fix="Save the volume as one .mha file.",
-        )
-        with opened(path.parent / name) as data:
+        with opened(data_file(path, name)) as data:
             return Voxels(_array(path, data, fields, sizes), *place)
 
 
@@ -197,7 +192,7 @@ def _numbers(path: Path, fields: dict[str, str], count: int, *names: str) -> lis
     if name is None:
         return []
     try:
-        numbers = [float(word) for word in fields[name].split()]
+        numbers = parsed(fields[name])
     except ValueError:
         numbers = []
     found = f"{name} = {fields[name]}"

@@ -42,6 +42,8 @@ _DATA_OFFSET = 352
 _VECTOR_INTENT = 1007
 _SCANNER = 1  # the code of a form that places the voxels where the scanner saw them
 _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metres, millimetres, micrometres
+# As in nibabel: a smaller square of a quaternion's real part is rounding of 0.
+_HALF_TURN = 3 * float(np.finfo(np.float32).eps)
 # Of nifti1.h in the NIfTI-1.1 standard, what is used here: type and offset.
 _LAYOUT: Any = {
     "sizeof_hdr": ("i4", 0), "regular": ("S1", 38), "dim": ("8i2", 40), "intent": ("i2", 68),
@@ -160,7 +162,11 @@ def _check_header(path: Path, header: _Header) -> None:
     require_geometry(unit in _MM, path, found=found, allowed=allowed)
     pixdim = fields["pixdim"][1:4] * _MM[unit]
     check_spacing(path, pixdim, "voxel size (pixdim)")
-    uses_qform, uses_sform = fields["form_codes"] > 0
+    codes = fields["form_codes"]
+    found = f"qform_code {codes[0]} and sform_code {codes[1]}"
+    known = ((codes >= 0) & (codes <= 5)).all()
+    require_geometry(known, path, found=found, allowed="codes of 0 to 5")
+    uses_qform, uses_sform = codes > 0
     if uses_qform:
         check_finite(path, "the qform", fields["qform"])
         length = float(np.linalg.norm(fields["qform"][:3]))
@@ -214,7 +220,8 @@ def _grid(fields: np.void, shape: tuple[int, ...]) -> Grid:
 def _qform(fields: np.void) -> np.ndarray:
     """[3, 4] from indices to RAS, in the header's unit of length."""
     b, c, d = fields["qform"][:3].tolist()
-    a = math.sqrt(max(1 - b * b - c * c - d * d, 0))
+    rest = 1 - b * b - c * c - d * d
+    a = math.sqrt(rest) if rest > _HALF_TURN else 0.0
     a, b, c, d = np.array([a, b, c, d]) / math.hypot(a, b, c, d)
     rotation = np.array([
         [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastproto.data.formats.body import (
     GZIP,
+    data_file,
     deflated,
     inflated,
     opened,
@@ -32,6 +33,7 @@ from fastproto.data.formats.checks import (
     check_size,
     check_spacing,
     grid,
+    parsed,
     require_geometry,
     require_volume,
     warn,
@@ -53,6 +55,7 @@ _NAMES = {
 }
 _DTYPES = {name: code for code, names in _NAMES.items() for name in names.split(", ")}
 _ORDERS = {"little": "<", "big": ">", "": "|"}
+_UNNAMED = ("", "scanner-xyz", "3d-right-handed", "3d-left-handed")
 _TO_LPS = {
     "left-posterior-superior": (1, 1, 1), "lps": (1, 1, 1),
     "right-anterior-superior": (-1, -1, 1), "ras": (-1, -1, 1),
@@ -61,6 +64,13 @@ _TO_LPS = {
 _MM = {
     "": 1.0, "mm": 1.0, "millimeter": 1.0, "millimetre": 1.0, "cm": 10.0, "m": 1000.0,
     "um": 1e-3, "µm": 1e-3, "μm": 1e-3, "micron": 1e-3, "nm": 1e-6,
+}  # fmt: skip
+# What a header may say, names without spaces; a word that nobody knows could change the voxels.
+_KNOWN = {
+    "axismaxs", "axismins", "blocksize", "byteskip", "centerings", "centers", "content", "datafile",
+    "dimension", "encoding", "endian", "kinds", "labels", "lineskip", "max", "measurementframe",
+    "min", "number", "oldmax", "oldmin", "sampleunits", "sizes", "space", "spacedimension",
+    "spacedirections", "spaceorigin", "spaceunits", "spacings", "thicknesses", "type", "units",
 }  # fmt: skip
 _LINE_LIMIT = 1 << 20
 _HEADER_LIMIT = 1 << 24
@@ -86,14 +96,7 @@ def read(path: Path) -> Voxels:
         name = fields.get("datafile")
         if name is None:
             return Voxels(_array(path, file, fields, shape), *place)
-        require_volume(
-            "%" not in name and not name.startswith("LIST"),
-            path,
-            found=f"data file {name}, voxels in several files",
-            allowed="voxels in one file",
-            fix="Save the volume as one .nrrd file.",
-        )
-        with opened(path.parent / name) as data:
+        with opened(data_file(path, name)) as data:
             return Voxels(_array(path, data, fields, shape), *place)
 
 
@@ -141,10 +144,12 @@ def _header(path: Path, file: io.BufferedReader) -> dict[str, str]:
         text = line.decode("utf-8", "replace").rstrip("\r\n")
         if not text:
             break
-        name, colon, value = text.partition(":")
-        if text[0] == "#" or not colon:
+        name, _, value = text.partition(":")
+        if text[0] == "#":
             continue
         key = ":" + name if value[:1] == "=" else name.lower().replace(" ", "")
+        known = key.startswith(":") or key in _KNOWN
+        require_volume(known, path, found=f"{text[:80]!r} in its header", allowed="NRRD's fields")
         doubled = key in fields and key[0] != ":"
         require_volume(not doubled, path, found=f"{name} twice", allowed="each field once")
         fields[key] = value.strip()
@@ -168,39 +173,48 @@ def _check_sizes(path: Path, fields: dict[str, str], sizes: list[int], spatial: 
 def _place(path: Path, fields: dict[str, str], dimension: int) -> tuple[Grid, list[int]]:
     """Spacing, origin and direction in mm and LPS, and which axes of the file lie in space."""
     missing = []
-    space = fields.get("space", "").lower().removesuffix("-time").removesuffix("t")
-    if space not in _TO_LPS:
-        missing.append("left-posterior-superior axes")
-    to_lps = np.array(_TO_LPS.get(space, (1, 1, 1)))
-    if "spacedirections" in fields:
-        words = re.findall(r"none|\([^()]*\)", fields["spacedirections"])
-        spatial = [axis for axis, word in enumerate(words) if word != "none"][:3]
-        vectors = [_vector(path, "space directions", words[axis]) for axis in spatial]
-        scale = to_lps * _units(path, fields, "spaceunits", range(3))
-        axes = np.array(vectors).reshape(-1, 3).T * scale[:, None]
-    else:
-        words = fields.get("spacings", "").split()
-        require_geometry(
-            words and not {"axismins", "axismaxs"} & fields.keys(),
-            path,
-            found="axis mins or maxs" if words else "no voxel sizes in the header",
-            allowed="space directions (or spacings)",
-            fix="Save the volume again with a program that knows where its voxels lie.",
-        )
-        spacings = _numbers(path, "spacings", " ".join(words))
-        spatial = [axis for axis, size in enumerate(spacings) if size == size][:3]
-        sizes = np.array([spacings[axis] for axis in spatial])
-        axes = np.diag(sizes * _units(path, fields, "units", spatial)) * to_lps[: len(sizes)]
-        scale = to_lps * _units(path, fields, "spaceunits", range(3))
+    name = fields.get("space", "").lower()
+    space = name.removesuffix("-time")
+    space = space[:3] if len(space) == 4 else space  # with "t" for time
+    dimensions = 3 if space == name and fields.get("spacedimension") != "4" else 4
+    found = f"space {space}"
+    allowed = "left-posterior-superior, right-anterior-superior or left-anterior-superior"
+    require_geometry(space in (*_TO_LPS, *_UNNAMED), path, found=found, allowed=allowed)
+    if space not in _TO_LPS or "spacedirections" not in fields:
+        space = space if space in _TO_LPS else "left-posterior-superior"
+        missing.append(f"{space} axes")
+    to_lps = np.array(_TO_LPS[space])
+    scale = to_lps * _units(path, fields, "spaceunits", range(3))
+    directed = "spacedirections" in fields
+    words = fields.get("spacings", "").lower().split()
+    if directed:
+        words = re.split(r"(?<=\))\s+|(?<=none)\s+", fields["spacedirections"].lower())
+    require_geometry(
+        words and (directed or not {"axismins", "axismaxs"} & fields.keys()),
+        path,
+        found="axis mins or maxs" if words else "no voxel sizes in the header",
+        allowed="space directions (or spacings)",
+        fix="Save the volume again with a program that knows where its voxels lie.",
+    )
     require_geometry(
         len(words) == dimension,
         path,
         found=f"space directions or spacings of {len(words)} axes",
         allowed=f"those of {dimension} axes, as the header says",
     )
+    outside = "none" if directed or dimension == 3 else "nan"
+    spatial = [axis for axis, word in enumerate(words) if word != outside][:3]
+    found = f"a {len(spatial)}-D image"
+    require_volume(len(spatial) == 3, path, found=found, allowed="a 3-D volume")
+    if directed:
+        vectors = [_vector(path, words[axis], dimensions) for axis in spatial]
+        axes = np.array(vectors).T * scale[:, None]
+    else:
+        sizes = _numbers(path, "spacings", " ".join(words[axis] for axis in spatial))
+        axes = np.diag(sizes * _units(path, fields, "units", spatial)) * to_lps
     origin = np.zeros(3)
     if "spaceorigin" in fields:
-        origin = np.array(_vector(path, "space origin", fields["spaceorigin"])) * scale
+        origin = np.array(_vector(path, fields["spaceorigin"], dimensions)) * scale
     else:
         missing.append("an origin of 0")
     check_finite(path, "space origin", origin)
@@ -208,8 +222,6 @@ def _place(path: Path, fields: dict[str, str], dimension: int) -> tuple[Grid, li
     check_spacing(path, spacing)
     if missing:
         warn(path, f"its header does not place the voxels: {' and '.join(missing)} are assumed.")
-    found = f"a {len(spatial)}-D image"
-    require_volume(len(spatial) == 3, path, found=found, allowed="a 3-D volume")
     check_axes(path, axes / spacing)
     return grid(spacing, origin, axes / spacing), spatial
 
@@ -230,10 +242,15 @@ def _array(
         fix = "Save the volume again, in another way."
         require_volume(usable, path, found=found, allowed=allowed, fix=fix)
     dtype = np.dtype(_ORDERS[order] + dtype.str[1:])
-    lines, skipped = (_integers(path, fields, name, "0")[0] for name in ("lineskip", "byteskip"))
-    for _ in range(lines):
-        file.readline()
-    if skipped == -1 and encoding == "raw":
+    skips = _integers(path, fields, "lineskip", "0"), _integers(path, fields, "byteskip", "0")
+    usable = [len(numbers) for numbers in skips] == [1, 1]
+    usable = usable and min(skips)[0] >= (-1 if encoding == "raw" else 0) and skips[0][0] >= 0
+    found = f"line skip {skips[0]} and byte skip {skips[1]}"
+    require_volume(usable, path, found=found, allowed="whole numbers, or a byte skip of -1 if raw")
+    (lines,), (skipped,) = skips
+    while lines and file.readline():
+        lines -= 1
+    if skipped == -1:
         seek_from_end(file, shape, dtype)
     stream = file if encoding == "raw" else inflated(file)
     skip(stream, skipped)
@@ -242,7 +259,8 @@ def _array(
 
 def _units(path: Path, fields: dict[str, str], name: str, axes: Iterable[int]) -> np.ndarray:
     """The millimetres in the unit of each axis; what has no unit is in mm."""
-    words = re.findall(r'"([^"]*)"', fields.get(name, ""))
+    text = fields.get(name, "")
+    words = re.findall(r'"([^"]*)"', text) or text.split()
     units = [words[axis].strip() if axis < len(words) else "" for axis in axes]
     unknown = [unit for unit in units if unit not in _MM]
     require_geometry(
@@ -255,16 +273,19 @@ def _units(path: Path, fields: dict[str, str], name: str, axes: Iterable[int]) -
     return np.array([_MM[unit] for unit in units])
 
 
-def _vector(path: Path, name: str, text: str) -> list[float]:
+def _vector(path: Path, text: str, dimensions: int) -> list[float]:
     """The first three numbers of "(x,y,z)"; a fourth is time."""
-    numbers = _numbers(path, name, text.strip("()").replace(",", " "))
-    require_geometry(len(numbers) >= 3, path, found=f"{name} {text}", allowed="three numbers")
+    words = text[1:-1].split(",") if text[:1] == "(" and text[-1:] == ")" else []
+    numbers = [number for word in words for number in _numbers(path, "a vector", word)]
+    usable = len(words) == len(numbers) == dimensions
+    allowed = f"a vector of {dimensions} numbers, (x,y,z)"
+    require_geometry(usable, path, found=f"{text!r} in its header", allowed=allowed)
     return numbers[:3]
 
 
 def _numbers(path: Path, name: str, text: str) -> list[float]:
     try:
-        return [float(word) for word in text.split()]
+        return parsed(text)
     except ValueError as error:
         raise GeometryError(path, found=f"{name} {text}", allowed="numbers") from error
 

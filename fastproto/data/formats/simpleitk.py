@@ -37,11 +37,11 @@ def quiet() -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """What was wrong, on one line; of a SimpleITK error the sentence that says it.
 
-    The file is named by the caller, and places in ITK's source help nobody but -v, which shows all.
+    Paths are left out: the caller names the file, and those of ITK's source are for -v.
     """
     text = re.split(r"ERROR: ", str(error))[-1]
-    text = re.sub(r"\w+\(0x[0-9a-f]+\): |\S*[/\\]\S*|\b(in |file name = ?|Reason: )", "", text)
-    return " ".join(text.split())
+    text = re.sub(r"^\w+\(0x[0-9a-f]+\): ", "", text)
+    return " ".join(re.sub(r"\S*[/\\]\S*", "the file", text).split())
 
 
 @contextlib.contextmanager
