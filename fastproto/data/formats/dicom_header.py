@@ -229,7 +229,9 @@ def _slices(path: Path, dataset: Dataset) -> list[Slice]:
         fix=EXPORT_AGAIN,
     )
     frames = int(dataset.get("NumberOfFrames") or 1)
-    groups = list(dataset.get("PerFrameFunctionalGroupsSequence") or [None])
+    groups = list(
+        dataset.get("PerFrameFunctionalGroupsSequence") or ([None] if frames == 1 else [])
+    )
     require_volume(
         len(groups) == frames,
         path,
