@@ -127,16 +127,17 @@ class _Search:
             header = read_header(path)
             if isinstance(header, Other):
                 others.append(header)
-            elif header[0].frames > 1:
-                frames[path] = header[0].series
-            if not isinstance(header, Other) and header[0].frames == 1:
+            elif header[0].frames == 1:
                 return [folder]  # `read_volume` says whether it is a series, and what is wrong
+            else:
+                frames[path] = header[0].series
         if any(item.damaged for item in others):
             return [folder]
-        if not frames:
-            self.left += others
         several = len(frames) > 1 and len(set(frames.values())) == len(frames)
-        return [*frames] if several else [folder] if frames else []
+        if frames and not several:
+            return [folder]
+        self.left += others
+        return [*frames]
 
 
 def scan_names(source: Path, scans: Sequence[Path]) -> list[str]:

@@ -5,7 +5,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support.dicom import (
+    COLOUR,
+    SEGMENTATION,
+    STRUCTURES,
+    enhanced,
+    new,
+    pixels,
+    save,
+    write_slices,
+)
 
 from fastproto.data.scans import find_scans, plan_outputs, stem
 from fastproto.errors import ArgumentError, VolumeError
@@ -58,3 +69,133 @@ def test_results_are_named_as_scans_not_as_what_they_link_to(tmp_path):
         link.symlink_to(blob)
     jobs = plan_outputs(tmp_path, links, tmp_path / "results")
     assert [target.name for _, target in jobs] == ["case1.nii.gz", "case2.nii.gz"]
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def series(folder: Path, uid: str = "1.2.3") -> Path:
+    return write_slices(folder, np.zeros((2, 4, 5), "u2"), range(2), SeriesInstanceUID=uid)
+
+
+def multi_frame(path: Path, uid: str) -> Path:
+    stack, positions = np.zeros((2, 4, 5), "u2"), [(0, 0, 0), (0, 0, 1)]
+    return save(enhanced(stack, positions, SeriesInstanceUID=uid), path)
+
+
+def planned(root: Path, **options) -> dict[str, str]:
+    """Scan -> result, both relative to their folders."""
+    scans = find_scans(root, **options)
+    jobs = plan_outputs(root, scans, root.parent / "results")
+    return {str(scan.relative_to(root)): target.name for scan, target in jobs}
+
+
+class TestFolders:
+    @pytest.fixture(autouse=True)
+    def _errors(self, recwarn: pytest.WarningsRecorder):
+        self.warned = recwarn
+
+    def texts(self) -> str:
+        return " ".join(str(warning.message) for warning in self.warned)
+
+    def test_patients_one_level_down(self, tmp_path: Path):
+        root = tmp_path / "scans"
+        touch(root, "p1/scan.nii.gz", "p2/scan.nii.gz", "p3/ct.nii.gz", "p3/mr.nrrd", "top.mha")
+        series(root / "p4" / "study" / "series")
+        assert planned(root) == {
+            "p1/scan.nii.gz": "p1.nii.gz",
+            "p2/scan.nii.gz": "p2.nii.gz",
+            "p3/ct.nii.gz": "p3-ct.nii.gz",
+            "p3/mr.nrrd": "p3-mr.nii.gz",
+            "p4/study/series": "p4.nii.gz",
+            "top.mha": "top.nii.gz",
+        }
+        assert self.texts() == ""
+
+    def test_names_stay_apart(self, tmp_path: Path):
+        root = tmp_path / "scans"
+        touch(root, "a/scan.nii.gz", "a.nii.gz", "b/x.nii", "b_0000.nii.gz")
+        assert sorted(planned(root).values()) == [
+            "a-scan.nii.gz", "a.nii.gz", "b.nii.gz", "b_0000.nii.gz"
+        ]  # fmt: skip
+
+    def test_image_files_beside_slices(self, tmp_path: Path):
+        root = series(tmp_path / "ct")
+        touch(root, "mask.nii.gz", "localizer/notes.txt")
+        assert planned(root) == {".": "ct.nii.gz"}
+        beside = "image files beside the slices of a DICOM series (1: mask.nii.gz)"
+        assert self.texts() == f"{root}: left out {beside}."
+
+    def test_a_folder_of_slices_below_slices_is_a_scan_too(self, tmp_path: Path):
+        root = series(tmp_path / "ct")
+        series(root / "localizer", "9.9")
+        assert planned(root) == {".": "ct.nii.gz", "localizer": "localizer.nii.gz"}
+        with pytest.raises(ArgumentError, match=r"the 2 scans of a folder \(ct, localizer\)"):
+            plan_outputs(root, find_scans(root), tmp_path / "out.nii.gz")
+        assert planned(root, series="1.2.3") == {".": "ct.nii.gz"}
+        assert planned(root, series="9.9") == {"localizer": "localizer.nii.gz"}
+
+    def test_multi_frame_files(self, tmp_path: Path):
+        root = tmp_path / "scans"
+        root.mkdir()
+        multi_frame(root / "a.dcm", "1.1")
+        assert planned(root) == {".": "scans.nii.gz"}
+        multi_frame(root / "b", "2.2")
+        screenshot = pixels(np.zeros((4, 15), "u1"), SamplesPerPixel=3, Columns=5)
+        save(new(COLOUR, **screenshot, PlanarConfiguration=0), root / "c")
+        assert planned(root) == {"a.dcm": "a.nii.gz", "b": "b.nii.gz"}
+        assert "left out colour images (1: c)" in self.texts()
+        assert planned(root, series="2.2") == {".": "scans.nii.gz"}
+        multi_frame(root / "half", "2.2")  # of a series in two files
+        assert planned(root) == {".": "scans.nii.gz"}
+
+    def test_the_layout_of_a_disc(self, tmp_path: Path):
+        """With an index, structures and a segmentation, which are no scans."""
+        root = tmp_path / "disc"
+        series(root / "DICOM" / "PA0" / "ST0" / "SE0")
+        save(new(STRUCTURES), root / "DICOM" / "PA0" / "ST0" / "structures")
+        save(new(SEGMENTATION), (root / "DICOM" / "SE1").with_suffix(".dcm"))
+        (root / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+        assert planned(root) == {"DICOM/PA0/ST0/SE0": "DICOM.nii.gz"}
+        assert self.texts() == ""
+
+    def test_what_is_left_out_is_named(self, tmp_path: Path):
+        root = tmp_path / "scans"
+        touch(root, "a.nii.gz", ".b.nii.gz", "._a.nii.gz", ".partial-1.nii.gz", "c.mgz",
+              "p/masks/liver.nii.gz", ".git/d.nii.gz", "notes.txt")  # fmt: skip
+        (root / "e.nii.gz").symlink_to(root / "nowhere.nii.gz")
+        (root / "p7").symlink_to(tmp_path / "unmounted")
+        (root / "again").symlink_to(root)
+        assert planned(root) == {"a.nii.gz": "a.nii.gz"}
+        assert self.texts() == (
+            f"{root}: left out files whose names begin with a dot (1: .b.nii.gz); "
+            "files of a format that is not read (1: c.mgz); broken links (2: e.nii.gz, p7); "
+            "image files more than one folder down (1: p/masks/liver.nii.gz)."
+        )
+
+    def test_results_are_no_scans(self, tmp_path: Path):
+        touch(tmp_path, "a.nii.gz", "results/a.nii.gz", "old.nii.gz")
+        for output, expected in (("results", 2), ("old.nii.gz", 2), ("other", 3)):
+            assert len(find_scans(tmp_path, output=tmp_path / output)) == expected
+
+    def test_nothing_that_is_read(self, tmp_path: Path):
+        touch(tmp_path, ".a.nii.gz", "b.hdr", "b.img")
+        with pytest.raises(VolumeError, match=r"begin with a dot \(1: \.a.*\(2: b\.hdr, b\.img\)"):
+            find_scans(tmp_path)
+        assert find_scans(tmp_path, needed=False) == []
+
+    @pytest.mark.parametrize("parts", [("images", "labels"), ("imagesTr", "labelsTr")])
+    def test_a_data_set_has_label_maps(self, tmp_path: Path, parts: tuple[str, str]):
+        touch(tmp_path, *(f"{part}/a.nii.gz" for part in parts))
+        with pytest.raises(VolumeError, match=rf"a data set.*Name .*{parts[0]}"):
+            find_scans(tmp_path)
+        assert len(find_scans(tmp_path / parts[0])) == 1
+
+    def test_a_damaged_slice_is_a_series_that_fails(self, tmp_path: Path):
+        root = tmp_path / "scans"
+        touch(root, "a.nii.gz")
+        (series(root / "b") / "IM00").write_bytes(bytes(128) + b"DICM" + bytes(50))
+        assert planned(root) == {"a.nii.gz": "a.nii.gz", "b": "b.nii.gz"}

@@ -29,7 +29,7 @@ def new(sop_class: str = CT, **elements: Any) -> FileDataset:
     meta.MediaStorageSOPClassUID = UID(sop_class)
     meta.MediaStorageSOPInstanceUID = generate_uid()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
     values = {"Modality": "CT", "StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.3"}
     return _with(dataset, **{**values, **elements})

@@ -152,15 +152,21 @@ def read_headers(paths: Iterable[Path]) -> tuple[list[Slice], list[Other]]:
             else:
                 slices += found
         elif path.is_file() and path.name != INDEX:
-            strange.append((path, "files without DICOM" if path.stat().st_size else "empty files"))
+            strange.append((path, _content(path)))
     endings = {item.path.suffix for item in slices}
     for path, why in strange:
         alike = path.suffix in endings
-        if why != "files without DICOM":
+        if alike and why == "text":
+            alike = path.suffix.lower() == ".dcm"
+        if alike or why in ("broken links", "empty files"):
             others.append(Other(path, None, why, damaged=alike))
-        elif alike and path.suffix.lower() in (".dcm", ".ima"):
-            others.append(Other(path, None, why, damaged=True))
     return slices, others
+
+
+def _content(path: Path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    return ("files that are not DICOM" if b"\0" in head else "text") if head else "empty files"
 
 
 def listing(others: Iterable[Other], root: Path) -> str:
@@ -210,7 +216,7 @@ def _no_slice(dataset: Dataset) -> str | None:
 
     samples = dataset.get("SamplesPerPixel")
     colours = _text(dataset, "PhotometricInterpretation").startswith(("RGB", "YBR", "PALETTE"))
-    if samples not in (1, None) or colours:
+    if samples in (3, 4) or colours:
         return "colour images"
     frames = int(dataset.get("NumberOfFrames") or 1)
     cut = "Enhanced" in UID(sop_class(dataset)).name  # such a file says it, unless it is truncated
@@ -222,14 +228,19 @@ def _no_slice(dataset: Dataset) -> str | None:
 def _slices(path: Path, dataset: Dataset) -> list[Slice]:
     rows, columns = (int(dataset.get(name) or 0) for name in ("Rows", "Columns"))
     require_volume(
-        rows > 0 and columns > 0 and dataset.get("BitsStored"),
+        rows > 0
+        and columns > 0
+        and dataset.get("BitsStored")
+        and dataset.get("SamplesPerPixel") in (1, None),
         path,
-        found="a damaged or truncated DICOM file (no size of the image)",
+        found="a damaged or truncated DICOM file (no size of a grey image)",
         allowed="a complete DICOM file",
         fix=EXPORT_AGAIN,
     )
     frames = int(dataset.get("NumberOfFrames") or 1)
-    groups = list(dataset.get("PerFrameFunctionalGroupsSequence") or [None])
+    groups = list(
+        dataset.get("PerFrameFunctionalGroupsSequence") or ([None] if frames == 1 else [])
+    )
     require_volume(
         len(groups) == frames,
         path,

@@ -2,8 +2,9 @@
 """The pixels of DICOM files: what they store, and the scanner's values slope * stored + intercept.
 
 PhotometricInterpretation is for displays: MONOCHROME1 means that they show small values bright, and
-says nothing about the values. pydicom reads uncompressed pixels. GDCM, in SimpleITK, decodes the
-rest; it sees a copy of the file that asks for nothing but that, because ITK inverts MONOCHROME1.
+says nothing about the values. pydicom reads uncompressed pixels and run lengths. GDCM, in SimpleITK,
+decodes the rest (JPEG of all kinds); it sees a copy of the file that asks for nothing but that,
+because ITK inverts MONOCHROME1.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastproto.data.formats.simpleitk import quiet, reading
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+_END_OF_IMAGE = b"\xff\xd9"  # in JPEG, JPEG-LS and JPEG 2000
 _TAGS = [
     *("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData"),
@@ -78,19 +80,32 @@ def stored_values(path: Path) -> np.ndarray:
         shape = int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns)
         if not hasattr(dataset.file_meta, "TransferSyntaxUID"):  # the rules of old files
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-        compressed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
-        if not compressed:
-            array = pixel_array(dataset, raw=True, correct_unused_bits=False).reshape(shape)
-    if compressed:
-        array = _decode(path, dataset).reshape(shape)
-    return array if dataset.BitsAllocated == 1 else _significant_bits(array, dataset)
+        syntax = dataset.file_meta.TransferSyntaxUID
+        array = (
+            _decode(path, dataset, shape[0])
+            if syntax.is_encapsulated and syntax != pydicom.uid.RLELossless
+            else pixel_array(dataset, raw=True, correct_unused_bits=False)
+        ).reshape(shape)
+        return array if dataset.BitsAllocated == 1 else _significant_bits(array, dataset)
 
 
-def _decode(path: Path, dataset: Dataset) -> np.ndarray:
-    """The stored values of compressed pixels."""
+def _decode(path: Path, dataset: Dataset, frames: int) -> np.ndarray:
+    """The stored values of pixels that are compressed as JPEG, JPEG-LS or JPEG 2000."""
     import SimpleITK as sitk
+    from pydicom.encaps import generate_frames
     from pydicom.uid import MultiFrameGrayscaleWordSecondaryCaptureImageStorage, generate_uid
 
+    require_volume(
+        # GDCM fills the rest of some pictures that are cut off.
+        all(
+            frame.rstrip(b"\0").endswith(_END_OF_IMAGE)
+            for frame in generate_frames(dataset.PixelData, number_of_frames=frames)
+        ),
+        path,
+        found="a damaged or truncated DICOM file (compressed pixels without their end)",
+        allowed="a complete DICOM file",
+        fix=EXPORT_AGAIN,
+    )
     dataset.PhotometricInterpretation = "MONOCHROME2"
     dataset.SOPClassUID = MultiFrameGrayscaleWordSecondaryCaptureImageStorage
     dataset.SOPInstanceUID = generate_uid()
@@ -98,8 +113,7 @@ def _decode(path: Path, dataset: Dataset) -> np.ndarray:
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     with tempfile.TemporaryDirectory(prefix="fastproto-") as folder:
         copy = Path(folder) / "slice.dcm"
-        with pydicom_reading(path):
-            dataset.save_as(copy, enforce_file_format=True)
+        dataset.save_as(copy, enforce_file_format=True)
         with reading(path, fix=EXPORT_AGAIN), quiet():
             return sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO"))
 

@@ -41,18 +41,23 @@ def find_segmentation(path: Path) -> Path | None:
 
 
 def segment_names(path: Path) -> dict[int, str]:
-    """Segment number -> SegmentLabel; one that occurs twice gets its number as well."""
+    """Segment number -> SegmentLabel; those that occur twice get their number as well.
+
+    Raises:
+        VolumeError: A damaged file.
+    """
+    dataset = _read_header(path)
     with pydicom_reading(path):
-        segments = _read_header(path).get("SegmentSequence") or []
         names = {
-            int(item.SegmentNumber): " ".join(str(item.get("SegmentLabel") or "").split())
-            for item in segments
+            int(item.SegmentNumber): " ".join(str(item.get("SegmentLabel") or "segment").split())
+            for item in dataset.get("SegmentSequence") or []
         }
-    counts = Counter(name.casefold() for name in names.values())
-    return {
-        number: (name if counts[name.casefold()] == 1 else f"{name} {number}".strip())
-        for number, name in names.items()
-    }
+        counts = Counter({"segment": 1})  # which alone is no name
+        counts.update(name.casefold() for name in names.values())
+        return {
+            number: name if counts[name.casefold()] == 1 else f"{name} {number}"
+            for number, name in names.items()
+        }
 
 
 def read_segmentation(path: Path, like: Volume) -> np.ndarray:

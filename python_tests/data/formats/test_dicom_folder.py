@@ -114,7 +114,7 @@ class TestBroken:
         for path in folder.iterdir():
             path.rename(path.with_suffix(".dcm"))
         last.with_suffix(".dcm").write_bytes(bytes(5000))
-        with pytest.raises(VolumeError, match=r"IM05\.dcm: found files without DICOM"):
+        with pytest.raises(VolumeError, match=r"IM05\.dcm: found files that are not DICOM"):
             read_volume(folder)
 
     def test_what_cannot_have_been_one_is_named(self, folder: Path):

@@ -72,7 +72,7 @@ SIDEWAYS = (0, 1, 0, 0, 0, -1)
     (UPWARDS[:3], {}, VolumeError, "3 positions for 4 frames"),
     ([(0, 0.5 * z, z) for z in range(4)], {}, GeometryError, "gantry tilt"),
     (UPWARDS[:4], {"PerFrameFunctionalGroupsSequence": None}, VolumeError,
-     "1 positions for 4 frames"),
+     "0 positions for 4 frames"),
     (UPWARDS[:4], {"PixelData": bytes(4 * 64 * 72 * 2 - 2)}, VolumeError, "damaged or truncated"),
 ])  # fmt: skip
 def test_refused(tmp_path: Path, positions: list, options: dict, kind: type, words: str):

@@ -119,7 +119,7 @@ def test_every_slice_has_its_own_rescaling(tmp_path: Path):
     ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour"),
     ({"PixelData": b"\0" * 9214}, "damaged or truncated"),
     ({"PixelData": None}, "truncated"),
-    ({"BitsStored": None}, "no size of the image"),
+    ({"BitsStored": None}, "no size of a grey image"),
 ])  # fmt: skip
 def test_refused(tmp_path: Path, elements: dict, words: str):
     write_slices(tmp_path, random_stack("u2", 16), HEIGHTS, **elements)

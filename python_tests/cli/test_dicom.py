@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DICOM from files to files: a series annotated by a DICOM segmentation, scans in folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.dicom import enhanced, save, segmentation, write_slices
+
+from fastproto.cli import main
+from fastproto.data import read_label, read_volume
+from fastproto.data.volume import check_same_grid
+from fastproto.segmentation import Task
+
+from .conftest import QUICK
+
+
+@pytest.fixture
+def example(phantom: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The phantom's scan as a series, and liver and spine as a segmentation."""
+    image, label = (phantom / part / "mr_000.nii.gz" for part in ("images", "labels"))
+    scan, truth = read_volume(image), read_label(label).array
+    x, y, z = scan.spacing
+    stored = np.rint(scan.array / scan.array.max() * 1000).astype("u2")
+    heights, elements = np.arange(len(stored)) * z, {"PixelSpacing": [y, x], "Modality": "MR"}
+    series = write_slices(tmp_path / "example" / "series", stored, heights, **elements)
+    drawn = [(value, k) for value in (1, 5) for k in range(len(truth)) if (truth[k] == value).any()]
+    frames = [
+        (value, (-20.5, 30.25, heights[k]), (truth[k] == value).astype("u1")) for value, k in drawn
+    ]
+    names = {1: "Liver", 5: "Spinal column"}
+    dataset = segmentation(frames, names, spacing=(y, x))
+    return series, save(dataset, tmp_path / "example" / "seg.dcm")
+
+
+def test_a_segmentation_names_the_organs(program, example, tmp_path, capsys):
+    series, label = example
+    files = ["--model", program.model, "--image", series, "--label", label]
+    task = tmp_path / "organs.task"
+    assert main(["learn", *map(str, files), "-o", str(task), *QUICK]) == 0
+    assert Task.load(task).labels == {1: "Liver", 5: "Spinal column"}
+    out = tmp_path / "out.nii.gz"
+    more = ["--example", series, label, *QUICK, "--classes", "spinal column", "--no-overlay"]
+    assert program.segment(series, out, *more) == 0
+    assert "(Spinal column " in capsys.readouterr().out
+    result = read_label(out)
+    check_same_grid(read_volume(series), result)
+    assert set(np.unique(result.array)) <= {0, 5}
+
+
+def test_one_scan_in_a_folder_may_have_a_file_as_its_result(program, example, tmp_path, task_file):
+    series, segmentation_file = example
+    above = tmp_path / "patients"
+    above.mkdir()
+    series.rename(above / "patient")
+    stack = read_volume(above / "patient").array.astype("u2")
+    scan = tmp_path / "example" / "scan.dcm"
+    save(enhanced(stack, [(0, 0, 4 * z) for z in range(12)]), scan)
+    assert segmentation_file.parent == scan.parent
+    for source, read in ((above, above / "patient"), (scan, scan), (scan.parent, scan)):
+        out = tmp_path / f"{source.name}.nii.gz"
+        assert program.segment(source, out, "--task", task_file, "--no-overlay") == 0
+        check_same_grid(read_volume(read), read_label(out))
