@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,8 @@ def write_phantom(
     the smaller one. The same seed in CT and MR shows the same anatomy.
 
     Args:
-        folder: Where to write; made if absent. A phantom that is there already is replaced.
+        folder: Where to write; made if absent. A phantom that is there already is replaced, if
+            nothing was added to its images and labels.
         patients: Number of patients, at least 1.
         modality: ``"ct"`` (HU, Gaussian noise) or ``"mr"`` (T2-like, Rician noise, bias field).
         seed: A number of 0 or more.
@@ -152,19 +153,27 @@ def _check_number(name: str, number: object, least: int) -> None:
 
 
 def _remove_earlier(folder: Path) -> None:
-    """Remove the files of an earlier phantom; raise if ``folder`` holds anything else."""
+    """Remove the patients of an earlier phantom; raise if ``folder`` holds other scans, or more."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    description = folder / "dataset.json"
-    require(
-        description.is_file() and f'"{_GENERATOR}"' in description.read_text(errors="replace"),
-        folder,
+    refuse = partial(
+        require,
+        subject=folder,
         error=OutputError,
-        found="a folder with other files in it" if folder.is_dir() else "a file",
         allowed="a new or empty folder, or an earlier phantom",
-        fix="Choose another folder, so that nothing of yours is mixed with synthetic data.",
+        fix="Choose another folder, so that nothing of yours is lost or mixed with synthetic data.",
     )
-    for part in ("images", "labels"):
-        for file in folder.glob(f"{part}/*.nii.gz"):
-            if re.fullmatch(r"(ct|mr)_\d{3,}\.nii\.gz", file.name):
-                file.unlink()
+    refuse(folder.is_dir(), found="a file")
+    try:
+        description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        cases = description["cases"] if description["generator"] == _GENERATOR else None
+    except (OSError, ValueError, KeyError, TypeError):
+        cases = None
+    refuse(isinstance(cases, list), found="a folder with other files in it")
+    own = {f"{case}.nii.gz" for case in cases or ()}
+    files = [file for part in ("images", "labels") for file in folder.glob(f"{part}/*")]
+    made = [file for file in files if file.name in own or file.name.startswith(".partial-")]
+    foreign = ", ".join(sorted(file.name for file in files if file not in made))
+    refuse(not foreign, found=f"a phantom to which somebody added {foreign}")
+    for file in made:
+        file.unlink()

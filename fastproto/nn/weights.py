@@ -27,7 +27,7 @@ from fastproto.errors import ArgumentError, CheckpointError, require
 from fastproto.nn.encoders import ENCODERS, Encoder
 
 IMAGENET_URL = "https://download.pytorch.org/models/"
-_HEADER = "fastproto"
+HEADER = "fastproto"  # key of the JSON in a safetensors file of ours
 _DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 _require = functools.partial(require, error=CheckpointError)
 
@@ -107,7 +107,7 @@ def write_safetensors(
         raise ArgumentError("extra", found=found, allowed="JSON values") from error
     with atomic_write(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={_HEADER: text})
+            save_file(tensors, temporary, metadata={HEADER: text})
         except SafetensorError as error:
             # safetensors wraps the disk's errors in its own type, which atomic_write cannot know.
             raise OSError(str(error)) from error
@@ -121,7 +121,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """
     tensors, metadata = _read_plain_safetensors(Path(path))
     try:
-        header = json.loads(metadata.get(_HEADER, ""))
+        header = json.loads(metadata.get(HEADER, ""))
     except ValueError:
         header = None
     found, allowed = "a safetensors file without fastproto's header", "a file that fastproto wrote"

@@ -10,21 +10,23 @@ patient, but with a prior by registration a picture of the scan at low resolutio
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastproto.data.label_table import MAX_LABEL
 from fastproto.data.preprocessing import Preprocessing
+from fastproto.data.volume import volume_suffix
 from fastproto.errors import CheckpointError, InputError, require
 from fastproto.nn import FewShotUNet, Prototypes
 from fastproto.nn.base import FewShotModel
-from fastproto.nn.weights import read_safetensors, write_safetensors
+from fastproto.nn.weights import HEADER, read_safetensors, write_safetensors
 from fastproto.segmentation.prior import Atlas
 
 BASE = "base"  # what the package's own model is called
@@ -152,12 +154,11 @@ class Task:
             CheckpointError: The file is damaged or not a task.
         """
         path = Path(path)
-        broken = partial(require, error=CheckpointError, fix="Make one with `fastproto learn`.")
-        broken(path.is_file(), path, found="no such file", allowed="a task file")
+        found = what_is(path)
+        allowed = "a task file of `fastproto learn`"
+        fix = _FIXES.get(found, "Make one with `fastproto learn`.")
+        require(found == _TASK, path, found=found, allowed=allowed, fix=fix, error=CheckpointError)
         tensors, header = read_safetensors(path)
-        kind = header.get("kind")
-        allowed = f"a task file ({FORMAT!r})"
-        broken(kind == FORMAT, path, found=f"a file of kind {kind!r}", allowed=allowed)
         try:
             organs = tuple(
                 _organ(fields, tensors[f"protos.{index}"], tensors[f"offsets.{index}"])
@@ -188,6 +189,50 @@ def _organ(fields: Mapping[str, Any], protos: Tensor, offsets: Tensor) -> Organ:
     if not (0 < organ.value <= MAX_LABEL and organ.side > 0 and np.isfinite(organ.bias)):
         raise ValueError(f"label {organ.value}, side {organ.side}, bias {organ.bias}")
     return organ
+
+
+_MODEL, _TASK, _RUN = "a model", "a task file", "the folder of a training"
+_IMAGE = "an image or label map"
+_KINDS = {"model": _MODEL, FORMAT: _TASK, "training state": "the state of a training"}
+_FIXES = {  # where something else was meant
+    _MODEL: "Give it as --model; `fastproto learn` makes a task with it.",
+    _RUN: "Give it as --model; `fastproto learn` makes a task with it.",
+    _TASK: "Give it as --task, and as --model the model that it was made with.",
+    _IMAGE: "An annotated scan is given by --example SCAN MASK, a scan to segment by -i.",
+}
+
+
+def what_is(path: Path) -> str:
+    """What a file or folder is, in the words of who gave it for a model or a task."""
+    if path.is_dir():
+        runs = any((path / name).is_file() for name in ("model.safetensors", "config.json"))
+        return _RUN if runs else "a folder"
+    if not path.is_file():
+        return "no such file"
+    if volume_suffix(path):
+        return _IMAGE
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+        if not head:
+            return "an empty file"
+        if head.startswith(b"version https://git-lfs"):
+            return "a Git LFS pointer, which stands in for a file that was not downloaded"
+        if head.startswith((b"PK\3\4", b"\x80")):
+            return "a pickle or a checkpoint of PyTorch, which is never loaded"
+        if head[8:9] != b"{":
+            return "a file that fastproto did not write"
+        with safe_open(path, framework="pt") as tensors:
+            metadata = tensors.metadata() or {}
+        if HEADER not in metadata:
+            return "a safetensors file of another program"
+        kind = json.loads(metadata[HEADER]).get("kind")
+        former = f"a task file of another version ({kind})" if str(kind)[:-1] == FORMAT[:-1] else ""
+        return _KINDS.get(kind, former or f"a file of kind {kind!r}")
+    except (SafetensorError, ValueError, AttributeError):
+        return "a truncated or damaged file"
+    except OSError as error:
+        return f"a file that cannot be read ({error.strerror or error})"
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -224,16 +269,20 @@ def load_model(path: str | Path, *, backend: str | None = None) -> FewShotUNet:
     Raises:
         CheckpointError: The file is missing, damaged, unsafe or of another architecture.
     """
-    if path == BASE:
-        path, found = BASE_FILE, "no base model in this installation"
-        fix = "Install a package that has one, or train a model with `fastproto train`."
-    else:
-        path, found = Path(path), "no such file"
-        fix = f"Train one with `fastproto train`, or take the package's own, {BASE!r}."
-    if path.is_dir():
-        path = path / "model.safetensors"
     allowed = "a model.safetensors, or the run folder that holds one"
-    require(path.is_file(), path, found=found, allowed=allowed, fix=fix, error=CheckpointError)
-    model = FewShotUNet.load(path)
+    if path == BASE and not BASE_FILE.is_file():
+        fix = "Install a package that has one, or train a model with `fastproto train`."
+        found = "no base model in this installation"
+        raise CheckpointError(BASE_FILE, found=found, allowed=allowed, fix=fix)
+    path = BASE_FILE if path == BASE else Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        found = f"{what_is(path)} without a model.safetensors"
+    else:
+        found = what_is(file)
+    fix = f"Train one with `fastproto train`, or take the package's own, {BASE!r}."
+    fix = _FIXES.get(found, fix)
+    require(found == _MODEL, path, found=found, allowed=allowed, fix=fix, error=CheckpointError)
+    model = FewShotUNet.load(file)
     model.backend = backend
     return model

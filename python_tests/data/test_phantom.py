@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 from scipy.ndimage import center_of_mass
 
+from fastproto.cli import main
 from fastproto.data.dataset import open_dataset
 from fastproto.data.phantom import ORGANS, make_patient, write_phantom
 from fastproto.data.phantom_image import bias_field
@@ -188,10 +189,40 @@ def test_replaces_a_phantom_but_nothing_else(tmp_path: Path) -> None:
     write_phantom(folder, patients=1, modality="mr", shape=(8, 32, 32))
     assert [case.id for case in open_dataset(folder).cases] == ["mr_000"]
     assert [p.name for p in (folder / "labels").iterdir()] == ["mr_000.nii.gz"]
-    foreign = tmp_path / "mine"
-    foreign.mkdir()
-    (foreign / "dataset.json").write_text("{}")
-    for taken in (foreign, foreign / "dataset.json"):
-        with pytest.raises(OutputError):
-            write_phantom(taken, patients=1, shape=(8, 32, 32))
-    assert [p.name for p in foreign.iterdir()] == ["dataset.json"]
+    (folder / "images" / ".partial-x.nii.gz").write_bytes(b"of a killed process")
+    (folder / "results").mkdir()
+    write_phantom(folder, patients=1, shape=(8, 32, 32))
+    assert [p.name for p in (folder / "images").iterdir()] == ["ct_000.nii.gz"]
+    assert (folder / "results").is_dir()
+
+
+@pytest.mark.parametrize(("files", "found"), [
+    ({"dataset.json": "{}"}, "other files"),
+    ({"dataset.json": "no JSON"}, "other files"),
+    ({"dataset.json": '["fastproto phantom"]'}, "other files"),
+    ({"dataset.json": '{"name": "better than \\"fastproto phantom\\"", "cases": []}'}, "other"),
+    ({"dataset.json": '{"generator": "fastproto phantom"}'}, "other files"),
+    ({"scan.nii.gz": "mine"}, "other files"),
+    ({"images/ct_000.nii.gz": "mine"}, "other files"),
+    (
+        {
+            "dataset.json": '{"generator": "fastproto phantom", "cases": ["ct_000"]}',
+            "images/ct_000.nii.gz": "synthetic",
+            "images/ct_001.nii.gz": "mine",
+            "labels/drawn.nii.gz": "mine",
+        },
+        "somebody added ct_001.nii.gz, drawn.nii.gz",
+    ),
+])  # fmt: skip
+def test_what_it_did_not_make_stays(tmp_path: Path, files: dict, found: str, capsys) -> None:
+    folder = tmp_path / "mine"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    assert main(["phantom", "--out", str(folder), "--patients", "1"]) == 2
+    assert f"{folder}: found a" in (said := capsys.readouterr().err)
+    assert found in said
+    left = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    assert left == files
+    with pytest.raises(OutputError, match="found a file;"):
+        write_phantom(folder / next(iter(files)), patients=1, shape=(8, 32, 32))

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastproto.errors import CheckpointError
 from fastproto.nn.weights import read_safetensors, write_safetensors
@@ -163,6 +164,85 @@ class TestDamage:
         write_safetensors(path, tensors, header)
         missing = damage.removeprefix("no ") if damage.startswith("no ") else ""
         self.refused(path, "unusable contents", missing.removeprefix("atlas."))
+
+
+MEANT = {"--model": "as --model", "--task": "as --task", "--example": "--example SCAN MASK"}
+WRONG = {  # file -> what it is called, and what is said for a model and for a task
+    "scan.nii.gz": ("an image or label map", "--example", "--example"),
+    "scan.NRRD": ("an image or label map", "--example", "--example"),
+    "organs.task": ("a task file", "--task", None),
+    "run": ("the folder of a training", None, "--model"),
+    "run/model.safetensors": ("a model", None, "--model"),
+    "killed": ("the folder of a training", "without a model.safetensors", "--model"),
+    "killed/state.safetensors": ("the state of a training", "", ""),
+    "killed/config.json": ("a file that fastproto did not write", "", ""),
+    "nothing": ("a folder", "without a model.safetensors", ""),
+    "nowhere": ("no such file", "", ""),
+    "empty.task": ("an empty file", "", ""),
+    "cut.task": ("a truncated or damaged file", "", ""),
+    "pointer.task": ("a Git LFS pointer", "", ""),
+    "weights.pth": ("a pickle or a checkpoint of PyTorch", "", ""),
+    "list.pkl": ("a pickle or a checkpoint of PyTorch", "", ""),
+    "theirs.safetensors": ("a safetensors file of another program", "", ""),
+    "prototypes.safetensors": ("a file of kind 'prototypes'", "", ""),
+    "old.task": ("a task file of another version (fastproto-task-1)", "", ""),
+    "notes.txt": ("a file that fastproto did not write", "", ""),
+}
+
+
+class TestWrongFiles:
+    """What is given for a model or a task and is none is named in the user's words."""
+
+    @pytest.fixture
+    def folder(self, task, path, tmp_path, network, preprocessing):
+        folder = tmp_path / "given"
+        for name in ("run", "killed", "nothing"):
+            (folder / name).mkdir(parents=True)
+        content = path.read_bytes()
+        (folder / "organs.task").write_bytes(content)
+        (folder / "cut.task").write_bytes(content[: len(content) // 2])
+        for name in ("scan.nii.gz", "scan.NRRD", "notes.txt", "killed/config.json"):
+            (folder / name).write_bytes(
+                b'{"labels": "of something else, long enough for a header"}'
+            )
+        (folder / "empty.task").write_bytes(b"")
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+        (folder / "pointer.task").write_text(pointer)
+        torch.save({"w": torch.ones(3)}, folder / "weights.pth")
+        (folder / "list.pkl").write_bytes(pickle.dumps([1, 2]))
+        save_file({"w": torch.ones(3)}, folder / "theirs.safetensors")
+        task.organs[0].prototypes.save(folder / "prototypes.safetensors")
+        tensors, header = read_safetensors(path)
+        write_safetensors(folder / "old.task", tensors, {**header, "kind": "fastproto-task-1"})
+        extra = {"preprocessing": {"mr": preprocessing.to_dict()}}
+        network.save(folder / "run" / "model.safetensors", extra)
+        write_safetensors(folder / "killed/state.safetensors", tensors, {"kind": "training state"})
+        return folder
+
+    def test_every_one(self, folder):
+        listed = {str(each.relative_to(folder)) for each in folder.rglob("*")}
+        assert listed == WRONG.keys() - {"nowhere"}
+        for name, (found, for_model, for_task) in WRONG.items():
+            for load, hint in ((load_model, for_model), (Task.load, for_task)):
+                if hint is None:
+                    load(folder / name)
+                    continue
+                with pytest.raises(CheckpointError) as caught:
+                    load(folder / name)
+                assert caught.value.subject == str(folder / name)
+                assert caught.value.found.startswith(found)
+                made = "`fastproto learn`" if load == Task.load else "`fastproto train`"
+                assert MEANT.get(hint, hint or made) in str(caught.value)
+                assert len(str(caught.value).splitlines()) == 1
+
+    def test_what_may_not_be_read(self, folder, monkeypatch):
+        def refuse(*_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("pathlib.Path.open", refuse)
+        for load in (load_model, Task.load):
+            with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)"):
+                load(folder / "organs.task")
 
 
 class TestModels:
