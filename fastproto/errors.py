@@ -38,6 +38,10 @@ class FastprotoError(Exception):
         return again, ()
 
 
+class FastprotoWarning(UserWarning):
+    """Something read, mended or left out that the user should know; the result can be used."""
+
+
 class InputError(FastprotoError, ValueError):
     """Something the caller handed in cannot be used."""
 

@@ -45,6 +45,7 @@ class Volume:
         origin: Centre of the first voxel (x, y, z) in mm, LPS.
         direction: 3 x 3 matrix, row by row; column j is the axis along which index j grows.
         path: Where it was read from; None for a volume made in memory.
+        modality: DICOM's, such as "CT", "MR" or "PT"; None where nothing says it.
     """
 
     array: np.ndarray
@@ -52,6 +53,7 @@ class Volume:
     origin: tuple[float, ...] = (0.0, 0.0, 0.0)
     direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
     path: Path | None = None
+    modality: str | None = None
 
     @property
     def name(self) -> str:
@@ -96,11 +98,14 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         allowed=f"{', '.join(READABLE)}, or a folder with a DICOM series",
         fix="For DICOM, name the folder instead of one of its files.",
     )
+    modality = None
     with reading(path):
-        folder = path.is_dir()
-        voxels = read_series(path, series) if folder else FORMATS[suffix or ""].read(path)
+        if path.is_dir():
+            voxels, modality = read_series(path, series)
+        else:
+            voxels = FORMATS[suffix or ""].read(path)
     check_voxels(path, voxels)
-    return Volume(*voxels, path=path)
+    return Volume(*voxels, path=path, modality=modality)
 
 
 def read_label(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:

@@ -50,7 +50,7 @@ class _Slice(NamedTuple):
     thickness: float
 
 
-def read_series(folder: Path, series: str | None = None) -> Voxels:
+def read_series(folder: Path, series: str | None = None) -> tuple[Voxels, str | None]:
     """Read the one DICOM series of a folder; the files may have any name.
 
     Args:
@@ -59,7 +59,7 @@ def read_series(folder: Path, series: str | None = None) -> Voxels:
 
     Returns:
         array [Z, Y, X] in the scanner's units (HU for CT: rescale slope and intercept applied),
-        spacing (x, y, z) in mm, origin, direction (9, row by row).
+        spacing (x, y, z) in mm, origin, direction (9, row by row); and the modality.
 
     Raises:
         VolumeError: No or several series, a damaged file, a missing or doubled slice, slices of
@@ -81,12 +81,13 @@ def read_series(folder: Path, series: str | None = None) -> Voxels:
     normal = np.cross(row, column)
     slices.sort(key=lambda item: float(item.position @ normal))
     step = _step(folder, slices, normal)
-    return (
+    voxels = (
         _pixels(slices),
         (*spacing, step),
         tuple(slices[0].position.tolist()),
         tuple(np.stack([row, column, normal], axis=1).ravel().tolist()),
     )
+    return voxels, slices[0].modality or None
 
 
 def _is_slice(path: Path) -> bool:
