@@ -14,5 +14,7 @@ MASK_THRESHOLD = 0.5
 ENCODER = "resnet34"
 OUTPUT_STRIDE = 16
 """Pixels of a cell at the bottleneck, along each side."""
+IGNORE = -100
+"""Label of a pixel that counts nowhere: no loss, no prototype, no score."""
 PLANE: Literal["axial", "coronal", "sagittal"] = "axial"
 """Slicing plane."""

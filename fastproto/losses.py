@@ -9,7 +9,8 @@ the place of the annotation, and the support is segmented from it. They differ i
 * cycle by the full network, decoder included.
 
 Neither encodes an image again. A pixel of the support whose class the prediction does not contain
-has nothing it could be recognised by and is ignored; a loss without any pixel is 0.
+has nothing it could be recognised by and is ignored; a loss without any pixel is 0. Pixels labelled
+``IGNORE`` count nowhere, in support and query.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastproto.defaults import IGNORE as IGNORE
 from fastproto.errors import ArgumentError, require
 from fastproto.nn.base import Features, FewShotModel, check_labels
 from fastproto.nn.baseline import upsample_scores
 from fastproto.nn.prototypes import Prototypes, prototype_scores
 
-IGNORE = -100
-"""Label of a pixel that no loss counts."""
 PARTS = ("ce", "align", "cycle")
 
 
@@ -106,12 +106,18 @@ def cycle_loss(
     return segmentation_loss(logits, _known(support_masks, query_prototypes), class_weights)
 
 
-def predicted_prototypes(model: FewShotModel, query: Features, logits: Tensor) -> Prototypes:
+def predicted_prototypes(
+    model: FewShotModel, query: Features, logits: Tensor, ignored: Tensor | None = None
+) -> Prototypes:
     """Prototypes of the query with its own prediction as the annotation.
 
     The argmax of ``logits`` ``[E, Q, K, H, W]`` carries no gradient; the query's features do.
+    Pixels where ``ignored`` ``[E, Q, H, W]`` is true give no prototype.
     """
-    return model.extract(query, logits.detach().argmax(dim=2), logits.shape[2])
+    predicted = logits.detach().argmax(dim=2)
+    if ignored is not None:
+        predicted = predicted.masked_fill(ignored, IGNORE)
+    return model.extract(query, predicted, logits.shape[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +164,8 @@ class EpisodeLoss:
         if self.ce:
             losses["ce"] = segmentation_loss(logits, episode.query_masks, self.class_weights)
         if self.align or self.cycle:
-            turned = model, support, masks, predicted_prototypes(model, query, logits)
+            ignored = episode.query_masks == IGNORE
+            turned = model, support, masks, predicted_prototypes(model, query, logits, ignored)
             if self.align:
                 losses["align"] = alignment_loss(*turned, self.class_weights)
             if self.cycle:
@@ -169,7 +176,7 @@ class EpisodeLoss:
 
 
 def _known(masks: Tensor, prototypes: Prototypes) -> Tensor:
-    """``masks`` with ``IGNORE`` where the class of the pixel has no prototype."""
+    """``masks`` with ``IGNORE`` where the class of the pixel has no prototype, too."""
     masks = masks.long()
-    present = prototypes.present().gather(1, masks.flatten(1)).view_as(masks)
+    present = prototypes.present().gather(1, masks.clamp(min=0).flatten(1)).view_as(masks)
     return masks.masked_fill(~present, IGNORE)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -92,15 +93,20 @@ def test_nothing_to_count_is_zero() -> None:
 
 @pytest.mark.parametrize("weights", [None, [0.2, 1.0, 3.0]])
 @pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("ignoring", [False, True])
 @torch.no_grad()
-def test_alignment_and_cycle_equal_the_slow_ones(model, weights, absent) -> None:
+def test_alignment_and_cycle_equal_the_slow_ones(model, weights, absent, ignoring) -> None:
     episode = random_episode(3, 2)
+    ignored = torch.zeros(2, 2, *SIZE, dtype=torch.bool)
+    if ignoring:
+        ignored[0, 1, 8:] = ignored[1, 0, :, :16] = True
+        episode.support_masks = episode.support_masks.masked_fill(ignored.flip(0), IGNORE)
     # Patches of 8 pixels: cells with one class, with several, and classes without any full cell.
     patches = torch.randint(0, 2 if absent else 3, (2, 2, SIZE[0] // 8, SIZE[1] // 8))
     prediction = patches.repeat_interleave(8, 2).repeat_interleave(8, 3)
     support, query = model.encode_episode(episode.support_images, episode.query_images)
-    protos = predicted_prototypes(model, query, logits_of(prediction, 3))
-    bags = slow_bags(query.bottleneck, prediction, 3, cell=16)
+    protos = predicted_prototypes(model, query, logits_of(prediction, 3), ignored)
+    bags = slow_bags(query.bottleneck, prediction.masked_fill(ignored, IGNORE), 3, cell=16)
     assert protos.counts() == [[len(bag) for bag in row] for row in bags]
     assert [not len(row[2]) for row in bags] == [absent, absent]
 
@@ -164,6 +170,37 @@ def test_episode_loss_adds_up(model: FewShotUNet) -> None:
     torch.testing.assert_close(total.detach(), adds_up)
     assert total.requires_grad
     assert not any(part.requires_grad for part in parts.values())
+
+
+def test_ignored_pixels_count_in_no_loss(model: FewShotUNet) -> None:
+    """Neither those of the support, which give no prototype, nor those of the query."""
+    episode = random_episode(2, 2)
+    ignored = torch.zeros(2, 2, *SIZE, dtype=torch.bool)
+    ignored[:, :, 16:] = True
+    masked = types.SimpleNamespace(**vars(episode))
+    masked.support_masks = episode.support_masks.masked_fill(ignored, IGNORE)
+    masked.query_masks = episode.query_masks.masked_fill(ignored, IGNORE)
+    total, parts, logits = EpisodeLoss()(model, masked)
+    support, query = model.encode_episode(episode.support_images, episode.query_images)
+    halves = episode.support_masks[..., :16, :]
+    cut = dataclasses.replace(
+        support, maps=tuple(level[..., : level.shape[-2] // 2, :] for level in support.maps),
+        size=(16, SIZE[1]),
+    )  # fmt: skip
+    expected = model.decode(query, model.extract(cut, halves))
+    torch.testing.assert_close(logits, expected)
+    ce = slow_cross_entropy(expected, masked.query_masks, None)
+    torch.testing.assert_close(parts["ce"], ce.detach())
+    turned = model, support, masked.support_masks
+    turned = *turned, predicted_prototypes(model, query, expected, ignored)
+    torch.testing.assert_close(parts["align"], alignment_loss(*turned).detach())
+    torch.testing.assert_close(parts["cycle"], cycle_loss(*turned).detach())
+    (gradient,) = torch.autograd.grad(total, logits)
+    assert gradient[..., :16, :].any()
+    assert not gradient[..., 16:, :].any()
+    masked.support_masks = masked.support_masks.masked_fill(masked.support_masks == 0, -1)
+    with pytest.raises(ArgumentError, match=r"labels -1\.\.1"):
+        EpisodeLoss()(model, masked)
 
 
 @pytest.mark.parametrize("alone", ["ce", "align", "cycle"])

@@ -40,10 +40,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the report."""
     from fastproto.evaluation import evaluate_folder
 
+    table = options.read_labels(args.labels) if args.labels else None
     report = evaluate_folder(
         args.prediction,
         args.truth,
-        labels=options.read_labels(args.labels) if args.labels else None,
+        labels=table.names if table else None,
+        ignore=table.ignore if table else None,
         nsd_tolerance=args.tolerance,
         z_margin=args.z_margin,
     )

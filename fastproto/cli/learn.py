@@ -58,7 +58,7 @@ def add_model_option(parser: options.Options) -> None:
 def add_example_options(parser: options.Options) -> None:
     """What to take from an annotated scan, and how. What is left out is None."""
     options.add_label_options(parser)
-    parser.add_argument("--classes", nargs="+", metavar="ORGAN",
+    parser.add_argument("--classes", nargs="+", action="extend", metavar="ORGAN",
         help="learn only these names or values; what else is drawn counts as background "
         "(default: the NAME=VALUE pairs of --labels, or else everything drawn)")
     parser.add_argument("--slices", type=options.positive, metavar="N",
@@ -95,21 +95,25 @@ def learn_example(
     fingerprint: str | None = None,
 ) -> Task:
     """Learn one annotated scan as ``args`` of `add_example_options` say, and report on it."""
+    from fastproto.data.dataset import labels_of
+    from fastproto.data.label_table import find_labels
     from fastproto.data.volume import check_labels, read_label, read_volume
     from fastproto.segmentation import register
 
     mask = read_label(label)
-    labels = options.read_labels(args.labels) if args.labels else None
-    if labels is None and (known := options.labels_beside(label)) is not None:
-        labels = {value: known.get(value, f"label {value}") for value in check_labels(mask)}
+    table = options.read_labels(args.labels) if args.labels else labels_of(label)
+    labels = table.names if table else None
+    ignore = table.ignore if table else None
+    if table and not args.labels:
+        drawn = (value for value in check_labels(mask) if value != ignore)
+        labels = {value: table.names.get(value, f"label {value}") for value in drawn}
     classes = None
     if args.classes and labels is not None:
-        classes = options.choose_classes(args.classes, labels, "--classes")
+        classes = find_labels(args.classes, labels, "--classes")
     elif args.classes:
-        names = [item for item in args.classes if not item.isdigit()]
-        found = ", ".join(item or "an empty name" for item in names)
+        names = ", ".join(repr(item) for item in args.classes if not item.isdecimal())
         allowed = "label values, or names that --labels or a dataset.json explains"
-        require(not names, "--classes", found=found, allowed=allowed, error=LabelError)
+        require(not names, "--classes", found=names, allowed=allowed, error=LabelError)
         classes = [int(item) for item in args.classes]
     elif labels and args.labels and "=" in args.labels[0]:
         classes = list(labels)
@@ -122,6 +126,7 @@ def learn_example(
             mask,
             labels=labels,
             classes=classes,
+            ignore=ignore,
             progress=advance,
             fingerprint=fingerprint,
             force=args.force,

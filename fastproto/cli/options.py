@@ -20,6 +20,8 @@ from fastproto.training.config import describe
 if TYPE_CHECKING:
     import torch
 
+    from fastproto.data.label_table import LabelTable
+
 Options: TypeAlias = argparse._ActionsContainer  # a parser or a group of it
 
 
@@ -92,7 +94,7 @@ def add_force_option(parser: Options) -> None:
 
 def add_label_options(parser: Options) -> None:
     """``--labels``: what the values of a label map are called."""
-    parser.add_argument("--labels", nargs="+", metavar="TABLE",
+    parser.add_argument("--labels", nargs="+", action="extend", metavar="TABLE",
         help="names of the label values: a JSON file ({'1': 'liver'}, {'liver': 1} or a "
         "dataset.json), or NAME=VALUE pairs such as liver=1 (default: those of the data set that "
         "the label map is in)")
@@ -142,25 +144,20 @@ def progress_bar(title: str, unit: str) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-def labels_beside(label: Path) -> dict[int, str] | None:
-    """The label table of the data set that a label map is in; None where there is none."""
-    folder = label.absolute().parent
-    table = folder.parent / "dataset.json"
-    if folder.name in ("labels", "labelsTr") and table.is_file():
-        return read_labels([str(table)])
-    return None
-
-
-def read_labels(items: Sequence[str]) -> dict[int, str]:
-    """Label value -> name from ``--labels``, a JSON file or NAME=VALUE pairs; no background.
+def read_labels(items: Sequence[str]) -> LabelTable:
+    """The names from ``--labels``: a JSON file, or NAME=VALUE pairs.
 
     Raises:
         LabelError: The table cannot be read, is empty or contradicts itself.
     """
+    from fastproto.data.label_table import label_table, read_json
+
+    pairs: list[tuple[str, object]] = []
     subject: object = "--labels"
-    if all("=" in item for item in items):
-        pairs = [(value, name) for name, _, value in (item.rpartition("=") for item in items)]
-    else:
+    for item in items if all("=" in item for item in items) else ():
+        name, _, value = item.rpartition("=")
+        pairs.append((name, int(value) if value.isdecimal() else value))
+    if not pairs:
         require(
             len(items) == 1,
             subject,
@@ -169,56 +166,14 @@ def read_labels(items: Sequence[str]) -> dict[int, str]:
             error=LabelError,
         )
         subject = Path(items[0])
-        pairs = _read_table(subject)
-    labels: dict[int, str] = {}
-    for value, name in pairs:
-        require(
-            value.isdigit() and int(value) not in labels,
-            subject,
-            found=f"value {value!r} for {name!r}",
-            allowed="a different whole number from 0 for every name",
-            error=LabelError,
-        )
-        labels[int(value)] = name
-    labels.pop(0, None)
+        allowed = 'NAME=VALUE pairs, or a JSON file such as {"1": "liver", "2": "spleen"}'
+        content = read_json(subject, allowed, LabelError)
+        labels = content.get("labels")
+        pairs = list((labels if isinstance(labels, dict) else content).items())
+    table = label_table(pairs, subject)
     allowed = "at least one value above 0"
-    require(labels, subject, found="no label", allowed=allowed, error=LabelError)
-    return labels
-
-
-def _read_table(path: Path) -> list[tuple[str, str]]:
-    """Values and names of a JSON file, whichever of them is the key."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LabelError(
-            path,
-            found=f"no readable JSON ({error})",
-            allowed='NAME=VALUE pairs, or a JSON file such as {"1": "liver", "2": "spleen"}',
-        ) from error
-    if isinstance(content, dict) and isinstance(content.get("labels"), dict):
-        content = content["labels"]
-    found = type(content).__name__
-    require(isinstance(content, dict), path, found=found, allowed="a JSON object", error=LabelError)
-    return [
-        (key, str(other)) if key.lstrip("-").isdigit() else (str(other), key)
-        for key, other in content.items()
-    ]
-
-
-def choose_classes(wanted: Sequence[str], labels: Mapping[int, str], option: str) -> list[int]:
-    """Label values of organs given by name or by value.
-
-    Raises:
-        LabelError: A name or value is not in ``labels``.
-    """
-    by_name = {name.casefold(): value for value, name in labels.items()}
-    by_name |= {str(value): value for value in labels}
-    unknown = [item for item in wanted if item.casefold() not in by_name]
-    found = ", ".join(item or "an empty name" for item in unknown)
-    known = ", ".join(f"{name} ({value})" for value, name in labels.items())
-    require(not unknown, option, found=found, allowed=known, error=LabelError)
-    return [by_name[item.casefold()] for item in wanted]
+    require(table.names, subject, found="no label", allowed=allowed, error=LabelError)
+    return table
 
 
 def whole_number(allowed: str, least: int = 0, **words: Any) -> Callable[[str], Any]:

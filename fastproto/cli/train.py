@@ -35,8 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     groups = {name: parser.add_argument_group(name) for name in ("data", "training")}
     options.add_fields(TrainConfig, groups)
     # fmt: off
-    groups["training"].add_argument("--set", dest="settings", nargs="+", default=[],
-        metavar="NAME=VALUE",
+    groups["training"].add_argument("--set", dest="settings", nargs="+", action="extend",
+        default=[], metavar="NAME=VALUE",
         help="any other field of fastproto.training.TrainConfig, such as absent_fraction=0.1")
     groups["training"].add_argument("--resume", action="store_true", default=False,
         help="continue the run in RUN from its last checkpoint, bit for bit; options that are "

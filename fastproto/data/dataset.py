@@ -6,20 +6,26 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from fastproto.data.intensity import guess_modality
+from fastproto.data.label_table import LabelTable, find_labels, label_table, read_json
 from fastproto.data.volume import READABLE, read_volume, volume_suffix, without_suffix
-from fastproto.errors import DatasetError, LabelError, require
+from fastproto.errors import DatasetError, FastprotoWarning, require
+
+Modality: TypeAlias = Literal["ct", "mr"]
 
 _MR_CHANNELS = ("mr", "t1", "t2", "flair", "pd", "dwi", "adc", "swi")
+_DESCRIPTION = "a dataset.json with modality, labels and cases"
 
 _require = partial(require, error=DatasetError)
+_warn = partial(warnings.warn, category=FastprotoWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,20 @@ class Dataset:
         labels: Name of every label above 0.
         cases: In the order of ``dataset.json``, or by name where it lists none.
         root: The folder.
+        ignore: The label value whose voxels count nowhere; None where there is none.
     """
 
     name: str
-    modality: Literal["ct", "mr"]
+    modality: Modality
     labels: dict[int, str]
     cases: list[Case]
     root: Path
+    ignore: int | None = None
+
+    @property
+    def values(self) -> dict[int, str]:
+        """Every value above 0 that a label map may hold: the labels, and what is ignored."""
+        return self.labels if self.ignore is None else {**self.labels, self.ignore: "ignore"}
 
     def select(self, ids: Iterable[str]) -> list[Case]:
         """The cases of these ids, in their order.
@@ -63,22 +76,15 @@ class Dataset:
         return [known[id_] for id_ in ids]
 
     def label_ids(self, labels: Iterable[str | int]) -> list[int]:
-        """The numbers of labels given by name or number ("6" is one), in their order.
+        """The numbers of labels given by name, in any case, or number ("6"), in their order.
 
         Raises:
             LabelError: A label that the dataset does not have.
         """
-        by_name = {name: number for number, name in self.labels.items()}
-        by_name |= {str(number): number for number in self.labels}
-        labels = list(labels)
-        unknown = ", ".join(repr(label) for label in labels if str(label) not in by_name)
-        known = ", ".join(f"{number} {name}" for number, name in sorted(self.labels.items()))
-        if unknown:
-            raise LabelError(self.root, found=f"no label {unknown}", allowed=known)
-        return [by_name[str(label)] for label in labels]
+        return find_labels(labels, self.labels, self.root)
 
 
-def open_dataset(path: str | os.PathLike[str]) -> Dataset:
+def open_dataset(path: str | os.PathLike[str], *, modality: Modality | None = None) -> Dataset:
     """Read a dataset's description and find its files.
 
     Two layouts are known with a ``dataset.json``:
@@ -88,12 +94,20 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
       ``labels`` {"1": "liver"}, ``cases`` ["CASE"] (without it, every file in ``images``).
     - nnU-Net: ``imagesTr/CASE_0000.nii.gz``, ``labelsTr/CASE.nii.gz``; fields ``channel_names``
       {"0": "CT"} and ``labels`` {"liver": 1}; or the older ``modality``, ``labels`` {"1": "liver"}
-      and ``training`` [{"image": ..., "label": ...}]. One channel only.
+      and ``training`` [{"image": ..., "label": ...}]; or, for files anywhere, ``dataset``
+      {"CASE": {"images": [...], "label": ...}}. One channel only.
+
+    Labels may be nnU-Net's regions and "ignore", see `fastproto.data.label_table.label_table`.
 
     A folder without ``dataset.json``, ``images`` and ``imagesTr`` is a plain folder of scans
     without labels, all CT or all MR by the first one's values.
 
-    Cases need no label map, but a label map needs its case; ``labels`` may name none.
+    Cases need no label map, but a label map needs its case; ``labels`` may name none. What is
+    slightly wrong but clear is read with a `FastprotoWarning`.
+
+    Args:
+        path: The folder.
+        modality: "ct" or "mr", where the description does not say.
 
     Raises:
         DatasetError: The file and the field at fault.
@@ -101,89 +115,132 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
     root = Path(path)
     file = root / "dataset.json"
     _require(root.is_dir(), root, found="no such folder", allowed="a dataset folder")
-    nnunet = (root / "imagesTr").is_dir()
-    if not (file.exists() or nnunet or (root / "images").is_dir()) and (scans := _volumes(root)):
+    allowed = 'None, "ct" or "mr"'
+    require(modality in (None, "ct", "mr"), "modality", found=repr(modality), allowed=allowed)
+    nnunet, plain = (root / "imagesTr").is_dir(), (root / "images").is_dir()
+    if not (file.exists() or nnunet or plain) and (scans := _volumes(root)):
         cases = [Case(_case_id(scan), scan, None) for scan in scans]
         _check_unique(root, "the folder", cases)
-        modality = guess_modality(read_volume(cases[0].image))
+        modality = modality or guess_modality(read_volume(cases[0].image))
         return Dataset(root.resolve().name, modality, {}, cases, root)
-    fields = _read_json(file)
-    if nnunet:
-        modality = _modality_of_channels(file, fields)
-        cases = _nnunet_cases(root, file, fields)
-    else:
-        modality = _modality(file, fields.get("modality"))
-        cases = _plain_cases(root, file, fields)
+    fields = read_json(file, _DESCRIPTION, DatasetError)
+    nnunet = nnunet or (not plain and not {"dataset", "training"}.isdisjoint(fields))
+    modality = _modality(file, fields, nnunet, modality)
+    cases = (_nnunet_cases if nnunet else _plain_cases)(root, file, fields)
     _require(cases, root, found="no case", allowed="at least one image")
-    _check_stray_labels(root / ("labelsTr" if nnunet else "labels"), cases)
-    name = fields.get("name", root.resolve().name)
-    return Dataset(str(name), modality, _labels(file, fields.get("labels")), cases, root)
+    if "dataset" not in fields:  # which may choose some of a folder's files
+        _check_stray_labels(root / ("labelsTr" if nnunet else "labels"), cases)
+    name = str(fields.get("name", root.resolve().name))
+    table = _labels(file, fields)
+    return Dataset(name, modality, table.names, cases, root, table.ignore)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    allowed = "a dataset.json with modality, labels and cases"
-    _require(file.exists(), file, found="no such file", allowed=allowed)
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DatasetError(file, found=f"invalid JSON ({error})", allowed="valid JSON") from error
-    found = f"a {type(fields).__name__}"
-    _require(isinstance(fields, dict), file, found=found, allowed="a JSON object")
-    return fields
+def open_datasets(
+    paths: Iterable[str | os.PathLike[str]], modality: Modality | None = None
+) -> list[Dataset]:
+    """Open several, with ``modality`` for those that do not say.
+
+    Raises:
+        ArgumentError: A ``modality`` that none of them has: each says another one.
+        DatasetError: As `open_dataset`.
+    """
+    datasets = [open_dataset(path, modality=modality) for path in paths]
+    known = sorted({dataset.modality for dataset in datasets})
+    fix = f"Correct the description in {datasets[0].root}, or leave the option out."
+    allowed = f"{' or '.join(known)}, as the data says"
+    require(modality in (None, *known), "modality", found=str(modality), allowed=allowed, fix=fix)
+    return datasets
 
 
-def _require_field(usable: object, file: Path, field: str, value: object, allowed: str) -> None:
+def labels_of(label: Path) -> LabelTable | None:
+    """The names that the ``dataset.json`` of a label map's data set gives; None without one.
+
+    It lies beside the label map, or beside its folder, which is ``labels``, ``labelsTr`` or
+    ``labelsTs``, or which it lists.
+
+    Raises:
+        DatasetError: It cannot be read.
+    """
+    label = label.absolute()
+    for root in label.parents[:2]:
+        file = root / "dataset.json"
+        near = label.parent == root or label.parent.name in ("labels", "labelsTr", "labelsTs")
+        if file.is_file() and (near or label.name in file.read_text("utf-8", "replace")):
+            fields = read_json(file, _DESCRIPTION, DatasetError)
+            if near or label in _listed_labels(file, fields):
+                table = _labels(file, fields)
+                return table if table.names else None
+    return None
+
+
+def _require_field(
+    usable: object, file: Path, field: str, value: object, allowed: str, fix: str | None = None
+) -> None:
     found = f"no field {field!r}" if value is None else f"{field} = {json.dumps(value)}"
-    _require(usable, file, found=found, allowed=allowed)
+    _require(usable, file, found=found, allowed=allowed, fix=fix)
 
 
-def _modality(file: Path, value: object) -> Literal["ct", "mr"]:
-    name = value.lower() if isinstance(value, str) else ""
-    _require_field(name in ("ct", "mr", "mri"), file, "modality", value, '"CT" or "MR"')
-    return "ct" if name == "ct" else "mr"
+def _modality(
+    file: Path, fields: Mapping[str, Any], nnunet: bool, given: Modality | None
+) -> Modality:
+    """What the description says; ``given`` where it does not."""
+    field = "modality" if "modality" in fields or not nnunet else "channel_names"
+    field = "channel_names" if nnunet and "channel_names" in fields else field
+    value, allowed = fields.get(field), '"CT" or "MR"'
+    names = [value] if isinstance(value, str) else []
+    if nnunet:
+        names = list(value.values()) if isinstance(value, dict) else []
+        allowed = 'one channel, "CT" or an MR sequence such as "T1", e.g. {"0": "CT"}'
+        one = len(names) == 1 or (value is None and given)
+        _require_field(one, file, field, value, allowed)
+    text = str(names[0]).lower() if names else ""
+    said: Modality | None = "mr" if text.startswith(_MR_CHANNELS) else None
+    said = "ct" if text == "ct" else said
+    fix = "Say which it is: --modality ct, or --modality mr (modality= from Python)."
+    _require_field(said or given, file, field, value, allowed, fix)
+    return said or given or "ct"
 
 
-def _modality_of_channels(file: Path, fields: Mapping[str, Any]) -> Literal["ct", "mr"]:
-    channels = fields.get("channel_names", fields.get("modality"))
-    names = [str(name).lower() for name in channels.values()] if isinstance(channels, dict) else []
-    _require_field(
-        len(names) == 1 and (names[0] == "ct" or names[0].startswith(_MR_CHANNELS)),
-        file,
-        "channel_names",
-        channels,
-        'one channel, "CT" or an MR sequence such as "T1", e.g. {"0": "CT"}',
-    )
-    return "ct" if names == ["ct"] else "mr"
+def _labels(file: Path, fields: Mapping[str, Any]) -> LabelTable:
+    labels = {} if fields.get("labels") is None else fields["labels"]
+    allowed = 'names and values, e.g. {"0": "background", "1": "liver"}'
+    _require_field(isinstance(labels, dict), file, "labels", labels, allowed)
+    return label_table(labels.items(), f"{file}: labels", DatasetError)
 
 
-def _labels(file: Path, value: object) -> dict[int, str]:
-    """``{"1": "liver"}`` or nnU-Net's ``{"liver": 1}``; background is left out."""
-    allowed = 'names and numbers up to 65535, each once, e.g. {"0": "background", "1": "liver"}'
-    entries = {} if value is None else value
-    _require_field(isinstance(entries, dict), file, "labels", entries, allowed)
-    assert isinstance(entries, dict)
-    labels: dict[int, str] = {}
-    for key, entry in entries.items():
-        number, name = (key, entry) if isinstance(entry, str) else (entry, key)
-        if isinstance(number, str) and number.isdecimal():
-            number = int(number)
-        usable = type(number) is int and 0 <= number <= 65535 and name.strip()
-        usable = usable and number not in labels and name not in labels.values()
-        _require_field(usable, file, "labels", {key: entry}, allowed)
-        labels[number] = name
-    labels.pop(0, None)
-    return labels
+class _Folder:
+    """The volumes of a folder by the name of their case; none where there is no such folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.volumes: dict[str, list[Path]] = defaultdict(list)
+        for volume in _volumes(path) if path.is_dir() else []:
+            self.volumes[_case_id(volume)].append(volume)
+
+    def find(self, id_: str) -> Path | None:
+        """The volume of a case; None where there is none.
+
+        Raises:
+            DatasetError: Several files, or a name that leads out of the folder.
+        """
+        plain = not re.search(r"[/\\]|^\.\.?$", id_)
+        _require(plain, self.path, found=f"case name {id_!r}", allowed="a plain file name")
+        found = self.volumes.get(id_, [])
+        several = f"several files of case {id_!r} ({', '.join(path.name for path in found)})"
+        _require(len(found) <= 1, self.path, found=several, allowed="one file per case")
+        return found[0] if found else None
 
 
 def _plain_cases(root: Path, file: Path, fields: Mapping[str, Any]) -> list[Case]:
+    images, labels = _Folder(root / "images"), _Folder(root / "labels")
     ids = fields.get("cases")
     if ids is None:
-        ids = [_case_id(path) for path in _volumes(root / "images")]
+        ids = [_case_id(path) for path in _volumes(images.path)]
     named = isinstance(ids, list) and all(isinstance(id_, str) and id_ for id_ in ids)
     _require_field(named, file, "cases", ids, "a list of case names")
     cases = []
     for id_ in ids:
-        image = _find(root / "images", id_)
+        image = images.find(id_)
         if image is None:
             raise DatasetError(
                 file,
@@ -191,37 +248,86 @@ def _plain_cases(root: Path, file: Path, fields: Mapping[str, Any]) -> list[Case
                 allowed=f"a file or DICOM folder {root / 'images' / id_}[{'|'.join(READABLE)}]",
                 fix="Add the image, or take the case out of the field 'cases'.",
             )
-        cases.append(Case(id_, image, _find(root / "labels", id_)))
+        cases.append(Case(id_, image, labels.find(id_)))
     _check_unique(file, "cases", cases)
     return cases
 
 
 def _nnunet_cases(root: Path, file: Path, fields: Mapping[str, Any]) -> list[Case]:
-    cases = []
-    listed = fields.get("training")
-    if listed is None:
+    field = next((name for name in ("dataset", "training") if name in fields), None)
+    if field is None:
+        cases, labels = [], _Folder(root / "labelsTr")
         for image in _volumes(root / "imagesTr"):
             id_, channel = _case_id(image)[:-5], _case_id(image)[-5:]
             allowed = "CASE_0000 with a single channel"
             found = f"the file name {image.name}"
             _require(channel == "_0000" and id_, image, found=found, allowed=allowed)
-            cases.append(Case(id_, image, _find(root / "labelsTr", id_)))
+            cases.append(Case(id_, image, labels.find(id_)))
     else:
-        allowed = 'a list of {"image": ..., "label": ...}, existing files'
-        _require_field(isinstance(listed, list), file, "training", listed, allowed)
-        for entry in listed:
-            usable = isinstance(entry, dict) and isinstance(entry.get("image"), str)
-            _require_field(usable, file, "training", entry, allowed)
-            image = root / entry["image"]
-            label = root / entry["label"] if entry.get("label") else None
-            exist = image.exists() and (label is None or label.exists())
-            _require_field(exist, file, "training", entry, allowed)
-            cases.append(Case(_case_id(image).removesuffix("_0000"), image, label))
-    _check_unique(file, "training", cases)
+        cases = _listed_cases(file, field, fields[field])
+    _check_unique(file, field or "imagesTr", cases)
     expected = fields.get("numTraining", len(cases))
-    found = f"numTraining = {expected} and {len(cases)} images in imagesTr"
-    _require(expected == len(cases), file, found=found, allowed="as many images as it says")
+    if expected != len(cases):
+        _warn(f"{file}: numTraining = {expected}, but there are {len(cases)} images; all are used.")
     return cases
+
+
+def _listed_cases(file: Path, field: str, listed: Any) -> list[Case]:
+    """The cases of nnU-Net's field ``training``, a list, or ``dataset``, by case."""
+    mended: list[str] = []
+    folder = cache(_Folder)
+
+    def found(text: str, *endings: str) -> Path:
+        path, read = file.parent / text, file.parent / text.replace("\\", "/")
+        if path.exists():
+            return path
+        if not read.exists():
+            in_folder = (folder(read.parent).find(_case_id(read) + end) for end in endings)
+            read = next((path for path in in_folder if path is not None), read)
+        _require_field(read.exists(), file, field, text, "an existing file")
+        id_ = _case_id(path)
+        if read.name != f"{id_}_0000{path.name[len(id_) :]}":  # which is nnU-Net's older way
+            mended.append(f"{text!r} as {read}")
+        return read
+
+    cases = []
+    for id_, image, label in _entries(file, field, listed):
+        path = found(image, "", "_0000")
+        id_ = id_ or _case_id(path).removesuffix("_0000")
+        cases.append(Case(id_, path, found(label, "") if label else None))
+    if mended:
+        paths = f"paths that lead to no file as written ({len(mended)})"
+        _warn(f"{file}: {paths} are read otherwise, such as {mended[0]}.")
+    return cases
+
+
+def _entries(file: Path, field: str, listed: Any) -> list[tuple[str | None, str, str | None]]:
+    """Case (None where the file's name says it), image and label as ``dataset.json`` lists them."""
+    if field == "dataset":
+        allowed = '{"CASE": {"images": [one file], "label": a file}, ...}; one channel only'
+        _require_field(isinstance(listed, dict), file, field, listed, allowed)
+    else:
+        allowed = 'a list of {"image": a file, "label": a file}'
+        _require_field(isinstance(listed, list), file, field, listed, allowed)
+        listed = [(None, entry) for entry in listed]
+    entries = []
+    for id_, entry in listed.items() if isinstance(listed, dict) else listed:
+        files = entry if isinstance(entry, dict) else {}
+        images = [files["image"]] if id_ is None and "image" in files else files.get("images")
+        image = images[0] if isinstance(images, list) and len(images) == 1 else None
+        label = files.get("label") or None
+        usable = isinstance(image, str) and isinstance(label, str | None)
+        _require_field(usable, file, field, entry if id_ is None else {id_: entry}, allowed)
+        entries.append((id_, str(image), label))
+    return entries
+
+
+def _listed_labels(file: Path, fields: Mapping[str, Any]) -> list[Path]:
+    """The label maps that a ``dataset.json`` lists, where it lists any."""
+    field = next((name for name in ("dataset", "training") if name in fields), None)
+    entries = _entries(file, field, fields[field]) if field else []
+    paths = (label.replace("\\", "/") for *_, label in entries if label)
+    return [Path(os.path.normpath(file.parent / path)) for path in paths]
 
 
 def _check_unique(file: Path, field: str, cases: list[Case]) -> None:
@@ -253,19 +359,3 @@ def _volumes(folder: Path) -> list[Path]:
 
 def _case_id(path: Path) -> str:
     return path.name if path.is_dir() else without_suffix(path.name)
-
-
-def _find(folder: Path, id_: str) -> Path | None:
-    """The volume of a case; None where there is none.
-
-    Raises:
-        DatasetError: Several files, or a name that leads out of the folder.
-    """
-    plain = not re.search(r"[/\\]|^\.\.?$", id_)
-    _require(plain, folder, found=f"case name {id_!r}", allowed="a plain file name")
-    paths = [folder / f"{id_}{suffix}" for suffix in READABLE]
-    found = [path for path in paths if path.is_file()]
-    found += [folder / id_] if (folder / id_).is_dir() else []
-    several = f"several files of case {id_!r} ({', '.join(path.name for path in found)})"
-    _require(len(found) <= 1, folder, found=several, allowed="one file per case")
-    return found[0] if found else None

@@ -12,17 +12,24 @@ import datetime
 import functools
 import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from fastproto._files import append_text, write_text
-from fastproto.data.dataset import Case, Dataset, open_dataset
+from fastproto.data.dataset import Case, Dataset, open_datasets
 from fastproto.data.preprocessing import canonical
 from fastproto.data.volume import Volume, check_labels, read_label, read_volume
 from fastproto.defaults import PLANE
-from fastproto.errors import CheckpointError, DatasetError, LabelError, require
+from fastproto.errors import (
+    CheckpointError,
+    DatasetError,
+    FastprotoWarning,
+    LabelError,
+    require,
+)
 from fastproto.evaluation.measure import evaluate_case
 from fastproto.evaluation.methods import Example, Learned, LearnedNetwork, make_method
 from fastproto.evaluation.metrics import dice
@@ -50,7 +57,7 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
         InputError: Data, a model or options that cannot be used.
         CheckpointError: The output folder holds results of other settings.
     """
-    dataset = open_dataset(config.data)
+    (dataset,) = open_datasets([config.data], config.modality)
     given = load_model(config.model) if config.model not in (None, NO_MODEL) else None
     rounds = _rounds(config, dataset, given)
     if given and dataset.name in str(given.extra.get("dataset")):
@@ -70,6 +77,8 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
         "data": dataset.name,
         "more_data": [Path(path).name for path in config.more_data],
     }
+    if config.modality is not None:  # else earlier results would be those of other settings
+        settings["modality"] = config.modality
     results = ResultFile(Path(config.output) / "results.jsonl", settings)
     work = [
         (round_, case, [query for query in dataset.select(round_.tests) if query.id != case.id])
@@ -186,6 +195,7 @@ class _Round:
             fixed = {
                 "data": (str(self.dataset.root), *config.more_data),
                 "output": str(folder),
+                "modality": config.modality,
                 "holdout": tuple(self.organs.values()),
                 "holdout_cases": (*self.tests, *config.training.get("holdout_cases", ())),
                 "drop_excluded_slices": config.setting == 2,
@@ -222,6 +232,14 @@ class _Teacher:
         image, label = self.round.read(self.case)
         found = check_labels(label, needed=False)
         organs = {value: name for value, name in self.round.organs.items() if value in found}
+        missing = ", ".join(self.round.organs[value] for value in self.round.organs.keys() - organs)
+        if organs and missing and (self.round.config.classes or self.round.config.groups):
+            warnings.warn(
+                f"{label.name}: it does not show {missing}; nothing is measured of that with this "
+                "case annotated.",
+                FastprotoWarning,
+                stacklevel=2,
+            )
         require(
             organs,
             label.name,
@@ -233,7 +251,7 @@ class _Teacher:
         config, modality, plane = self.round.config, self.round.dataset.modality, PLANE
         if config.model != NO_MODEL and config.needing_model:
             plane = model_preprocessing(self.round.model, modality).plane
-        return Example(image, label, organs, modality, plane)
+        return Example(image, label, organs, modality, plane, self.round.dataset.ignore)
 
     def learned(self, method: str) -> Learned:
         """What a method made of it."""
@@ -256,11 +274,12 @@ class _Teacher:
     def rows(self, method: str, protocol: str, scan: Volume, truth: Volume) -> list[dict[str, Any]]:
         """One row for each variant and organ."""
         learned, organs = self.learned(method), self.example.organs
+        ignore = self.example.ignore
         rows: list[dict[str, Any]] = []
         if protocol == "whole":
             for variant, labels in learned.segment(scan).items():
                 found = canonical(dataclasses.replace(scan, array=labels))
-                measured = evaluate_case(found, canonical(truth), organs)
+                measured = evaluate_case(found, canonical(truth), organs, ignore=ignore)
                 rows += [{"variant": variant} | row for row in measured]
             return rows
         assert isinstance(learned, LearnedNetwork)
@@ -271,6 +290,7 @@ class _Teacher:
                 learned.slice_segmenter(scan, organ),
                 chunks=CHUNKS[protocol],
                 z_margin=self.round.config.z_margin,
+                ignored=None if ignore is None else self.example.masks(truth, ignore),
             )
             rows.append({"variant": "network", "label": organ, "organ": name, dice.name: score})
         return rows

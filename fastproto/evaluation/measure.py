@@ -13,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import find_objects
 
-from fastproto.data.dataset import open_dataset
+from fastproto.data.dataset import Dataset, open_dataset
 from fastproto.data.volume import (
     READABLE,
     Volume,
@@ -44,6 +44,7 @@ def evaluate_case(
     *,
     nsd_tolerance: float = NSD_TOLERANCE_MM,
     z_margin: int | None = None,
+    ignore: int | None = None,
 ) -> list[dict[str, Any]]:
     """Measure every organ of one patient.
 
@@ -55,6 +56,8 @@ def evaluate_case(
         z_margin: None counts every slice. A number counts the axial slices (of the patient,
             however the axes are stored) of the organ's extent in the truth and so many beyond it
             on either side; nothing counts for an organ that the truth does not show.
+        ignore: A value of ``truth`` whose voxels do not count: what is predicted there is taken
+            away, so that at their border both have the same surface.
 
     Returns:
         One row per label: ``label``, ``organ``, every metric of ``METRICS``, ``truth_ml``,
@@ -64,7 +67,8 @@ def evaluate_case(
     Raises:
         GeometryError: The grids differ.
         LabelError: A label map is not made of integers.
-        ArgumentError: ``labels``, ``nsd_tolerance`` or ``z_margin`` is out of range.
+        ArgumentError: ``labels``, ``nsd_tolerance`` or ``z_margin`` is out of range, or a label is
+            to be measured and ignored.
     """
     require(
         labels and all(isinstance(label, int) and label >= 1 for label in labels),
@@ -72,6 +76,8 @@ def evaluate_case(
         found=repr(dict(labels)),
         allowed="at least one label: {1: 'liver', ...}, values from 1",
     )
+    found, allowed = f"label {ignore} among those to measure", "another value, or None"
+    require(ignore not in labels, "ignore", found=found, allowed=allowed)
     require(
         z_margin is None or (isinstance(z_margin, int) and z_margin >= 0),
         "z_margin",
@@ -96,6 +102,8 @@ def evaluate_case(
     for label, organ in labels.items():
         box = _union(*(found[label - 1] for found in boxes))
         predicted, true = prediction.array[box] == label, truth.array[box] == label
+        if ignore is not None:
+            predicted &= truth.array[box] != ignore
         if z_margin is not None:  # beyond the box there is nothing to count
             numbers = counted_slices(np.moveaxis(true, axial, 0), z_margin)
             predicted, true = predicted.take(numbers, axial), true.take(numbers, axial)
@@ -121,6 +129,7 @@ def evaluate_folder(
     labels: Mapping[int, str] | None = None,
     nsd_tolerance: float = NSD_TOLERANCE_MM,
     z_margin: int | None = None,
+    ignore: int | None = None,
 ) -> Report:
     """Measure a folder of predicted label maps, or a single one.
 
@@ -132,6 +141,8 @@ def evaluate_folder(
             ``truth`` or beside it, else every value that occurs in the truth.
         nsd_tolerance: As in :func:`evaluate_case`.
         z_margin: As in :func:`evaluate_case`.
+        ignore: As in :func:`evaluate_case`; None takes what the ``dataset.json`` ignores, unless
+            ``labels`` has it.
 
     Raises:
         DatasetError: Nothing to compare was found.
@@ -139,7 +150,10 @@ def evaluate_folder(
     """
     prediction, truth = Path(prediction), Path(truth)
     predicted_files, _ = _find_label_maps(prediction)
-    true_files, dataset_labels = _find_label_maps(truth)
+    true_files, dataset = _find_label_maps(truth)
+    dataset_labels = dataset.labels if dataset else None
+    if ignore is None and dataset and dataset.ignore not in (labels or ()):
+        ignore = dataset.ignore
     if prediction.is_file() and truth.is_file():
         true_files = dict.fromkeys(predicted_files, truth)
     cases = [case for case in true_files if case in predicted_files]
@@ -170,7 +184,7 @@ def evaluate_folder(
     options: Any = {"nsd_tolerance": nsd_tolerance, "z_margin": z_margin}
     for case in cases:
         predicted_map, true_map = read_label(predicted_files[case]), read_label(true_files[case])
-        measured = evaluate_case(predicted_map, true_map, known, **options)
+        measured = evaluate_case(predicted_map, true_map, known, ignore=ignore, **options)
         rows += [{"case": case} | row for row in measured]
         spacing[case] = tuple(float(step) for step in true_map.spacing)
         present = check_labels(predicted_map, needed=False)
@@ -193,20 +207,20 @@ def evaluate_folder(
     )
 
 
-def _find_label_maps(path: Path) -> tuple[dict[str, Path], dict[int, str] | None]:
-    """Label maps by case, and the names of the labels where a ``dataset.json`` tells them."""
+def _find_label_maps(path: Path) -> tuple[dict[str, Path], Dataset | None]:
+    """Label maps by case, and the data set that they are of, where there is a ``dataset.json``."""
     allowed = "a label map, a folder of label maps or a data set"
     found = "no such file or folder"
     require(path.exists(), path, found=found, allowed=allowed, error=DatasetError)
     folder = path if path.is_dir() else path.parent
     beside = [folder.parent] if folder.name in ("labels", "labelsTr") else []
     roots = [root for root in (path, *beside) if (root / "dataset.json").is_file()]
-    dataset = open_dataset(roots[0]) if roots else None
-    names = dataset.labels if dataset else None
+    # Which modality it is does not matter here.
+    dataset = open_dataset(roots[0], modality="ct") if roots else None
     if path.is_file():
-        return {without_suffix(path.name): path}, names
+        return {without_suffix(path.name): path}, dataset
     if dataset and roots[0] == path:
-        return {case.id: case.label for case in dataset.cases if case.label is not None}, names
+        return {case.id: case.label for case in dataset.cases if case.label is not None}, dataset
     files: dict[str, Path] = {}
     for file in sorted(path.iterdir()):
         if volume_suffix(file) and not file.name.startswith("."):
@@ -215,7 +229,7 @@ def _find_label_maps(path: Path) -> tuple[dict[str, Path], dict[int, str] | None
             found = f"two files for {case}: {first.name} and {file.name}"
             allowed = "one label map per case"
             require(first is file, path, found=found, allowed=allowed, error=DatasetError)
-    return files, names
+    return files, dataset
 
 
 def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None) -> tuple[slice, ...]:

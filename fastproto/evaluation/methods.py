@@ -18,13 +18,13 @@ from torch import nn
 
 from fastproto.data.preprocessing import PreparedVolume, canonical
 from fastproto.data.volume import Volume
-from fastproto.defaults import PLANE
+from fastproto.defaults import IGNORE, PLANE
 from fastproto.evaluation.protocol import SliceSegmenter
 from fastproto.evaluation.settings import MethodOptions
 from fastproto.nn import PrototypeNet
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.adapt import AnnotatedOrgan, adapt_model
-from fastproto.segmentation.learn import annotate, model_preprocessing, register
+from fastproto.segmentation.learn import annotate, model_preprocessing, register, without_gaps
 from fastproto.segmentation.predict import BATCH, FUSIONS, decide, expected_view, gather
 from fastproto.segmentation.prior import KINDS, Atlas, Prior, locate
 
@@ -38,6 +38,7 @@ class Example:
         organs: Label value -> name of the organs to learn, all of which it shows.
         modality: "ct" or "mr".
         plane: Of the slices.
+        ignore: A label value whose voxels count nowhere.
     """
 
     image: Volume
@@ -45,15 +46,15 @@ class Example:
     organs: dict[int, str]
     modality: str
     plane: str = PLANE
+    ignore: int | None = None
     _located: list[tuple[Volume, dict[str, Prior]]] = dataclasses.field(default_factory=list)
 
     @cached_property
     def atlas(self) -> Atlas:
         """One that serves every kind of prior."""
         values = sorted(self.organs)
-        return Atlas.make(
-            self.image, self.label, values, self.modality, KINDS[-1], plane=self.plane
-        )
+        whole = without_gaps(self.label, self.ignore)
+        return Atlas.make(self.image, whole, values, self.modality, KINDS[-1], plane=self.plane)
 
     def locate(self, scan: Volume, kind: str) -> Prior:
         """As `fastproto.segmentation.prior.locate`, once for each kind and scan."""
@@ -65,7 +66,7 @@ class Example:
         return known[kind]
 
     def masks(self, label: Volume, organ: int) -> np.ndarray:
-        """``[n, h, w]`` bool, an organ in the slices of a label map."""
+        """``[n, h, w]`` bool, a value in the slices of a label map."""
         return canonical(label, self.plane).array == organ
 
 
@@ -107,6 +108,7 @@ class LearnedNetwork:
             example.label,
             labels=example.organs,
             classes=list(example.organs),
+            ignore=example.ignore,
             slices=options.slices,
             preprocessing=model_preprocessing(model, example.modality),
             prior=options.prior,
@@ -130,7 +132,10 @@ class LearnedNetwork:
     def slice_segmenter(self, scan: Volume, organ: int) -> SliceSegmenter:
         """For EP1 and EP2 of one label value: no prior, no adaptation, one slice as example."""
         support_view, query_view = self._view(self.example.image, organ), self._view(scan, organ)
-        masks = (support_view.labels(self.example.label) == organ).long()
+        labels = support_view.labels(self.example.label)
+        masks = (labels == organ).long()
+        if self.example.ignore is not None:
+            masks[labels == self.example.ignore] = IGNORE
         device = next(self.model.parameters()).device
 
         @torch.inference_mode()
@@ -167,7 +172,7 @@ def trained_on(model: FewShotModel, example: Example, steps: int, slices: int) -
     device = next(model.parameters()).device
     prepared = model_preprocessing(model, example.modality).prepare(example.image)
     organs = [
-        annotate(prepared, example.label, value, name, slices)
+        annotate(prepared, example.label, value, name, slices, example.ignore)
         for value, name in sorted(example.organs.items())
     ]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -191,7 +196,7 @@ def _set_statistics(model: FewShotModel, organs: Sequence[AnnotatedOrgan]) -> No
             layer.momentum = 1 / count  # a plain mean over the organs
         numbers = organ.inside[:BATCH]
         images = _images(organ.view, numbers).to(device)
-        model(images, organ.masks[None, numbers].long().to(device), images)
+        model(images, organ.labels(numbers)[None].long().to(device), images)
     for layer, before in zip(layers, momentum, strict=True):
         layer.momentum = before
     model.eval()

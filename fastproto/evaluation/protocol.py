@@ -85,6 +85,7 @@ def episodic_dice(
     *,
     chunks: int,
     z_margin: int | None = 0,
+    ignored: np.ndarray | None = None,
 ) -> float:
     """Dice of one organ in one query by EP1 (three chunks) or EP2 (one).
 
@@ -94,6 +95,7 @@ def episodic_dice(
         segment: Segments slices of the query from one slice of the annotated scan.
         chunks: See ``CHUNKS``.
         z_margin: Which slices count, see `counted_slices`.
+        ignored: ``[m, i, j]`` bool, voxels of the query that do not count; None for none.
 
     Returns:
         0 to 1; NaN where neither shows the organ in a slice that counts.
@@ -105,6 +107,8 @@ def episodic_dice(
         own = numbers[part == index]
         if own.size:
             found, real = segment(support, own.tolist()), truth[own]
+            if ignored is not None:
+                found = found & ~ignored[own]
             both += np.count_nonzero(found & real)
             either += np.count_nonzero(found) + np.count_nonzero(real)
     return 2 * both / either if either else float("nan")

@@ -42,7 +42,8 @@ def _option(flag: str, help: str, *, group: Any = "", argument: Any = (), **defa
 
 
 def _list(flag: str, help: str, *, default: Any = (), group: str = "", **argument: Any) -> Any:
-    return _option(flag, help, default=default, group=group, argument={"nargs": "+", **argument})
+    argument = {"nargs": "+", "action": "extend", **argument}
+    return _option(flag, help, default=default, group=group, argument=argument)
 
 
 # fmt: off
@@ -74,6 +75,9 @@ class CrossValidation:
     data: str = _option("--data DIR", "data set with labels", argument={"required": True})
     output: str = _option("--out OUT", "folder for all results", argument={"required": True})
     _: KW_ONLY
+    modality: Literal["ct", "mr"] | None = _option("--modality", default=None,
+        argument={"choices": ("ct", "mr")},
+        help="modality of the data, where dataset.json does not say")
     folds: int = _option("--folds N", default=5, group="cases",
         help="folds, consecutive in the data set's order; the scan after a fold is tested with it")
     test_cases: tuple[str, ...] = _list("--test-cases CASE", "one fold of these cases",
@@ -101,7 +105,7 @@ class CrossValidation:
     more_data: tuple[str, ...] = _list("--more-data DIR", "further data to train on",
         group="training")
     training: dict[str, Any] = _option("--set NAME=VALUE", default_factory=dict, group="training",
-        argument={"nargs": "+"},
+        argument={"nargs": "+", "action": "extend"},
         help="fields of fastproto.training.TrainConfig, such as minutes=30; without more, training "
         "sees no label")
     device: str = "cpu"

@@ -116,9 +116,9 @@ class FewShotModel(nn.Module):
         """Segment the query as the support shows.
 
         Logits ``[E, Q, K, H, W]`` from images ``[E, S or Q, 3, H, W]`` and ``[E, S, H, W]`` integer
-        labels 0..K-1. Support and query pass the encoder as one batch, which batch
-        normalisation profits from in training; in evaluation the result is that of
-        :meth:`encode_support` and :meth:`segment`.
+        labels 0..K-1, or ``fastproto.losses.IGNORE`` for pixels of no class. Support and query
+        pass the encoder as one batch, which batch normalisation profits from in training; in
+        evaluation the result is that of :meth:`encode_support` and :meth:`segment`.
 
         Raises:
             ArgumentError: Arguments that do not fit each other or the network.
@@ -300,7 +300,7 @@ class FewShotModel(nn.Module):
 def check_labels(
     labels: Tensor, shape: tuple[int, ...], num_classes: int, *, name: str = "support_masks"
 ) -> None:
-    """Raise ArgumentError unless ``labels`` are integers 0..K-1 of ``shape``.
+    """Raise ArgumentError unless ``labels`` are integers 0..K-1, or ``IGNORE``, of ``shape``.
 
     The range is looked at on the CPU only, where that needs no wait for a device; elsewhere a pixel
     outside it belongs to no class.
@@ -309,6 +309,8 @@ def check_labels(
     check_tensor(fits, name, labels, lambda: f"integers of shape {list(shape)}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(labels.min()), int(labels.max())
+        if low == defaults.IGNORE:
+            low = int(labels.masked_fill(labels == defaults.IGNORE, 0).min())
         require(
             low >= 0 and high < num_classes,
             name,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastproto.data.preprocessing import PreparedVolume
+from fastproto.defaults import IGNORE
 from fastproto.losses import EpisodeLoss
 from fastproto.nn.base import FewShotModel
 from fastproto.training.augment import Augmentation, Cut
@@ -36,6 +37,7 @@ class AnnotatedOrgan:
         view: The scan, seen in the organ's field of view.
         masks: [n, S, S] bool, the organ in every slice.
         slices: Numbers of the slices to learn from, ascending.
+        ignored: [n, S, S] bool, pixels that count nowhere; None for none.
     """
 
     value: int
@@ -43,6 +45,7 @@ class AnnotatedOrgan:
     view: PreparedVolume
     masks: Tensor
     slices: tuple[int, ...]
+    ignored: Tensor | None = None
 
     @cached_property
     def inside(self) -> list[int]:
@@ -55,8 +58,23 @@ class AnnotatedOrgan:
         holding = self.masks.flatten(1).any(dim=1).nonzero().flatten().tolist()
         reach = round(REACH_MM / self.view.spacing[0])
         near = range(max(holding[0] - reach, 0), min(holding[-1] + reach + 1, len(self.masks)))
-        empty = [number for number in near if number not in holding]
+        empty = [n for n in near if n not in holding and self.shown[n]]
         return sorted({*self.slices, *empty})
+
+    @cached_property
+    def shown(self) -> Tensor:
+        """[n] bool, the slices of which some pixel counts."""
+        if self.ignored is None:
+            return torch.ones(len(self.masks), dtype=torch.bool)
+        return ~self.ignored.flatten(1).all(dim=1)
+
+    def labels(self, numbers: int | Sequence[int]) -> Tensor:
+        """[..., S, S] int8 of some slices: 1 for the organ, ``IGNORE`` for what counts nowhere."""
+        index = numbers if isinstance(numbers, int) else list(numbers)
+        labels = self.masks[index].to(torch.int8)
+        if self.ignored is not None:
+            labels[self.ignored[index]] = IGNORE
+        return labels
 
 
 class AnnotatedEpisodes(EpisodeSource):
@@ -84,7 +102,7 @@ class AnnotatedEpisodes(EpisodeSource):
         cuts = []
         for number in chosen:
             moved = (torch.rand(2, generator=generator) * 2 - 1) * 0.1 * side + side / 2
-            image, label = self._picture(organ, number), organ.masks[number].to(torch.uint8)
+            image, label = self._picture(organ, number), organ.labels(number)
             cuts.append(Cut(image, label, (side, side), tuple(moved.tolist()), zoomed))
         return Draw(cuts, f"{organ.name}, slices {', '.join(map(str, chosen))}")
 

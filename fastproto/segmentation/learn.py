@@ -10,12 +10,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from fastproto.data.geometry import FieldOfView, canonical
 from fastproto.data.intensity import check_intensities, guess_modality
 from fastproto.data.preprocessing import PreparedVolume, Preprocessing
 from fastproto.data.volume import Volume, check_labels
+from fastproto.defaults import IGNORE
 from fastproto.errors import CheckpointError, LabelError, require
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.adapt import AnnotatedOrgan, adapt_model
@@ -38,6 +40,7 @@ def register(
     *,
     labels: dict[int, str] | None = None,
     classes: Sequence[int] | None = None,
+    ignore: int | None = None,
     slices: int | Sequence[int] = 12,
     preprocessing: Preprocessing | None = None,
     prior: str = "deformable",
@@ -59,6 +62,8 @@ def register(
             None names them ``label 3``.
         classes: Label values to register, the mask's other values counting as background. None
             registers all of them.
+        ignore: A label value whose voxels count nowhere, neither as an organ nor as background. For
+            the place of the organs in other scans, the nearest voxel that counts stands for each.
         slices: How many slices of an organ to use, spread evenly over it; or their numbers, counted
             along the canonical axis of the plane.
         preprocessing: Replaces the model's own.
@@ -88,10 +93,13 @@ def register(
         preprocessing = _choose_preprocessing(model, image, force)
     check_intensities(image, preprocessing.modality, force=force)
     prepared = preprocessing.prepare(image)
-    names = _choose_labels(label, labels, classes)
-    annotated = [annotate(prepared, label, value, name, slices) for value, name in names.items()]
+    names = _choose_labels(label, labels, classes, ignore)
+    annotated = [
+        annotate(prepared, label, value, name, slices, ignore) for value, name in names.items()
+    ]
+    whole = without_gaps(label, ignore)
     atlas = Atlas.make(
-        image, label, list(names), preprocessing.modality, prior, plane=preprocessing.plane
+        image, whole, list(names), preprocessing.modality, prior, plane=preprocessing.plane
     )
     organs = _learn(model, annotated)
     task = Task(organs, preprocessing, atlas, fingerprint or model.fingerprint())
@@ -131,8 +139,23 @@ def _choose_preprocessing(model: FewShotModel, image: Volume, force: bool) -> Pr
     return model_preprocessing(model, modality)
 
 
+def without_gaps(label: Volume, ignore: int | None) -> Volume:
+    """A label map in which the nearest voxel with another value stands for each with ``ignore``."""
+    if ignore is None or not (gaps := label.array == ignore).any():
+        return label
+    nearest = distance_transform_edt(
+        gaps, sampling=label.spacing[::-1], return_distances=False, return_indices=True
+    )
+    return replace(label, array=label.array[tuple(nearest)])
+
+
 def annotate(
-    prepared: PreparedVolume, label: Volume, value: int, name: str, slices: int | Sequence[int]
+    prepared: PreparedVolume,
+    label: Volume,
+    value: int,
+    name: str,
+    slices: int | Sequence[int],
+    ignore: int | None = None,
 ) -> AnnotatedOrgan:
     """One organ in a field of view of its own, with the slices to learn from."""
     hits = canonical(label, prepared.preprocessing.plane).array == value
@@ -144,12 +167,19 @@ def annotate(
     side = min(side, max(prepared.view.side, longest))
     row, column = (first + last) / 2
     view = prepared.at(FieldOfView(row, column, side))
-    masks = view.labels(label) == value
+    labels = view.labels(label)
+    masks = labels == value
     found = f"that {name!r} ({value}) vanishes at {prepared.image_size} pixels"
     allowed = "organs larger than a pixel of the network's image"
     fix = "Use a model trained at a larger image size, or leave this label out."
     require(masks.any(), label.name, found=found, allowed=allowed, fix=fix, error=LabelError)
-    return AnnotatedOrgan(value, name, view, masks, choose(masks, name, slices))
+    organ = AnnotatedOrgan(value, name, view, masks, ())
+    if ignore is not None:
+        ignored = labels == ignore
+        seen = canonical(label, prepared.preprocessing.plane).array
+        ignored[(seen == ignore).all(axis=(1, 2))] = True  # beyond the border as well
+        organ = replace(organ, ignored=ignored)
+    return replace(organ, slices=choose(masks, name, slices, organ.shown))
 
 
 def _expected(organs: Sequence[Organ]) -> float:
@@ -168,7 +198,7 @@ def _learn(model: FewShotModel, annotated: Sequence[AnnotatedOrgan]) -> tuple[Or
         if left_out:
             known = _encode(model, organ, kept)
             scores = score_slices(network, known, organ.view, left_out, left_out)
-            bias, expected = _fit_bias(scores, organ.masks[list(left_out)])
+            bias, expected = _fit_bias(scores, organ.labels(left_out))
             learned = replace(learned, bias=bias, expected_dice=expected)
         organs.append(learned)
     return tuple(organs)
@@ -180,16 +210,17 @@ def _encode(model: FewShotModel, organ: AnnotatedOrgan, slices: Sequence[int]) -
     images = organ.view.some_images(slices)[:, None]
     prototypes = model.encode_support(
         images.expand(-1, -1, 3, -1, -1).to(device),
-        organ.masks[list(slices)][:, None].long().to(device),
+        organ.labels(slices)[:, None].long().to(device),
         num_classes=2,
     )
     known = prototypes.trim().to("cpu", torch.float16).to(dtype=torch.float32)  # as in a file
     return Organ(organ.value, organ.name, organ.view.view.side, tuple(slices), known)
 
 
-def _fit_bias(scores: Tensor, masks: Tensor) -> tuple[float, float]:
+def _fit_bias(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     """The shift of the log odds that gives the best Dice, the smallest of equals; and that Dice."""
-    truth = masks.float()
+    counted = labels != IGNORE
+    scores, truth = scores[counted], labels[counted].float()
     best, most = 0.0, -1.0
     for bias in sorted(_BIASES, key=abs):
         found = (scores + bias > 0).float()
@@ -200,10 +231,18 @@ def _fit_bias(scores: Tensor, masks: Tensor) -> tuple[float, float]:
 
 
 def _choose_labels(
-    label: Volume, labels: dict[int, str] | None, classes: Sequence[int] | None
+    label: Volume,
+    labels: dict[int, str] | None,
+    classes: Sequence[int] | None,
+    ignore: int | None,
 ) -> dict[int, str]:
     """Value -> name of the classes to register, checked against what the mask holds."""
-    drawn = check_labels(label, labels if classes is None else None)
+    known = None if classes is not None or labels is None else dict(labels)
+    if known is not None and ignore is not None:
+        known.setdefault(ignore, "ignore")
+    drawn = [value for value in check_labels(label, known) if value != ignore]
+    found, allowed = f"no voxel but those to ignore ({ignore})", "at least one annotated voxel"
+    require(drawn, label.name, found=found, allowed=allowed, error=LabelError)
     wanted = drawn if classes is None else list(dict.fromkeys(classes))
     absent = [str(value) for value in wanted if value not in drawn]
     found = f"no voxel of label {', '.join(absent)}"

@@ -18,11 +18,14 @@ AROUND = 2  # slices beyond either end of an organ that show what it ends in
 LEFT_OUT = 3  # every third of the chosen slices checks what the others taught
 
 
-def choose(masks: Tensor, name: str, wanted: int | Sequence[int]) -> tuple[int, ...]:
+def choose(
+    masks: Tensor, name: str, wanted: int | Sequence[int], shown: Tensor | None = None
+) -> tuple[int, ...]:
     """Numbers of the slices to learn the organ ``name`` from, ascending.
 
     ``masks`` is ``[n, S, S]`` bool, the organ in every slice; it is in some of them. ``wanted`` is
     how many, spread evenly over the organ, to which those beyond its ends come; or their numbers.
+    Slices of which no pixel counts, as ``shown`` [n] says, are passed over.
 
     Raises:
         ArgumentError: Numbers that do not exist, or none of which shows the organ.
@@ -32,9 +35,11 @@ def choose(masks: Tensor, name: str, wanted: int | Sequence[int]) -> tuple[int, 
     if isinstance(wanted, int):
         chosen = spread(occupied, wanted)
         step = max(1, round(len(occupied) / len(chosen)))
+        numbers = np.arange(len(masks)) if shown is None else np.flatnonzero(shown)
+        first, last = np.searchsorted(numbers, occupied[[0, -1]])
         for way in range(step, AROUND * step + 1, step):
-            chosen += [int(occupied[0]) - way, int(occupied[-1]) + way]
-        chosen = [number for number in chosen if 0 <= number < len(masks)]
+            beyond = [first - way, last + way]
+            chosen += [int(numbers[place]) for place in beyond if 0 <= place < len(numbers)]
     else:
         chosen = [int(number) for number in wanted]
         fits = chosen and 0 <= min(chosen) <= max(chosen) < len(masks) and present[chosen].any()

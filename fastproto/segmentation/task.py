@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fastproto.data.label_table import MAX_LABEL
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.errors import CheckpointError, InputError, require
 from fastproto.nn import FewShotUNet, Prototypes
@@ -29,7 +30,6 @@ from fastproto.segmentation.prior import Atlas
 BASE = "base"  # what the package's own model is called
 BASE_FILE = Path(__file__).resolve().parents[1] / "models" / "base.safetensors"
 FORMAT = "fastproto-task-2"
-MAX_LABEL = 2**16 - 1  # as in `read_label`
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Cut:
 
     Attributes:
         image: [h, w] floating point, the whole slice.
-        label: [h, w] integers below 2**24.
+        label: [h, w] integers within 2**24 of 0.
         extent: Height and width of the slice in mm.
         centre: Row and column of the field's centre in mm from the slice's first corner.
         side: Side of the field in mm.

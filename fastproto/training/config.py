@@ -70,7 +70,8 @@ def _list_of(words: str, *types: type, read: Callable[[str], str | int] = str) -
         listed = isinstance(value, Collection) and not isinstance(value, (str, bytes))
         return listed and all(isinstance(x, types) and not isinstance(x, bool) for x in value)
 
-    return Allowed(f"a list of {words}", holds, {"nargs": "+", "type": read}, tuple)
+    argument = {"nargs": "+", "action": "extend", "type": read}
+    return Allowed(f"a list of {words}", holds, argument, tuple)
 
 
 def _class(text: str) -> str | int:  # given by its label value or its name
@@ -103,6 +104,7 @@ _ENCODER = Allowed(
 _TEXT = Allowed("text or a path", lambda x: True, keep=_text)
 _CLASSES = _list_of("class names or label numbers", str, int, read=_class)
 _CASES = _list_of("case ids", str)
+_MODALITY = Allowed("None, ct or mr", lambda x: x in (None, "ct", "mr"), {"choices": ("ct", "mr")})
 Plane = Literal["axial", "coronal", "sagittal"]
 Stride = Literal[8, 16]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -120,6 +122,9 @@ class TrainConfig:
     output: str = field(metadata=vars(Option(
         _TEXT, "--out RUN", argument={"required": True}, free=True,
         help="run folder for model.safetensors, state.safetensors, log.jsonl and config.json")))
+    modality: Literal["ct", "mr"] | None = _option(None, _MODALITY, "--modality", group="data",
+        help="modality of the data sets whose dataset.json does not say (it may name a "
+        "normalisation, such as zscore) and of plain folders")
     holdout: tuple[str | int, ...] = _option((), _CLASSES, "--holdout-classes ORGAN", group="data",
         help="classes (names or label values) never trained as foreground, to be segmented later")
     classes: tuple[str | int, ...] = _option((), _CLASSES, "--classes ORGAN", group="data",

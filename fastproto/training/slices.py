@@ -172,7 +172,7 @@ class SliceStore:
                 fix="Leave the case out, or train without labels.",
                 error=DatasetError,
             )
-            whole.append(_read_case(case, preprocessing, dataset.labels if needed else None))
+            whole.append(_read_case(case, preprocessing, dataset.values if needed else None))
         if find_regions is not None:  # before slices are dropped, so that neighbours are neighbours
             found = find_regions({c.id: (c.images.numpy(), c.spacing) for c in whole})
             whole = [

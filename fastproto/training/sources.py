@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastproto.data.dataset import Case, Dataset, open_dataset
+from fastproto.data.dataset import Case, Dataset, open_datasets
+from fastproto.data.label_table import find_label
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.data.volume import read_volume
-from fastproto.errors import DatasetError, require
+from fastproto.errors import DatasetError, LabelError, require
 from fastproto.training.augment import Augmentation
 from fastproto.training.config import TrainConfig
 from fastproto.training.episodes import (
@@ -69,7 +70,7 @@ def read_training_data(
 
     Raises:
         ArgumentError: Classes both held out and to be trained on, or none left.
-        LabelError: Classes that no data set has.
+        LabelError: Classes that no data set has, or too little of to train on.
         DatasetError: Unknown cases, no case left, or no slices.
         InputError: Files that cannot be used.
     """
@@ -96,6 +97,7 @@ def read_training_data(
     validation: list[EpisodeSource] = []
     slices: dict[str, list[int]] = {}
     trained: dict[str, str] = {}
+    used: set[str] = set()  # names and numbers of the classes that episodes have
     counts = {"supervoxels": 0, "labels": 0}
     for number, part in enumerate(parts):
         dataset = part.dataset
@@ -110,7 +112,7 @@ def read_training_data(
             labels=on_labels,
             find_regions=find_regions if on_regions else None,
             holding=None if on_regions else part.classes,
-            without=part.excluded if config.drop_excluded_slices else [],
+            without=_never_seen(part) if config.drop_excluded_slices else [],
         )
         slices |= {f"{number}/{case.id}": case.numbers for case in store.cases}
         label_episodes = partial(
@@ -118,6 +120,7 @@ def read_training_data(
             classes=part.classes,
             excluded=part.excluded,
             names=dataset.labels,
+            ignore=dataset.ignore,
             min_pixels=config.min_pixels,
             **options,
         )
@@ -139,6 +142,7 @@ def read_training_data(
             labels = label_episodes(store=store, seed=config.seed, augmentation=augmentation)
             own.append(labels)
             trained |= {str(number): dataset.labels[number] for number in labels.classes}
+            used |= _called(dataset, labels.classes)
             counts["labels"] += len(store.cases)
         sources.append(_mixed(own, [1 - share, share]))
         if config.validation_episodes > 0 and part.classes:
@@ -148,8 +152,11 @@ def read_training_data(
             else:
                 known = store if on_labels else None
             if known is not None:
-                validation.append(label_episodes(store=known, seed=_VALIDATION_SEED))
+                labels = label_episodes(store=known, seed=_VALIDATION_SEED)
+                validation.append(labels)
+                used |= _called(dataset, labels.classes) if share == 0 else set()
 
+    _check_used(config, used)
     names = ", ".join(trained.values())
     by_labels = f" and, in {counts['labels']}, from the labels of {names}" if trained else ""
     return TrainingData(
@@ -173,7 +180,7 @@ def read_training_data(
 
 def _parts(config: TrainConfig) -> list[_Part]:
     """The data sets with their cases and classes, every name of the configuration used."""
-    datasets = [open_dataset(path) for path in config.data]
+    datasets = open_datasets(config.data, config.modality)
     parts = []
     for dataset in datasets:
         excluded = _known_labels(dataset, config.holdout)
@@ -209,8 +216,34 @@ def _parts(config: TrainConfig) -> list[_Part]:
 
 def _known_labels(dataset: Dataset, labels: Sequence[str | int]) -> list[int]:
     """Numbers of those labels, names or numbers, that the data set has."""
-    known = {*dataset.labels.values(), *map(str, dataset.labels)}
-    return dataset.label_ids([label for label in labels if str(label) in known])
+    found = (find_label(label, dataset.labels) for label in labels)
+    return [label for label in found if label is not None]
+
+
+def _never_seen(part: _Part) -> list[int]:
+    """Labels of slices to drop: the classes held out, and what is ignored, which may be one."""
+    ignore = part.dataset.ignore
+    return [*part.excluded, ignore] if part.excluded and ignore is not None else part.excluded
+
+
+def _called(dataset: Dataset, labels: Sequence[int]) -> set[str]:
+    """What labels may be called: their numbers and names, without regard to case."""
+    return {*map(str, labels), *(dataset.labels[label].casefold() for label in labels)}
+
+
+def _check_used(config: TrainConfig, used: Collection[str]) -> None:
+    """Refuse classes asked for that no episode has."""
+    unused = [label for label in map(str, config.classes) if label.casefold() not in used]
+    require(
+        not unused,
+        "classes",
+        found=f"{', '.join(unused)}, of which no training episode can be made",
+        allowed=f"classes that cover {config.min_pixels} pixels (min_pixels) in slices enough: in "
+        f"two patients, or in {config.shots + 1} slices of one; every case needs a label map, and "
+        "label_fraction is above 0",
+        fix="Leave them out, lower min_pixels, or choose other cases.",
+        error=LabelError,
+    )
 
 
 def _labelled(cases: Sequence[Case]) -> bool:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fastproto._files import write_text
 from fastproto._memory import return_large_buffers
+from fastproto.defaults import IGNORE
 from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError, require
 from fastproto.losses import PARTS, EpisodeLoss
 from fastproto.nn import FewShotUNet
@@ -143,9 +144,9 @@ def episode_dice(logits: Tensor, target: Tensor) -> float:
 
     Args:
         logits: [E, Q, K, H, W].
-        target: [E, Q, H, W] integers 0..K-1.
+        target: [E, Q, H, W] integers 0..K-1; what is ``IGNORE`` does not count.
     """
-    prediction = logits.argmax(dim=2)
+    prediction = logits.argmax(dim=2).masked_fill(target == IGNORE, IGNORE)
     scores = []
     for label in range(1, logits.shape[2]):
         mine, truth = prediction == label, target == label

@@ -133,6 +133,8 @@ def test_names_come_from_a_table_or_the_data_set_and_classes_choose(
     assert naming(label, "--classes", "Spine", "1") == (known, [5, 1])
     assert naming(bare, "--classes", "5") == (None, [5])
     assert naming(label, "--labels", "liver=1", "spine=5") == ({1: "liver", 5: "spine"}, [1, 5])
+    (tmp_path / "dataset.json").write_text((phantom / "dataset.json").read_text())
+    assert naming(bare) == (known, None)  # beside the very file
     few = tmp_path / "labels" / "mask.nii.gz"  # in a data set that names the liver alone
     (tmp_path / "dataset.json").write_text('{"labels": {"1": "liver"}}')
     few.parent.mkdir()
@@ -145,7 +147,10 @@ def test_names_come_from_a_table_or_the_data_set_and_classes_choose(
     ("options", "message"),
     [
         (["--classes", "spine"], "names that --labels or a dataset.json explains"),
-        (["--labels", "liver=1", "--classes", "1", "heart"], "found heart; allowed: liver (1)"),
+        (
+            ["--labels", "liver=1", "--classes", "1", "heart"],
+            "found no label 'heart'; allowed: 1 liver",
+        ),
         (["--labels", "heart=99"], "no voxel of label 99"),
         (["--labels", "organs.json"], "unknown label"),
     ],
@@ -158,4 +163,4 @@ def test_organs_that_cannot_be_learned(program, tmp_path, monkeypatch, capsys, o
     assert message in capsys.readouterr().err
     assert not Path("organs.task").exists()
     assert program.learn("organs.task", *QUICK, "--classes", "", label="mask.nii.gz") == 2
-    assert "an empty name" in capsys.readouterr().err
+    assert "--classes: found ''" in capsys.readouterr().err

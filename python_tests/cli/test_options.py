@@ -7,19 +7,19 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from fastproto.cli import _parser
 from fastproto.cli.options import (
     add_runtime_options,
-    labels_beside,
     progress_bar,
     read_labels,
     runtime,
     steps,
 )
+from fastproto.data.label_table import LabelTable
 from fastproto.errors import ArgumentError, LabelError
 
 
@@ -34,12 +34,13 @@ from fastproto.errors import ArgumentError, LabelError
 def test_label_table_from_json(tmp_path, content):
     path = tmp_path / "organs.json"
     path.write_text(json.dumps(content))
-    assert read_labels([str(path)]) == {1: "liver", 7: "left kidney"}
+    assert read_labels([str(path)]) == LabelTable({1: "liver", 7: "left kidney"})
 
 
 def test_label_table_from_pairs():
-    assert read_labels(["liver=1", "left kidney=7"]) == {1: "liver", 7: "left kidney"}
-    assert read_labels(["a=b=3"]) == {3: "a=b"}
+    table = LabelTable({1: "liver", 7: "left kidney"})
+    assert read_labels(["liver=1", "left kidney=7"]) == table
+    assert read_labels(["a=b=3", "ignore=4"]) == LabelTable({3: "a=b"}, ignore=4)
 
 
 @pytest.mark.parametrize(
@@ -47,13 +48,15 @@ def test_label_table_from_pairs():
     [
         (["liver=one"], "value 'one'"),
         (["liver=-1"], "value '-1'"),
-        (["liver=1", "spleen=1"], "'1' for 'spleen'"),
+        (["liver=1", "spleen=1"], "value 1 for 'spleen'"),
+        (["liver=1", "liver=2"], "value 2 for 'liver'"),
+        (["liver=1", "ignore=1"], "value 1 for 'ignore'"),
         (["background=0"], "no label"),
         (["liver=1", "organs.json"], "organs.json"),
-        (["absent.json"], "no readable JSON"),
-        ("[1, 2]", r"organs\.json: found list"),
+        (["absent.json"], r"absent\.json: found no such file"),
+        ("[1, 2]", r"organs\.json: found JSON, but a list"),
         ("{", r"organs\.json: found no readable JSON"),
-        ('{"1": "liver", "liver": 1}', r"organs\.json: found value '1'"),
+        ('{"1": "liver", "liver": 1}', r"organs\.json: found value 1 for 'liver'"),
         ("{}", r"organs\.json: found no label"),
     ],
 )
@@ -66,20 +69,57 @@ def test_unusable_label_tables(tmp_path, items, found):
         read_labels(items)
 
 
-@pytest.mark.parametrize("folder", ["labels", "labelsTr"])
-def test_labels_of_the_data_set_that_a_label_map_is_in(tmp_path, folder, monkeypatch):
-    label = tmp_path / "set" / folder / "case.nii.gz"
-    label.parent.mkdir(parents=True)
-    assert labels_beside(label) is None
-    table = tmp_path / "set" / "dataset.json"
-    table.write_text('{"modality": "CT", "labels": {"background": 0, "liver": 1}}')
-    assert labels_beside(label) == {1: "liver"}
-    monkeypatch.chdir(label.parent)
-    assert labels_beside(Path("case.nii.gz")) == {1: "liver"}
-    assert labels_beside(tmp_path / "set" / "masks" / "case.nii.gz") is None
-    table.write_text("{")
-    with pytest.raises(LabelError, match=r"dataset\.json"):
-        labels_beside(label)
+COMMANDS = next(
+    action.choices
+    for action in _parser()._actions
+    if isinstance(action, argparse._SubParsersAction)
+)
+LISTS = [
+    (command, action)
+    for command, parser in COMMANDS.items()
+    for action in parser._actions
+    if action.nargs in ("+", "*") or (isinstance(action.nargs, int) and action.nargs > 1)
+]
+
+
+def test_options_of_several_values_are_known():
+    """Else the test below would look at nothing."""
+    known = {(command, action.option_strings[0]) for command, action in LISTS}
+    assert known >= {
+        ("train", "--data"), ("train", "--holdout-classes"), ("train", "--set"),
+        ("learn", "--labels"), ("segment", "--classes"), ("segment", "--example"),
+        ("evaluate", "--labels"), ("crossval", "--methods"), ("crossval", "--set"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "action"), [pytest.param(*each, id=f"{each[0]} {each[1].dest}") for each in LISTS]
+)
+def test_values_of_a_repeated_option_add_up(command, action):
+    for _ in range(2):  # the second time, nothing is left of the first
+        namespace = argparse.Namespace()
+        if action.default is not argparse.SUPPRESS:
+            setattr(namespace, action.dest, action.default)
+        for values in (["a", "b"], ["c", "d"]):
+            action(COMMANDS[command], namespace, values, action.option_strings[0])
+        pairs = isinstance(action.nargs, int)
+        several = [["a", "b"], ["c", "d"]] if pairs else ["a", "b", "c", "d"]
+        assert getattr(namespace, action.dest) == several  # and no default before them
+
+
+def test_repeated_options_on_the_command_line():
+    words = ["train", "--data", "a", "b", "--data", "c", "--out", "run"]
+    words += ["--holdout-classes", "spleen", "--holdout-classes", "liver", "7"]
+    words += ["--set", "steps=1", "--set", "ce=2", "cycle=3"]
+    args = _parser().parse_args(words)
+    assert args.data == ["a", "b", "c"]
+    assert args.holdout == ["spleen", "liver", 7]
+    assert args.settings == ["steps=1", "ce=2", "cycle=3"]
+    words = ["crossval", "--data", "a", "--out", "b", "--groups", "liver", "--groups", "x,y", "z"]
+    args = _parser().parse_args([*words, "--methods", "registration", "--methods", "adapted"])
+    assert args.groups == [("liver",), ("x", "y"), ("z",)]
+    assert args.methods == ["registration", "adapted"]
+    assert _parser().parse_args(["train", "--out", "run"]).settings == []
 
 
 def test_a_bar_on_a_terminal_shows_the_loss(monkeypatch, capsys):

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fastproto.data import Volume, open_dataset, write_volume
-from fastproto.errors import DatasetError, LabelError
+from fastproto.data import Volume, open_dataset, read_volume, write_volume
+from fastproto.data.dataset import labels_of, open_datasets
+from fastproto.data.label_table import LabelTable
+from fastproto.errors import ArgumentError, DatasetError, FastprotoWarning, LabelError
 
 PLAIN = {
     "name": "abdomen",
@@ -101,8 +104,10 @@ class TestPlainLayout:
         *(("modality", modality, "CT") for modality in [None, "PET", 3, ["CT"]]),
         *(("labels", labels, "labels") for labels in [
             ["liver"], {"1": ""}, {"1": None}, {"one": "liver"}, {"-1": "liver"}, {"1.5": "liver"},
-            {"70000": "liver"}, {"1": "liver", "2": "liver"}, {"liver": [1, 2]}, {"liver": True},
-            {"liver": 1, "spleen": 1},
+            {"70000": "liver"}, {"1": "liver", "2": "liver"}, {"liver": True},
+            {"liver": 1, "spleen": 1}, {"liver": []}, {"liver": [1, 2.5]}, {"liver": [[1]]},
+            {"ignore": 0}, {"liver": 1, "ignore": [2]}, {"liver": 1, "ignore": 1},
+            {"ignore": 2, "Ignore": 3},
         ]),
         *(("cases", cases, "cases") for cases in ["a.1", [1], [""], {"a": 1}]),
         ("cases", ["a.1", "b", "zz"], "'zz'"), ("cases", ["b", "a.1", "b"], "'b' twice"),
@@ -161,9 +166,14 @@ class TestNnunetLayout:
         *(("channel_names", channels, "dataset.json") for channels in [
             None, "CT", {}, {"0": "T1", "1": "T2"}, {"0": "noNorm"}, {"0": "PET"},
         ]),
-        ("numTraining", 3, "numTraining = 3 and 2 images"),
         *(("training", training, "dataset.json") for training in [
             "all", [1], [{"label": "x"}], [{"image": "imagesTr/none.nii.gz"}],
+            [{"image": "imagesTr/y.nii.gz", "label": 1}],
+            [{"image": "imagesTr/y.nii.gz", "label": "labelsTr/y.nii.gz"}],
+        ]),
+        *(("dataset", listed, "dataset.json") for listed in [
+            ["y"], {"y": {}}, {"y": {"images": ["imagesTr/y_0000.nii.gz", "imagesTr/x.nii.gz"]}},
+            {"y": {"images": ["imagesTr/none.nii.gz"]}}, {"y": {"images": "imagesTr/y_0000.nii"}},
         ]),
     ])  # fmt: skip
     def test_unusable_fields(self, nnunet: Path, field: str, value: Any, words: str):
@@ -173,6 +183,187 @@ class TestNnunetLayout:
     def test_image_of_another_name_or_channel(self, nnunet: Path, name: str):
         (nnunet / "imagesTr" / name).write_bytes(b"")
         refused(nnunet, name, "_0000")
+
+    @pytest.mark.parametrize("name", ["zscore", "noNorm", "Axial T2", "PET", 3])
+    def test_channels_that_say_no_modality(self, nnunet: Path, name: Any):
+        root = changed(nnunet, channel_names={"0": name})
+        refused(root, "channel_names", json.dumps(name), "--modality ct", "--modality mr")
+        for modality in ("ct", "mr"):
+            assert open_dataset(root, modality=modality).modality == modality
+            assert open_datasets([root, root], modality)[1].modality == modality
+        several = changed(nnunet, channel_names={"0": "zscore", "1": "zscore"})
+        refused(several, "one channel")
+        with pytest.raises(DatasetError, match="one channel"):
+            open_dataset(several, modality="mr")
+
+
+class TestWhatIsClear:
+    """Slightly wrong descriptions with one meaning are read, and said to be mended."""
+
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+    def test_encodings(self, nnunet: Path, encoding: str):
+        file = nnunet / "dataset.json"
+        file.write_bytes(json.dumps({**NNUNET, "labels": {"Leber (größte)": 1}},
+                                    ensure_ascii=False).encode(encoding))  # fmt: skip
+        assert open_dataset(nnunet).labels == {1: "Leber (größte)"}
+
+    def test_number_of_cases(self, nnunet: Path):
+        for number in (1, 3, "2"):
+            with pytest.warns(FastprotoWarning, match=f"numTraining = {number}, .* 2 images"):
+                dataset = open_dataset(changed(nnunet, numTraining=number))
+            assert [case.id for case in dataset.cases] == ["x_1", "y"]
+
+    def test_suffixes_in_capitals(self, tmp_path: Path):
+        """They name the same case, and are read."""
+        array = np.arange(512, dtype=np.int16).reshape(8, 8, 8)
+        files = ("imagesTr/a_0000.NII.GZ", "labelsTr/a.Nii.gz")
+        root = make(tmp_path / "set", {**NNUNET, "numTraining": 1}, *files)
+        for file in files:
+            write_volume(tmp_path / "volume.nii.gz", array, like=Volume(array))
+            (tmp_path / "volume.nii.gz").rename(root / file)
+        (case,) = open_dataset(root).cases
+        assert (case.id, case.label) == ("a", root / files[1])
+        assert np.array_equal(read_volume(case.image).array, array)
+        plain = make(tmp_path / "plain", {**PLAIN, "cases": ["b"]}, "images/b.NRRD", "labels/b.MHA")
+        (case,) = open_dataset(plain).cases
+        assert (case.image.name, case.label.name) == ("b.NRRD", "b.MHA")
+        (plain / "images" / "b.nrrd").write_bytes(b"")
+        refused(plain, "several files", "b.NRRD", "b.nrrd")
+
+    @pytest.mark.parametrize(("image", "label", "silent"), [
+        ("./imagesTr/a.nii.gz", "./labelsTr/a.nii.gz", True),  # nnU-Net's older documentation
+        ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", True),
+        (".\\imagesTr\\a_0000.nii.gz", ".\\labelsTr\\a.nii.gz", False),
+        ("imagesTr\\a.nii.gz", None, False),
+        ("./imagesTr/a.nrrd", "./labelsTr/a.nii", False),
+    ])  # fmt: skip
+    def test_paths_of_a_list(self, tmp_path: Path, image: str, label: str | None, silent: bool):
+        files = ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+        entry = {"image": image, "label": label}
+        fields = {**DECATHLON, "training": [entry]}
+        root = make(tmp_path / "set", fields, *(files if label else files[:1]))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            (case,) = open_dataset(root).cases
+        assert case.id == "a"
+        assert case.image.samefile(root / files[0])
+        assert case.label is None if label is None else case.label.samefile(root / files[1])
+        assert len(seen) == (0 if silent else 1)
+        if seen:
+            assert seen[0].category is FastprotoWarning
+            paths = 1 if label is None else 2
+            assert f"dataset.json: paths that lead to no file as written ({paths})" in str(
+                seen[0].message
+            )
+            assert repr(image) in str(seen[0].message)
+
+    def test_cases_by_name(self, tmp_path: Path):
+        """nnU-Net's field for files that lie anywhere; those that it leaves out are left out."""
+        files = ("there/one.nii.gz", "there/two.nii.gz", "there/mask.nii.gz", "labelsTr/c.nii.gz")
+        fields = {
+            "channel_names": {"0": "CT"},
+            "labels": {"liver": 1},
+            "dataset": {
+                "b": {"images": ["there/one.nii.gz"], "label": "there\\mask.nii.gz"},
+                "a": {"images": [str(tmp_path / "set" / "there" / "two.nii.gz")]},
+            },
+        }
+        with pytest.warns(FastprotoWarning, match=r"no file as written \(1\)"):
+            dataset = open_dataset(make(tmp_path / "set", fields, *files))
+        assert [case.id for case in dataset.cases] == ["b", "a"]
+        images = [case.image.name for case in dataset.cases]
+        assert images == ["one.nii.gz", "two.nii.gz"]
+        assert dataset.cases[0].label.samefile(tmp_path / "set" / "there" / "mask.nii.gz")
+        assert dataset.cases[1].label is None
+
+    def test_what_is_right_is_read_without_a_word(self, plain: Path, nnunet: Path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for root in (plain, nnunet):
+                open_dataset(root)
+
+
+class TestLabels:
+    @pytest.mark.parametrize(("labels", "names"), [
+        ({"background": 0, "both": [1, 2], "organ": 1, "other": 2, "third": 3},
+         {1: "organ", 2: "other", 3: "third"}),
+        ({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": [3]},
+         {1: "label 1", 2: "label 2", 3: "active"}),
+        ({"background": [0], "whole": [0, "1", 2], "1": "core"}, {1: "core", 2: "label 2"}),
+    ])  # fmt: skip
+    def test_regions_are_read_as_their_parts(self, nnunet: Path, labels: dict, names: dict):
+        with pytest.warns(FastprotoWarning, match="dataset.json: labels: regions") as caught:
+            dataset = open_dataset(changed(nnunet, labels=labels))
+        assert dataset.labels == names
+        assert dataset.ignore is None
+        (warning,) = caught
+        for value, name in names.items():
+            assert f"{value} {name}" in str(warning.message)
+
+    def test_regions_of_one_value_are_labels(self, nnunet: Path, recwarn):
+        assert open_dataset(changed(nnunet, labels={"a": [1], "b": [2]})).labels == {1: "a", 2: "b"}
+        assert not recwarn
+
+    @pytest.mark.parametrize("labels", [
+        {"background": 0, "organ": 1, "other": 2, "ignore": 3},
+        {"0": "background", "1": "organ", "2": "other", "3": "Ignore"},
+        {"background": 0, "ignore": 3, "organ": 1, "other": [2], "all": [1, 2, 3]},
+    ])  # fmt: skip
+    @pytest.mark.filterwarnings("ignore::fastproto.errors.FastprotoWarning")
+    def test_what_is_ignored_is_no_label(self, nnunet: Path, labels: dict):
+        dataset = open_dataset(changed(nnunet, labels=labels))
+        assert (dataset.labels, dataset.ignore) == ({1: "organ", 2: "other"}, 3)
+        assert dataset.values == {1: "organ", 2: "other", 3: "ignore"}
+        for label in ("ignore", 3):
+            with pytest.raises(LabelError, match="allowed: 1 organ, 2 other"):
+                dataset.label_ids([label])
+
+    def test_names_are_found_in_any_case(self, nnunet: Path):
+        labels = {"Liver": 1, "liver": 2, "Left Kidney": 6, "1": 7}
+        dataset = open_dataset(changed(nnunet, labels=labels))
+        assert dataset.label_ids(["left kidney", "Liver", "liver", "1", 7, "6"]) == [
+            6,
+            1,
+            2,
+            1,
+            7,
+            6,
+        ]
+        with pytest.raises(LabelError, match="no label 'LIVER'"):  # which of the two?
+            dataset.label_ids(["LIVER"])
+
+
+class TestLabelsOfALabelMap:
+    """The table that belongs to a label map, wherever the data set keeps it."""
+
+    @pytest.mark.parametrize("folder", ["", "labels", "labelsTr", "labelsTs"])
+    def test_beside_it_or_its_folder(self, tmp_path: Path, folder: str, monkeypatch):
+        label = tmp_path / "set" / folder / "case.nii.gz"
+        label.parent.mkdir(parents=True)
+        assert labels_of(label) is None
+        table = tmp_path / "set" / "dataset.json"
+        table.write_text('{"labels": {"background": 0, "liver": 1, "ignore": 2}}')
+        assert labels_of(label) == LabelTable({1: "liver"}, 2)
+        monkeypatch.chdir(label.parent)
+        assert labels_of(Path("case.nii.gz")) == LabelTable({1: "liver"}, 2)
+        table.write_text('{"modality": "CT"}')  # it may name none
+        assert labels_of(label) is None
+        table.write_text("{")
+        with pytest.raises(DatasetError, match=r"dataset\.json"):
+            labels_of(label)
+
+    @pytest.mark.parametrize("fields", [
+        {"training": [{"image": "./a.nii.gz", "label": ".\\masks\\a.nii.gz"}]},
+        {"dataset": {"a": {"images": ["a.nii.gz"], "label": "masks/a.nii.gz"}}},
+    ])  # fmt: skip
+    def test_in_a_folder_that_is_listed(self, tmp_path: Path, fields: dict):
+        table = tmp_path / "dataset.json"
+        for name in ("a", "b"):
+            label = tmp_path / "masks" / f"{name}.nii.gz"
+            table.write_text(json.dumps({"labels": {"1": "liver"}, **fields}))
+            assert labels_of(label) == (LabelTable({1: "liver"}) if name == "a" else None)
+        table.write_text("of another program")
+        assert labels_of(label) is None
 
 
 class TestPlainFolder:
@@ -195,6 +386,8 @@ class TestPlainFolder:
         assert (dataset.name, dataset.modality, dataset.labels) == ("scans", modality, {})
         assert [case.id for case in dataset.cases] == ["a.1", "b"]
         assert all(case.label is None for case in dataset.cases)
+        other = "mr" if modality == "ct" else "ct"
+        assert open_dataset(folder, modality=other).modality == other
 
     def test_scans_of_one_name(self, tmp_path: Path):
         self.write(tmp_path, "a", 0.0)
@@ -207,6 +400,18 @@ class TestPlainFolder:
         (plain / "dataset.json").unlink()
         for folder in (tmp_path / "empty", plain):
             refused(folder, "dataset.json", "no such file")
+
+
+def test_a_modality_is_for_data_sets_that_do_not_say(plain: Path, nnunet: Path):
+    bare = changed(nnunet, channel_names={"0": "zscore"})
+    assert [set_.modality for set_ in open_datasets([plain, bare], "mr")] == ["ct", "mr"]
+    assert [set_.modality for set_ in open_datasets([plain], "ct")] == ["ct"]
+    with pytest.raises(ArgumentError, match="modality: found mr; allowed: ct, as the data says"):
+        open_datasets([plain], "mr")
+    with pytest.raises(ArgumentError, match="modality: found 'pet'"):
+        open_datasets([plain], "pet")
+    assert open_dataset(changed(plain, modality=None), modality="mr").modality == "mr"
+    refused(plain, "no field 'modality'", "--modality")
 
 
 def test_cases_and_labels_are_selected_in_the_given_order(plain: Path):

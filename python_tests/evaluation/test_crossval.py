@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from fastproto.cli import main
-from fastproto.errors import ArgumentError, CheckpointError, DatasetError, LabelError
+from fastproto.data import read_label, write_volume
+from fastproto.errors import (
+    ArgumentError,
+    CheckpointError,
+    DatasetError,
+    FastprotoWarning,
+    LabelError,
+)
 from fastproto.evaluation import crossval as runner
 from fastproto.evaluation.crossval import CrossValidation, crossval
 from fastproto.evaluation.report import summarise, summary_text
@@ -92,6 +99,42 @@ def test_an_organ_that_a_scan_lacks(run, tmp_path):
     assert (kidney["organ"], kidney["n"]) == ("left kidney", 1)
     with pytest.raises(LabelError, match="none of the organs"):
         run(tmp_path / "2", test_cases=("d", "e"), classes=("left kidney",))
+
+
+def test_what_is_ignored_does_not_count(run, patients, tmp_path):
+    """Where the truth is unsure of the left kidney, what is found there is not wrong."""
+    fields = json.loads((patients / "dataset.json").read_text())
+    fields["labels"] = {"liver": 1, "right kidney": 2, "ignore": 3, "left kidney": 4}
+    (patients / "dataset.json").write_text(json.dumps(fields))
+    for case in "ab":
+        label = read_label(patients / "labels" / f"{case}.nii.gz")
+        label.array[:, :, 24:] = np.where(label.array[:, :, 24:] == 2, 3, label.array[:, :, 24:])
+        label.array[0, 0, 0] = 4
+        label.array[3, :8][label.array[3, :8] == 1] = 3  # a part of the liver
+        write_volume(label.path, label.array, like=label)
+    summary = run(test_cases=("a", "b"), classes=("Liver",))
+    liver = summary["results"][0]["organs"][0]
+    assert (liver["organ"], liver["dice"]["mean"]) == ("liver", 1)
+    with pytest.raises(LabelError, match="no label 'ignore'"):
+        run(tmp_path / "2", test_cases=("a", "b"), classes=("ignore",))
+
+
+def test_an_organ_asked_for_that_an_annotated_scan_lacks_is_named(run, tmp_path, recwarn):
+    run(test_cases=("d", "e"))
+    assert not [each for each in recwarn if each.category is FastprotoWarning]  # nobody asked
+    with pytest.warns(FastprotoWarning, match=r"e\.nii\.gz: it does not show left kidney;"):
+        run(tmp_path / "2", test_cases=("d", "e"), classes=("liver", "left kidney"))
+
+
+def test_a_modality_that_the_description_does_not_tell(run, patients, tmp_path, trainings):
+    fields = json.loads((patients / "dataset.json").read_text())
+    (patients / "dataset.json").write_text(json.dumps({**fields, "modality": "zscore"}))
+    with pytest.raises(DatasetError, match="--modality ct"):
+        run()
+    run(tmp_path / "out", methods=("fastproto",), model=None, modality="ct")
+    assert {config.modality for config in trainings} == {"ct"}
+    with pytest.raises(CheckpointError, match="modality"):
+        run(tmp_path / "out", methods=("fastproto",), model=None, modality="mr")
 
 
 def test_what_is_finished_is_not_computed_again(run, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fastproto import errors
+from fastproto.cli import main
 from fastproto.data.phantom import ORGANS, make_patient, write_phantom
 from fastproto.data.volume import Volume, write_volume
 from fastproto.evaluation import evaluate_case, evaluate_folder
@@ -74,6 +75,53 @@ def test_z_margin_counts_the_slices_of_the_organ_in_the_truth(margin, first, las
     assert row["prediction_ml"] == pytest.approx(a.sum() * 6 / 1000)
     for metric in METRICS:
         assert row[metric.name] == pytest.approx(metric(a, b, SPACING[::-1]))
+
+
+def test_voxels_to_ignore_do_not_count():
+    """As if the prediction ended where they begin."""
+    prediction, truth = pair()
+    ignored = np.zeros(truth.array.shape, bool)
+    ignored[5:, :, 6:] = True
+    ignored[1:2, 15:18, 2:4] = True  # all of the spurious kidney
+    marked = volume(np.where(ignored, 9, truth.array))
+    rows = evaluate_case(prediction, marked, NAMES, nsd_tolerance=1.0, ignore=9)
+    cut = volume(np.where(ignored, 0, prediction.array))
+    assert str(rows) == str(evaluate_case(cut, marked, NAMES, nsd_tolerance=1.0))
+    liver = by_organ(rows)["liver"]
+    a, b = ((each.array == 1) & ~ignored for each in (prediction, truth))
+    assert liver["dice"] == dice(a, b) != dice(prediction.array == 1, truth.array == 1)
+    assert liver["truth_ml"] == pytest.approx(b.sum() * 6 / 1000)
+    assert liver["prediction_ml"] == pytest.approx(a.sum() * 6 / 1000)
+    assert by_organ(rows)["kidney"]["status"] == "absent"
+    with pytest.raises(errors.ArgumentError, match="label 1 among those to measure"):
+        evaluate_case(prediction, marked, NAMES, ignore=1)
+
+
+def test_a_data_set_says_what_to_ignore(tmp_path, capsys):
+    """nnU-Net's: what is predicted there is not held against the prediction."""
+    prediction, truth = pair()
+    marked = np.where(prediction.array == truth.array, truth.array, 4)
+    root = tmp_path / "set"
+    write_volume(root / "imagesTr" / "a_0000.nii.gz", truth.array, like=truth)
+    write_volume(root / "labelsTr" / "a.nii.gz", marked, like=truth)
+    write_volume(tmp_path / "predicted" / "a.nii.gz", prediction.array, like=truth)
+    labels = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3, "ignore": 4}
+    fields = {"channel_names": {"0": "noNorm"}, "labels": labels}  # no modality is needed here
+    (root / "dataset.json").write_text(json.dumps(fields))
+    for place in (root, root / "labelsTr", root / "labelsTr" / "a.nii.gz"):
+        source = tmp_path / "predicted"
+        rows = by_organ(evaluate_folder(source, place).rows)
+        assert rows.keys() == {"liver", "spleen", "kidney"}
+        assert rows["liver"]["dice"] == 1
+        assert [rows[organ]["status"] for organ in ("spleen", "kidney")] == ["absent", "absent"]
+    chosen = evaluate_folder(source, root, labels={1: "liver", 4: "rest"})  # who asks for it has it
+    assert by_organ(chosen.rows)["rest"]["status"] == "missed"
+    arguments = ["evaluate", "--prediction", str(source), "--truth", str(root / "labelsTr")]
+    (root / "dataset.json").rename(tmp_path / "names.json")
+    for labels in (["liver=1", "ignore=4"], [str(tmp_path / "names.json")]):
+        assert main([*arguments, "--labels", *labels]) == 0
+        liver = next(row for row in capsys.readouterr().out.splitlines() if row[:5] == "liver")
+        assert "1.000" in liver
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAI", "PSR", "SAL"])

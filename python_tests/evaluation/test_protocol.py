@@ -118,6 +118,22 @@ def test_dice_is_that_of_all_voxels_together_and_a_margin_counts_slices_beyond()
     assert found == pytest.approx(2 * (4 + 6) / (12 + 20))
 
 
+def test_voxels_to_ignore_do_not_count():
+    """Without the first row of every slice 2 of 4 voxels are left, of the recorder's 6 one is."""
+    plain = episodic_dice(organ(7), SEVEN, Recorder(), chunks=3)
+    none = np.zeros_like(SEVEN)
+    assert episodic_dice(organ(7), SEVEN, Recorder(), chunks=3, ignored=none) == plain
+    row = none.copy()
+    row[:, 1:] = True
+    truth = SEVEN & ~row
+    found = episodic_dice(organ(7), truth, Recorder(), chunks=3, ignored=row)
+    recorded = Recorder()(7, [0])[0]
+    kept = recorded & ~row[0]
+    both = np.count_nonzero(kept & truth[2])
+    assert 0 < np.count_nonzero(kept) < np.count_nonzero(recorded)
+    assert found == pytest.approx(2 * both / (np.count_nonzero(kept) + 2))
+
+
 def test_an_organ_that_the_query_does_not_show_has_no_dice():
     segment = Recorder()
     assert math.isnan(episodic_dice(organ(7), organ(), segment, chunks=3))

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from fastproto.data.geometry import canonical
 from fastproto.data.phantom import write_phantom
-from fastproto.errors import InputError
+from fastproto.data.volume import read_label, write_volume
+from fastproto.defaults import IGNORE
+from fastproto.errors import InputError, LabelError
 from fastproto.training import TrainConfig
 from fastproto.training.episodes import EpisodeSource, episode_generator
 from fastproto.training.sources import read_training_data
@@ -110,6 +115,76 @@ def test_validation_is_the_same_for_every_seed(configure: Configure, tmp_path: P
     assert torch.equal(first.query_images, second.query_images)
     assert "ct_002" in first.description
     assert "ct_000" not in first.description
+
+
+@pytest.fixture
+def relabelled(phantom: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a copy of the data set in which a dot is drawn, in some slices of some cases."""
+
+    def make(labels: dict[str, int], pixels: int = 1, value: int = 50) -> Path:
+        folder = tmp_path / "data"
+        shutil.copytree(phantom, folder)
+        description = json.loads((folder / "dataset.json").read_text())
+        (folder / "dataset.json").write_text(json.dumps({**description, "labels": labels}))
+        for path in (folder / "labels").iterdir():
+            label = read_label(path)
+            label.array[(label.array > 0) & ~np.isin(label.array, list(labels.values()))] = 0
+            label.array[4:9, 30 : 30 + pixels, 30 : 30 + pixels] = value
+            write_volume(path, label.array, like=label)
+        return folder
+
+    return make
+
+
+def test_classes_asked_for_that_no_episode_can_have_are_named(
+    configure: Configure, relabelled: Callable[..., Path], tmp_path: Path
+):
+    data = str(relabelled({"liver": 1, "Dot": 50, "nowhere": 51}))
+    shared = {"data": data, "holdout": ()}
+    read = read_training_data(configure(tmp_path / "run", **shared))
+    assert read.extra["classes"] == {"1": "liver"}  # all that there are, nobody asked for more
+    read = read_training_data(configure(tmp_path / "run", classes=("LIVER",), **shared))
+    assert read.extra["classes"] == {"1": "liver"}
+    for unused in ("dot", 50, "nowhere"):
+        config = configure(tmp_path / "run", classes=("liver", unused), **shared)
+        with pytest.raises(LabelError, match=rf"classes: found {unused}, .* 5 pixels"):
+            read_training_data(config)
+    config = configure(tmp_path / "run", classes=("liver", "dot"), min_pixels=1, **shared)
+    assert read_training_data(config).extra["classes"] == {"1": "liver", "50": "Dot"}
+    (tmp_path / "data" / "labels" / "ct_001.nii.gz").unlink()  # so nothing is learned from labels
+    with pytest.raises(LabelError, match=r"classes: found liver, .* every case needs a label map"):
+        read_training_data(configure(tmp_path / "run", classes=("liver",), **shared))
+
+
+def test_classes_held_out_are_found_in_any_case(configure: Configure, tmp_path: Path):
+    data = read_training_data(configure(tmp_path, holdout=("SPLEEN", "Left Kidney")))
+    assert set(data.extra["holdout"].values()) == {"spleen", "left kidney"}
+    assert not {"spleen", "left kidney"} & set(data.extra["classes"].values())
+
+
+def test_what_is_ignored_is_nothing_to_train_on(
+    configure: Configure, relabelled: Callable[..., Path], tmp_path: Path
+):
+    data = str(relabelled({"liver": 1, "gallbladder": 9, "ignore": 50}, pixels=20))
+    config = configure(tmp_path / "run", data=data, holdout=("gallbladder",), label_fraction=1.0)
+    read = read_training_data(config)
+    assert read.extra["classes"] == {"1": "liver"}
+    episode = read.training.batch(range(30))
+    for masks in (episode.support_masks, episode.query_masks):
+        assert set(masks.unique().tolist()) == {IGNORE, 0, 1}
+    assert set(read.validation.batch(range(30)).query_masks.unique().tolist()) == {IGNORE, 0, 1}
+    for classes in (("ignore",), (50,)):
+        with pytest.raises(LabelError, match="allowed: 1 liver, 9 gallbladder"):
+            read_training_data(dataclasses.replace(config, classes=classes))
+    # What is ignored may be a class held out: setting 2 sees none of its slices.
+    config = dataclasses.replace(config, label_fraction=0.0, drop_excluded_slices=True)
+    config = dataclasses.replace(config, validation_episodes=0)
+    kept = read_training_data(config).slices["0/ct_000"]
+    label = read_label(tmp_path / "data" / "labels" / "ct_000.nii.gz")
+    seen = canonical(label).array
+    clean = ~np.isin(seen, (9, 50)).any(axis=(1, 2))
+    assert 0 < len(kept) < len(clean)
+    assert set(kept) <= set(np.flatnonzero(clean).tolist())
 
 
 @pytest.mark.data

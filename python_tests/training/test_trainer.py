@@ -22,6 +22,7 @@ import torch
 import fastproto.training.trainer as trainer
 from fastproto.data import Preprocessing
 from fastproto.data.phantom import write_phantom
+from fastproto.defaults import IGNORE
 from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError
 from fastproto.nn import FewShotUNet
 from fastproto.nn.weights import checksum, read_safetensors
@@ -314,6 +315,10 @@ def test_episode_dice():
     logits = torch.nn.functional.one_hot(predicted, 4).movedim(-1, 2).float()
     assert episode_dice(logits, target) == pytest.approx((4 / 5 + 0) / 2)
     assert math.isnan(episode_dice(logits, torch.zeros_like(target)))
+    target[..., 1] = IGNORE  # where a 1 was found
+    assert episode_dice(logits, target) == pytest.approx((1 + 0) / 2)
+    target[..., 4:] = IGNORE
+    assert episode_dice(logits, target) == 1
 
 
 @pytest.mark.parametrize("device", ["tpu9", "cuda:77"])

@@ -38,6 +38,7 @@ class LabelEpisodes(EpisodeSource):
             foreground in an episode are background; to drop slices with held-out classes
             altogether, build the store with ``without=excluded``.
         names: Label names for the description.
+        ignore: A label whose pixels count nowhere: they are ``IGNORE`` in every episode.
         min_pixels: Pixels a class must cover for a slice to count as one of its slices.
         shots: See ``EpisodeSource``, as the remaining options.
 
@@ -54,17 +55,19 @@ class LabelEpisodes(EpisodeSource):
         *,
         excluded: Collection[int] = (),
         names: Mapping[int, str] | None = None,
+        ignore: int | None = None,
         min_pixels: int = 30,
         **options: Any,
     ):
         super().__init__(seed, **options)
         both = sorted(set(classes) & set(excluded))
         require(
-            not both and 0 not in classes,
+            not both and 0 not in classes and ignore not in classes,
             "classes",
-            found=f"{both or 0}",
-            allowed="foreground labels that are not held out",
+            found=f"{both or [label for label in classes if label in (0, ignore)]}",
+            allowed="foreground labels that are neither held out nor ignored",
         )
+        self.ignore = ignore
         self.store = store
         self.names = dict(names or {})
         positions = [_positions_of(case, classes, min_pixels) for case in store.cases]
@@ -78,7 +81,8 @@ class LabelEpisodes(EpisodeSource):
         require(
             usable,
             "classes",
-            found=f"none of {wanted} with {min_pixels} pixels in slices enough",
+            found=f"too few slices with {min_pixels} pixels of "
+            + ", ".join(map(self._called, wanted)),
             allowed=f"a class in two patients, or in {self.shots + 1} slices of one",
             fix="Choose other classes or cases, or lower min_pixels.",
             error=LabelError,
@@ -126,16 +130,18 @@ class LabelEpisodes(EpisodeSource):
         cuts: list[Cut] = []
         for case, position in [(taught, s) for s in support] + [(asked, s) for s in query]:
             assert case.labels is not None
-            label = renumber(case.labels[position], chosen)
+            label = renumber(case.labels[position], chosen, self.ignore)
             centre, own = field_of_view(case, label, generator)
             side = cuts[0].side if cuts else own  # one scale an episode, the first slice's
             cuts.append(cut(case, position, label, centre, side, generator))
-        names = [f"{n} ({self.names[n]})" if n in self.names else str(n) for n in chosen]
         return Draw(
             cuts,
-            f"class {', '.join(names)}, "
+            f"class {', '.join(map(self._called, chosen))}, "
             f"support {where(taught, support)}, query {where(asked, query)}",
         )
+
+    def _called(self, label: int) -> str:
+        return f"{label} ({self.names[label]})" if label in self.names else str(label)
 
 
 def _positions_of(

@@ -28,7 +28,8 @@ class Episode:
 
     Attributes:
         support_images: [E, S, 3, H, W] float32, three equal channels.
-        support_masks: [E, S, H, W] int64, 0 = background, 1..num_classes - 1.
+        support_masks: [E, S, H, W] int64, 0 = background, 1..num_classes - 1; ``IGNORE`` (-100) for
+            pixels that count nowhere.
         query_images: [E, Q, 3, H, W] float32.
         query_masks: [E, Q, H, W] int64.
         num_classes: Classes, background included.
@@ -68,7 +69,7 @@ class Draw:
     """One episode before augmentation: support slices first, then query slices.
 
     Attributes:
-        cuts: S + Q fields of view, labels already renumbered 0..ways.
+        cuts: S + Q fields of view, labels already renumbered 0..ways or ``IGNORE``.
         description: Where the slices are from.
     """
 

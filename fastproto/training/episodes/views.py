@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastproto.defaults import IGNORE
 from fastproto.training.augment import Cut
 from fastproto.training.slices import CaseSlices
 
@@ -26,7 +27,7 @@ def field_of_view(
     more than the slice; its centre lies up to a quarter of the side from the foreground's.
     """
     row, column = case.spacing[1:]
-    inside = label.nonzero().float() + 0.5
+    inside = (label > 0).nonzero().float() + 0.5
     diameter = 2 * math.sqrt(max(len(inside), 1) * row * column / math.pi)
     draw = torch.rand(3, generator=generator).tolist()
     side = diameter * _WIDTHS[0] * (_WIDTHS[1] / _WIDTHS[0]) ** draw[0]
@@ -57,11 +58,13 @@ def cut(
     return Cut(image, label, case.extent, (row, column), side)
 
 
-def renumber(labels: Tensor, chosen: Sequence[int]) -> Tensor:
-    """``chosen[i]`` becomes i + 1 and everything else 0."""
-    result = torch.zeros_like(labels, dtype=torch.uint8)
+def renumber(labels: Tensor, chosen: Sequence[int], ignore: int | None = None) -> Tensor:
+    """``chosen[i]`` becomes i + 1, the label ``ignore`` ``IGNORE`` and everything else 0."""
+    result = torch.zeros_like(labels, dtype=torch.int8)
     for number, label in enumerate(chosen, start=1):
         result[labels == label] = number
+    if ignore is not None:
+        result[labels == ignore] = IGNORE
     return result
 
 
