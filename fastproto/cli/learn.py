@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="label map on the scan's grid, or its DICOM segmentation")
     add_example_options(parser)
     options.add_series_option(parser)
+    options.add_force_option(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="TASK",
         help="task file to write")
     options.add_runtime_options(parser)
@@ -129,6 +130,7 @@ def learn_example(
             ignore=ignore,
             progress=advance,
             fingerprint=fingerprint,
+            force=args.force,
             **given,
         )
     how = f"adapted in {task.adapted_steps} steps" if task.adapted_steps else "without adaptation"

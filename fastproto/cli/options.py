@@ -85,6 +85,13 @@ def add_series_option(parser: Options) -> None:
         help="SeriesInstanceUID, where a DICOM folder holds several series")
 
 
+def add_force_option(parser: Options) -> None:
+    """``--force``."""
+    parser.add_argument("--force", action="store_true",
+        help="go on with a scan whose values are not what the model was trained on: a CT that is "
+        "not in Hounsfield units, a CT where MR is expected, MR where CT is, PET")
+
+
 def add_label_options(parser: Options) -> None:
     """``--labels``: what the values of a label map are called."""
     parser.add_argument("--labels", nargs="+", action="extend", metavar="TABLE",

@@ -50,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCAN",
         help="image file, DICOM series folder, multi-frame DICOM file, or folder of these")
     options.add_series_option(parser)
+    options.add_force_option(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
         help="label map to write (.nii.gz, .nii, .nrrd, .mha) or, for several scans, the folder "
         "for SCAN.nii.gz, or PATIENT.nii.gz of a scan in a subfolder; an older result is replaced "
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
             probabilities=args.probabilities or args.uncertainty,
             prior=args.prior,
             fingerprint=fingerprint,
+            force=args.force,
         )
         failed = 0
         for scan, output in jobs:

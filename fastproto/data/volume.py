@@ -44,6 +44,7 @@ class Volume:
         path: Where it was read from; None for a volume made in memory.
         nifti: Of a NIfTI file, the fields of its header that place the voxels: a result on the
             same grid gets both forms and their codes as they were.
+        modality: DICOM's, such as "CT", "MR" or "PT"; None where nothing says it.
     """
 
     array: np.ndarray
@@ -52,6 +53,7 @@ class Volume:
     direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
     path: Path | None = None
     nifti: np.void | None = None
+    modality: str | None = None
 
     @property
     def name(self) -> str:
@@ -101,7 +103,7 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         named = suffix and path.is_file()
         voxels = FORMATS[suffix or ""].read(path) if named else read_dicom(path, series)
     check_voxels(path, voxels)
-    return Volume(*voxels[:4], path=path, nifti=voxels.nifti)
+    return Volume(*voxels[:4], path=path, nifti=voxels.nifti, modality=voxels.modality)
 
 
 def read_label(

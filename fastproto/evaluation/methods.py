@@ -113,6 +113,7 @@ class LearnedNetwork:
             preprocessing=model_preprocessing(model, example.modality),
             prior=options.prior,
             adapt=adapt,
+            force=True,  # the data set says the modality
         )
         self.network = self.task.ready(model)
 

@@ -14,7 +14,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from fastproto.data.geometry import FieldOfView, canonical
-from fastproto.data.intensity import guess_modality
+from fastproto.data.intensity import check_intensities, guess_modality
 from fastproto.data.preprocessing import PreparedVolume, Preprocessing
 from fastproto.data.volume import Volume, check_labels
 from fastproto.defaults import IGNORE
@@ -48,6 +48,7 @@ def register(
     seed: int = 0,
     progress: Callable[[int, int, float], object] | None = None,
     fingerprint: str | None = None,
+    force: bool = False,
 ) -> Task:
     """Learn the organs drawn in one annotated scan.
 
@@ -73,8 +74,11 @@ def register(
         seed: Of the adaptation.
         progress: Called after each step of it with the steps done, the steps in all and the loss.
         fingerprint: ``model.fingerprint()``, if known: it takes a while.
+        force: Take a scan whose intensities are not what the model was trained on, with a warning.
 
     Raises:
+        VolumeError: The scan is constant, of another modality, or a CT that is not in HU; see
+            `fastproto.data.intensity.check_intensities`.
         GeometryError: Image and mask are on different grids.
         LabelError: The mask is empty, or a label is unknown, absent or lost in resampling.
         CheckpointError: The model file does not say how to preprocess.
@@ -85,7 +89,9 @@ def register(
     steps = AUTO_STEPS.get(device.type, AUTO_STEPS["cuda"]) if adapt == "auto" else adapt
     usable = isinstance(steps, int) and steps >= 0
     require(usable, "adapt", found=repr(adapt), allowed='"auto", or a number from 0')
-    preprocessing = preprocessing or model_preprocessing(model, guess_modality(image))
+    if preprocessing is None:
+        preprocessing = _choose_preprocessing(model, image, force)
+    check_intensities(image, preprocessing.modality, force=force)
     prepared = preprocessing.prepare(image)
     names = _choose_labels(label, labels, classes, ignore)
     annotated = [
@@ -119,6 +125,18 @@ def model_preprocessing(model: FewShotModel, modality: str) -> Preprocessing:
     allowed = "a model and a scan of one modality"
     require(modality in known, "model", found=found, allowed=allowed, error=CheckpointError)
     return known[modality]
+
+
+def _choose_preprocessing(model: FewShotModel, image: Volume, force: bool) -> Preprocessing:
+    """That of the scan's modality; of the model's only one where that is forced."""
+    known = known_preprocessing(model)
+    modality = guess_modality(image)
+    if modality not in known:
+        (other,) = known.values()
+        if force:
+            return other
+        check_intensities(image, other.modality)  # says what is odd about the scan, if it is
+    return model_preprocessing(model, modality)
 
 
 def without_gaps(label: Volume, ignore: int | None) -> Volume:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastproto.data.geometry import FieldOfView
+from fastproto.data.intensity import check_intensities
 from fastproto.data.preprocessing import PreparedVolume
 from fastproto.data.volume import Volume
 from fastproto.errors import LabelError, require
@@ -67,6 +68,7 @@ def segment_volume(
     fusion: Fusion | None = None,
     progress: Callable[[int, int], object] | None = None,
     fingerprint: str | None = None,
+    force: bool = False,
 ) -> Segmentation:
     """Segment a scan.
 
@@ -83,14 +85,19 @@ def segment_volume(
             as is known: those of another task are counted when their turn comes.
         fingerprint: ``model.fingerprint()``, if known: with many scans it need not be computed for
             each of them, as long as nothing changes the weights.
+        force: Segment a scan whose intensities are not those of the tasks' modality, with a
+            warning.
 
     Raises:
+        VolumeError: The scan is constant, of another modality, or a CT that is not in HU; see
+            `fastproto.data.intensity.check_intensities`.
         ArgumentError: No task, tasks whose slices are prepared differently, no batch.
         CheckpointError: A task was registered with another model.
         LabelError: Tasks that name a label differently.
     """
     tasks = [task] if isinstance(task, Task) else list(task)
     check_tasks(tasks, model, fingerprint)
+    check_intensities(volume, tasks[0].preprocessing.modality, force=force)
     prepared = tasks[0].preprocessing.prepare(volume)
     priors = [locate(task.atlas, volume, prior) for task in tasks]
     claims: list[Claim] = []

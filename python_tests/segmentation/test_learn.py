@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from fastproto.data import Preprocessing, Volume
 from fastproto.defaults import IGNORE
-from fastproto.errors import ArgumentError, CheckpointError, GeometryError, LabelError
+from fastproto.errors import (
+    ArgumentError,
+    CheckpointError,
+    FastprotoWarning,
+    GeometryError,
+    LabelError,
+    VolumeError,
+)
 from fastproto.segmentation import Task, learn, register, segment_volume
 from fastproto.segmentation.adapt import AnnotatedEpisodes, adapt_model
 from fastproto.segmentation.learn import AUTO_STEPS, _fit_bias, annotate, without_gaps
@@ -63,10 +70,12 @@ class TestLabels:
         assert task.labels == {7: "label 7", 300: "label 300"}
         ct = Preprocessing("ct", image_size=64, mean=0.0, std=1.0)
         grey_model.extra = {"preprocessing": {"ct": ct.to_dict()}}
-        with pytest.raises(CheckpointError, match=r"trained on CT alone.* looks like MR"):
+        with pytest.raises(VolumeError, match=r"none of them of air or fat.*Hounsfield"):
             register(grey_model, *scan)
+        with pytest.warns(FastprotoWarning, match="as forced"):
+            assert register(grey_model, *scan, force=True).preprocessing == ct
         image, label = scan
-        hounsfield = replace(image, array=image.array - 1000)
+        hounsfield = replace(image, array=10.4 * image.array - 1000)  # air, and water at 40
         assert register(grey_model, hounsfield, label).preprocessing == ct
 
     def test_a_mask_in_other_axes(self, teach, scan, task, reorient):

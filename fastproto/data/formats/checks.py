@@ -32,6 +32,7 @@ class Voxels(NamedTuple):
     origin: Numbers
     direction: Numbers
     nifti: np.void | None = None
+    modality: str | None = None
 
 
 require_volume = partial(require, error=VolumeError)
@@ -40,7 +41,7 @@ require_geometry = partial(require, error=GeometryError)
 
 def check_voxels(path: object, voxels: Voxels) -> None:
     """Everything that holds whatever the format."""
-    array, spacing, origin, direction, _ = voxels
+    array, spacing, origin, direction, *_ = voxels
     check_size(path, array.shape[::-1])
     check_spacing(path, spacing)
     check_finite(path, "origin or direction", (*origin, *direction))

@@ -42,7 +42,7 @@ def read_dicom(path: Path, series: str | None = None) -> Voxels:
 
     Returns:
         array [Z, Y, X] in the scanner's units (HU for CT: rescale slope and intercept applied),
-        spacing (x, y, z) in mm, origin, direction (9, row by row).
+        spacing (x, y, z) in mm, origin, direction (9, row by row); and the modality.
 
     Raises:
         VolumeError: No or several series, a damaged file, a missing or doubled slice, slices of
@@ -70,6 +70,7 @@ def read_dicom(path: Path, series: str | None = None) -> Voxels:
         (*spacing, step),
         tuple(slices[0].position.tolist()),
         tuple(np.stack([row, column, normal], axis=1).ravel().tolist()),
+        modality=slices[0].modality or None,
     )
 
 
