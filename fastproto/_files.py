@@ -5,11 +5,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastproto.errors import OutputError, require
+from fastproto.errors import FastprotoWarning, OutputError, require
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PARTIAL = ".partial-"  # how the names of temporary folders begin
+_FIX = "Choose another output path or free some space; nothing was overwritten."
+_locks: set[int] = set()  # handles that keep the locks of this process
+
+
+def _close_locks() -> None:
+    """In a forked process: what its parent holds must end with the parent."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 @contextlib.contextmanager
@@ -32,35 +53,151 @@ def writing(path: Path, fix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it replaces ``path`` in one step.
+    """Yield a temporary path of the same name; on success it replaces ``path`` in one step.
 
-    The temporary name keeps the file's suffixes (``.nii.gz``), because writers choose their format
-    by them. If the body raises, the temporary file is removed and an existing ``path`` is left as
-    it was. Missing parent folders are made.
+    It lies in a folder ``.partial-*`` beside ``path``, and so does whatever else a writer puts
+    beside it. If the body raises, the folder is removed and an existing ``path`` is left as it was;
+    if the process is killed, the next write beside it removes the folder. Missing parent folders
+    are made.
 
     Raises:
         OutputError: The folder cannot be made or written, the disk is full, or ``path`` is one.
     """
     path = Path(path)
-    allowed = "a file path to write to"
-    require(not path.is_dir(), path, found="a folder", allowed=allowed, error=OutputError)
-    with writing(path, "Choose another output path or free some space; nothing was overwritten."):
+    _require_no_folder(path)
+    with writing(path, _FIX):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=".partial-", suffix="".join(path.suffixes[-2:]), dir=path.parent
-        )
-        os.close(handle)
-        temporary = Path(name)
-        try:
+        _remove_leftovers(path.parent)
+        with _partial_folder(path.parent) as folder:
+            temporary = folder / path.name
             yield temporary
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
-            mask = os.umask(0o022)  # which mkstemp ignores: it always makes 0600 files
+            mask = os.umask(0o022)  # which some writers ignore: they make 0600 files
             os.umask(mask)
             os.chmod(temporary, 0o666 & ~mask)
             os.replace(temporary, path)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before a long computation whether ``path`` can be written; nothing is left behind.
+
+    Raises:
+        OutputError: The folder cannot be made or written, or ``path`` is one.
+    """
+    path = Path(path)
+    _require_no_folder(path)
+    with writing(path, _FIX):
+        existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=existing, ignore_cleanup_errors=True):
+            pass
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in ``folder`` meanwhile.
+
+    A missing folder is made, and removed in the end if nothing has come into it.
+    The lock is the kernel's and ends with the process, however that ends. Where the file system
+    has none, there is a warning instead.
+
+    Raises:
+        OutputError: Another process works there, or the folder cannot be made or written.
+    """
+    held, lock, made = folder / f"{_PARTIAL}run", None, not folder.exists()
+    with writing(folder, _FIX):
+        held.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _hold(held)
+            free = lock is not None
+        except NotImplementedError as error:
+            text = f"{folder}: it cannot be locked ({error}); let no other process write there."
+            warnings.warn(text, FastprotoWarning, stacklevel=3)
+            free = True
+    require(
+        free,
+        folder,
+        found="that another process is working in it",
+        allowed="one process at a time",
+        fix="Wait for it to end, or choose another folder.",
+        error=OutputError,
+    )
+    try:
+        yield
+    finally:
+        _release(held, lock)
+        if made:
+            with contextlib.suppress(OSError):  # where it is not empty
+                folder.rmdir()
+
+
+def _require_no_folder(path: Path) -> None:
+    allowed = "a file path to write to"
+    require(not path.is_dir(), path, found="a folder", allowed=allowed, error=OutputError)
+
+
+@contextlib.contextmanager
+def _partial_folder(parent: Path) -> Iterator[Path]:
+    """A new folder that is removed in the end, and that shows that its process lives."""
+    while True:
+        folder, lock = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent)), None
+        try:
+            try:
+                lock = _hold(folder)
+            except NotImplementedError:
+                pass
+            else:
+                if lock is None:  # another process took the new folder for a leftover
+                    continue
+            yield folder
+            return
         finally:
-            temporary.unlink(missing_ok=True)
+            _release(folder, lock)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove what killed processes were writing in a folder."""
+    for folder in parent.glob(f"{_PARTIAL}*"):
+        # Whose it is, and whether anyone writes it, is not always to be found out.
+        with contextlib.suppress(OSError, NotImplementedError):
+            if (lock := _hold(folder)) is not None:
+                _release(folder, lock)
+
+
+def _hold(folder: Path) -> int | None:
+    """Lock a temporary folder as long as this process lives; None where another one has it.
+
+    Raises:
+        NotImplementedError: This system, or the file system, has no locks.
+    """
+    if fcntl is None:
+        raise NotImplementedError("no locks on this system")
+    try:
+        # A file in it: some network file systems lock no folder.
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    except FileNotFoundError:  # removed just now
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), os.stat(folder / "lock")):
+            _locks.add(lock)
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass  # another process has it, or had it and has removed it
+    except OSError as error:
+        os.close(lock)
+        raise NotImplementedError(error.strerror) from error
+    os.close(lock)
+    return None
+
+
+def _release(folder: Path, lock: int | None) -> None:
+    """Remove a temporary folder; a forked process leaves those of its parent."""
+    if lock is None or lock in _locks:
+        shutil.rmtree(folder, ignore_errors=True)
+    if lock in _locks:
+        _locks.remove(lock)
+        os.close(lock)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

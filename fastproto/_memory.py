@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from fastproto.errors import ResourceError
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _THRESHOLD = 4 << 20  # bytes
@@ -37,3 +42,46 @@ def machine_memory() -> int:
             text = path.read_text(encoding="utf-8").strip()
             limits += [int(text)] if text.isdecimal() else []
     return min(limits)
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy, PyTorch (on whichever device) or SimpleITK ran out of memory."""
+    words = ("allocate memory", "out of memory", "bad allocation", "bad_alloc")
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    )
+
+
+@contextlib.contextmanager
+def enough_memory(
+    subject: object,
+    fix: str = "Close other programs, take a machine with more memory, or cut the scan to what "
+    "matters.",
+) -> Iterator[None]:
+    """Turn a lack of memory into one message that says how much was wanted.
+
+    Raises:
+        ResourceError: There is too little memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        wanted = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        raise ResourceError(
+            subject,
+            found=f"too little memory: {wanted[1] if wanted else 'more'} were wanted beyond the "
+            f"{used_memory() / 1e9:.1f} GB in use, of {machine_memory() / 1e9:.1f} GB",
+            allowed="what fits into memory",
+            fix=fix,
+        ) from error
+
+
+def used_memory() -> int:
+    """Bytes of memory that this process has at the moment; 0 where the system does not say."""
+    path = Path("/proc/self/statm")
+    if not path.is_file():
+        return 0
+    return int(path.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -74,6 +74,10 @@ class OutputError(FastprotoError):
     """A result that cannot be written: no permission, no space, or a folder in the way."""
 
 
+class ResourceError(FastprotoError):
+    """Something that takes more memory than the machine, or its GPU, has."""
+
+
 class TrainingError(FastprotoError):
     """A training run that cannot go on, e.g. because the loss is no longer finite."""
 

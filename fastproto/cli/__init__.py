@@ -9,13 +9,16 @@ needs when it runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from fastproto._version import __version__
 from fastproto.cli import crossval, evaluate, info, learn, phantom, segment, train
-from fastproto.errors import FastprotoError
+from fastproto.errors import FastprotoError, FastprotoWarning
 
 COMMANDS = (phantom, train, learn, segment, evaluate, crossval, info)
 FORMER_NAMES = {"register": "learn"}
@@ -37,12 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, 2 for input that cannot be used (its message is on stderr), 130 after Ctrl-C.
+
+    A `FastprotoWarning` is a line on stderr, and letters that a stream lacks are escaped.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    words[:1] = [FORMER_NAMES.get(word, word) for word in words[:1]]
-    args = _parser().parse_args(words)
     try:
-        return args.run(args)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal may lack the letters of a file's name
+                stream.reconfigure(errors="backslashreplace")
+        words = list(sys.argv[1:] if argv is None else argv)
+        words[:1] = [FORMER_NAMES.get(word, word) for word in words[:1]]
+        args = _parser().parse_args(words)
+        with _warnings_in_a_line():
+            return args.run(args)
     except FastprotoError as error:
         if args.verbose:
             traceback.print_exc()
@@ -51,6 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastproto: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print each different `FastprotoWarning` once, in a line; other warnings as Python does."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FastprotoWarning)
+        others = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, FastprotoWarning):
+                others(message, category, *where, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                from tqdm import tqdm  # an unfinished bar stays below
+
+                tqdm.write(f"fastproto: warning: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:

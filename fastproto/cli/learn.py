@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastproto._files import check_writable
+from fastproto._memory import enough_memory
 from fastproto.cli import options
-from fastproto.errors import LabelError, require
+from fastproto.errors import FastprotoWarning, LabelError, require
 
 if TYPE_CHECKING:
     from fastproto.nn.base import FewShotModel
@@ -77,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     """Learn the scan's organs and write the task."""
     from fastproto.segmentation import load_model
 
-    with options.runtime(args) as device:
+    check_writable(args.output)
+    with options.runtime(args) as device, enough_memory(args.image):
         model = load_model(args.model, backend=args.backend).to(device)
         task = learn_example(model, args.image, args.label, args, series=args.series)
     task.save(args.output)
@@ -144,10 +147,9 @@ def learn_example(
         print(_ROW.format(*row))
     for organ in task.organs:
         if organ.expected_dice is not None and organ.expected_dice < POOR_DICE:
-            print(
-                f"fastproto: warning: {organ.name}: the network could not learn this organ from "
-                f"this scan (Dice {organ.expected_dice:.2f} in slices left out); "
-                "expect poor results",
-                file=sys.stderr,
+            text = (
+                f"{organ.name}: the network could not learn this organ from this scan (Dice "
+                f"{organ.expected_dice:.2f} in slices left out); expect poor results"
             )
+            warnings.warn(text, FastprotoWarning, stacklevel=2)
     return task

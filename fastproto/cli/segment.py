@@ -9,14 +9,17 @@ import math
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastproto._files import check_writable
+from fastproto._memory import enough_memory
 from fastproto.cli import options
 from fastproto.cli.learn import add_example_options, add_model_option, learn_example
-from fastproto.errors import FastprotoError, require
+from fastproto.errors import FastprotoError, FastprotoWarning, require
 
 if TYPE_CHECKING:
     from fastproto.segmentation import Segmentation, Task
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     _check_source(args)
     scans = find_scans(args.input, series=args.series, output=args.output)
     jobs = plan_outputs(args.input, scans, args.output)
+    check_writable(jobs[0][1])
     with options.runtime(args) as device:
         model = load_model(args.model, backend=args.backend).to(device)
         fingerprint = model.fingerprint()  # nothing below changes the weights
@@ -84,10 +88,11 @@ def run(args: argparse.Namespace) -> int:
             for task, path in zip(tasks, args.task, strict=True):
                 task.check_model(model, name=path, fingerprint=fingerprint)
         else:
-            tasks = [
-                learn_example(model, image, label, args, fingerprint=fingerprint)
-                for image, label in args.example
-            ]
+            tasks = []
+            for image, label in args.example:
+                with enough_memory(image):
+                    task = learn_example(model, image, label, args, fingerprint=fingerprint)
+                tasks.append(task)
         segment = partial(
             segment_volume,
             model,
@@ -101,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         failed = 0
         for scan, output in jobs:
             try:
-                _segment_scan(segment, tasks, scan, output, args)
+                with enough_memory(scan):
+                    _segment_scan(segment, tasks, scan, output, args)
             except FastprotoError as error:
                 if len(jobs) == 1:
                     raise
@@ -150,11 +156,11 @@ def _segment_scan(
         for value, name in names.items()
     )
     print(f"{scan} -> {output} ({sizes}; {time.perf_counter() - started:.1f} s)")
-    warnings = [f"{names[value]} is probably not in this scan" for value in result.absent()]
+    doubts = [f"{names[value]} is probably not in this scan" for value in result.absent()]
     if result.prior.fallback:
-        warnings.append(f"not registered, only body boxes were compared ({result.prior.fallback})")
-    for warning in warnings:
-        print(f"fastproto: warning: {scan}: {warning}", file=sys.stderr)
+        doubts.append(f"not registered, only body boxes were compared ({result.prior.fallback})")
+    for doubt in doubts:
+        warnings.warn(f"{scan}: {doubt}", FastprotoWarning, stacklevel=2)
 
 
 def _check_source(args: argparse.Namespace) -> None:

@@ -263,10 +263,11 @@ class FewShotModel(nn.Module):
         try:
             if not set(config) <= set(cls.config_keys):
                 raise TypeError(f"its keys are {sorted(config)}")
-            # No random number for initial weights, and no time: `normal_` there imports torch's
-            # compiler, in three seconds, so encoder and decoder leave it out.
+            # No random number for initial weights, and no time: `to_empty` would import torch's
+            # compiler, in three seconds, as would `normal_` in encoder and decoder.
             with torch.device("meta"):
-                model = cls(**config).to_empty(device="cpu")
+                model = cls(**config)
+            model._apply(lambda each: torch.empty(each.shape, dtype=each.dtype))
         except (ArgumentError, TypeError) as error:
             raise CheckpointError(
                 path,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -37,11 +36,7 @@ _SEED = 1
 
 # Deformation, coarse to fine: (voxels of the picture to a cell, steps).
 _LEVELS = ((4, 40), (2, 40), (1, 20))
-# Not torch.optim.Adam, whose first step imports the whole compiler, in three seconds.
-_ADAM: dict[str, Any] = dict(
-    lr=0.5,  # cells a step
-    beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
-)  # fmt: skip
+_RATE = 0.5  # cells a step
 _STIFFNESS = 0.5
 _BRIGHTNESS = 0.3  # what a standard deviation of brightness weighs against the other features
 _EPS = 1e-6
@@ -260,7 +255,7 @@ def _bend(
         grid = torch.stack(torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij"), dim=-1)
         to_unit = 2 / (torch.tensor(size) - 1).clamp(min=1)
         rough = F.interpolate(field * (scale / cell), size=size, mode="trilinear").requires_grad_()
-        moments, count = [[torch.zeros_like(rough)] for _ in range(2)], [torch.tensor(0.0)]
+        first, second, count = torch.zeros_like(rough), torch.zeros_like(rough), torch.tensor(0.0)
         for _ in range(steps):
             smooth = _smooth(rough)
             places = ((grid + smooth[0].movedim(0, -1)) * to_unit - 1).flip(-1)[None]
@@ -269,8 +264,11 @@ def _bend(
             bending = bent / grid[..., 0].numel()
             apart = (weight * (moved - fixed).square().sum(1, keepdim=True)).mean()
             slope = torch.autograd.grad(apart + _STIFFNESS * bending / 3, [rough])
-            with torch.no_grad():
-                adam([rough], list(slope), *moments, [], count, **_ADAM)
+            with torch.no_grad():  # torch.optim.Adam imports torch's compiler, in three seconds
+                adam(
+                    [rough], list(slope), [first], [second], [], [count], lr=_RATE, beta1=0.9,
+                    beta2=0.999, eps=1e-8, weight_decay=0, amsgrad=False, maximize=False,
+                )  # fmt: skip
         field, scale = _smooth(rough).detach(), cell
     field = F.interpolate(field * scale, size=query.array.shape, mode="trilinear")
     displacement = field[0].numpy() * np.float32(query.step)

@@ -9,6 +9,7 @@ mean of those by each.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from fastproto.data.geometry import FieldOfView
 from fastproto.data.intensity import check_intensities
 from fastproto.data.preprocessing import PreparedVolume
 from fastproto.data.volume import Volume
-from fastproto.errors import LabelError, require
+from fastproto.errors import FastprotoWarning, LabelError, require
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.correction import correction
 from fastproto.segmentation.fusion import FUSIONS, Claim, Evidence, Fusion, average, weigh
@@ -76,7 +77,8 @@ def segment_volume(
         model: The model ``task`` was registered with.
         task: The organs to find; or several tasks, each of another annotated scan.
         volume: The scan; its values are not changed.
-        batch_size: Slices per forward pass; None takes ``BATCH``.
+        batch_size: Slices per forward pass; None takes ``BATCH``. Where a GPU's memory is too small
+            for them, half as many are tried, with a warning.
         probabilities: Also return every organ's probability, 4 bytes per voxel and organ.
         prior: How to find the place of the organs: "box", "affine" or "deformable", as far as the
             task can serve it; None takes that.
@@ -157,7 +159,7 @@ def gather(
     done = 0
 
     def look(organ: Organ, place: Prior) -> Evidence:
-        nonlocal done
+        nonlocal done, batch_size
         (first, last), *sides = place.box(margin)
         view = prepared.at(expected_view(organ, place))
         positions = place.slice_positions().tolist()
@@ -169,13 +171,23 @@ def gather(
             box.append(slice(max(low, round(centre - reach)), min(high, round(centre + reach) + 1)))
         rows, columns = box
         scores, distance = [], []
-        for start in range(first, last, batch_size):
+        start = first
+        while start < last:
             stop = min(start + batch_size, last)
-            part = score_slices(model, organ, view, range(start, stop), positions[start:stop])
+            try:
+                part = score_slices(model, organ, view, range(start, stop), positions[start:stop])
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                part = None
+            if part is None:  # no longer in the handler, which keeps the failed tensors alive
+                batch_size = _shrink(batch_size)
+                continue
             restored = torch.from_numpy(view.restore(part[:, None], start, stop))
             scores.append(restored[:, 0, rows, columns].clone())
             distance.append(place.signed_distance(start, stop)[:, 0, rows, columns].clone())
             done += stop - start
+            start = stop
             if progress is not None:
                 progress(done, total)
         return Evidence((slice(first, last), rows, columns), torch.cat(scores), torch.cat(distance))
@@ -191,6 +203,15 @@ def gather(
             evidence = look(organ, place)
         found.append(evidence)
     return found
+
+
+def _shrink(batch_size: int) -> int:
+    """Half a batch, after the GPU had too little memory for it; says so and frees what it can."""
+    smaller = max(1, batch_size // 2)
+    text = f"{batch_size} slices at once are too many for the GPU's memory; going on with {smaller}"
+    warnings.warn(text, FastprotoWarning, stacklevel=2)
+    torch.cuda.empty_cache()
+    return smaller
 
 
 def decide(

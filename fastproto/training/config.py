@@ -277,13 +277,17 @@ class TrainConfig:
         return replace(self, **chosen)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What makes this another run than ``other``, a ``to_dict``: "name: old -> new"."""
+        """What makes this another run than ``other``, a ``to_dict``: "name: old -> new".
+
+        A longer run is none.
+        """
         free = {option.name for option in fields(self) if option.metadata["free"]}
         free |= set(NETWORK if self.start is not None else ())
         return [
             f"{name}: {other.get(name)!r} -> {value!r}"
             for name, value in self.to_dict().items()
             if name not in free and other.get(name) != value
+            if not (name in LENGTH and other.get(name) and value and value > other[name])
         ]
 
 
@@ -297,6 +301,7 @@ def describe(option: Field[Any]) -> str:
     return f"{text} (default: {default})" if shown else text
 
 
+LENGTH = ("steps", "minutes")  # what a run that goes on may have more of
 # What a model to go on from decides on.
 NETWORK = tuple(option.name for option in fields(TrainConfig) if option.metadata["network"])
 _HELP = (f"    {option.name}: {describe(option)}" for option in fields(TrainConfig))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastproto._files import write_text
-from fastproto._memory import return_large_buffers
+from fastproto._files import alone_in, write_text
+from fastproto._memory import enough_memory, return_large_buffers
 from fastproto.defaults import IGNORE
 from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError, require
 from fastproto.losses import PARTS, EpisodeLoss
@@ -30,9 +30,15 @@ from fastproto.training.config import NETWORK, TrainConfig
 from fastproto.training.episodes import Episode
 from fastproto.training.log import RunLog
 from fastproto.training.prefetch import ahead, prefetch
+from fastproto.training.schedule import Schedule, learning_rate
 from fastproto.training.sources import TrainingData, read_training_data
 from fastproto.training.step import Step
 from fastproto.training.supervoxels import cores
+
+_LESS_MEMORY = (
+    "Resume it with recompute=on, or start a new run with a smaller batch, image_size, store_size "
+    "or encoder, or with fewer scans; other programs may hold memory as well."
+)
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -46,7 +52,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 
     A resumed run computes the same bits as one that was never interrupted, on the same machine
     with the same number of threads; on a GPU as far as its operators are deterministic
-    (``torch.use_deterministic_algorithms``).
+    (``torch.use_deterministic_algorithms``). With more ``steps`` or ``minutes`` than before it is
+    lengthened: warm-up and fall of the learning rate begin anew at its checkpoint.
 
     Args:
         config: See ``TrainConfig``.
@@ -57,7 +64,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         The run folder.
 
     Raises:
-        OutputError: The folder holds a run and ``resume`` is off, or it cannot be written.
+        OutputError: The folder holds a run and ``resume`` is off, another process trains in it, or
+            it cannot be written.
+        ResourceError: There is too little memory.
         CheckpointError: Nothing to resume, a damaged state, or one of another configuration.
         TrainingError: The loss or its gradient is not finite; the last checkpoint stays as it was.
         InputError: Data or options that cannot be used.
@@ -68,46 +77,53 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     device = _device(config.device)
     chosen = any(getattr(config, name) == "auto" for name in NETWORK)
     config = config.resolved(gpu=device.type == "cuda")
-    saved = _saved_run(config, folder, state, resume)
-    start = None
-    preprocessing = None
-    if saved is not None:
-        config = replace(config, **{name: saved["config"][name] for name in NETWORK})
-        preprocessing = saved["preprocessing"]
-    elif config.start is not None:
-        start = load_model(config.start)
-        known = known_preprocessing(start)
-        preprocessing = {modality: each.to_dict() for modality, each in known.items()}
-        first = next(iter(known.values()))
-        network = {**start.config, "image_size": first.image_size, "plane": first.plane}
-        config = replace(config, **network)
-    data = read_training_data(config, preprocessing)
-    if config.progress:
-        until = f"{config.steps} steps" if config.minutes is None else f"{config.minutes:g} minutes"
-        print(
-            f"fastproto: {data.summary}; {config.encoder}, output stride {config.output_stride}, "
-            f"images of {config.image_size} pixels, {config.batch} episodes a step, {until} "
-            f"on {device}",
-            file=sys.stderr,
+    with alone_in(folder), enough_memory(folder, _LESS_MEMORY):
+        saved = _saved_run(config, folder, state, resume)
+        start = None
+        preprocessing = None
+        if saved is not None:
+            config = replace(config, **{name: saved["config"][name] for name in NETWORK})
+            preprocessing = saved["preprocessing"]
+        elif config.start is not None:
+            start = load_model(config.start)
+            known = known_preprocessing(start)
+            preprocessing = {modality: each.to_dict() for modality, each in known.items()}
+            first = next(iter(known.values()))
+            network = {**start.config, "image_size": first.image_size, "plane": first.plane}
+            config = replace(config, **network)
+        data = read_training_data(config, preprocessing)
+        schedule = Schedule.of(config, saved)
+        if config.progress:
+            _introduce(config, data, schedule, device)
+            if saved is None and start is None and device.type == "cpu" and chosen:
+                print(
+                    "fastproto: a network and images small enough for a CPU were chosen; encoder "
+                    "and image_size choose others",
+                    file=sys.stderr,
+                )
+        require(
+            saved is None or saved["slices"] == data.slices,
+            state,
+            found="a run on other cases or slices",
+            allowed="the data set that the run began with",
+            fix=f"Restore the data set in {config.data}, or start a new run in another folder.",
+            error=CheckpointError,
         )
-        if saved is None and start is None and device.type == "cpu" and chosen:
-            print(
-                "fastproto: a network and images small enough for a CPU were chosen; encoder "
-                "and image_size choose others",
-                file=sys.stderr,
-            )
-    require(
-        saved is None or saved["slices"] == data.slices,
-        state,
-        found="a run on other cases or slices",
-        allowed="the data set that the run began with",
-        fix=f"Restore the data set in {config.data}, or start a new run in another folder.",
-        error=CheckpointError,
-    )
-    for partial in folder.glob(".partial-*"):  # what a killed process was writing
-        partial.unlink()
-    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+        write_text(folder / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+        _train(config, data, start, saved, schedule, device)
+    return folder
 
+
+def _train(
+    config: TrainConfig,
+    data: TrainingData,
+    start: FewShotUNet | None,
+    saved: dict[str, Any] | None,
+    schedule: Schedule,
+    device: torch.device,
+) -> None:
+    """Train from the beginning, from a model or from a checkpoint."""
+    folder = Path(config.output)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         model = start or FewShotUNet(
@@ -122,21 +138,25 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         )
         step, seconds = 0, 0.0
         if saved is not None:
-            load_state(state, model, optimizer)
+            load_state(folder / "state.safetensors", model, optimizer)
             step, seconds = saved["step"], saved["seconds"]
         with RunLog(folder, step, tensorboard=config.tensorboard) as log:
-            _Run(config, data, model, optimizer, log, seconds).go(step)
-    return folder
+            _Run(config, data, model, optimizer, log, seconds, schedule).go(step)
 
 
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Rate at ``progress`` (above 0, 1 at the end): linear warm-up, then half a cosine."""
-    if progress <= config.warmup_fraction:
-        return config.learning_rate * progress / config.warmup_fraction
-    falling = (progress - config.warmup_fraction) / max(1 - config.warmup_fraction, 1e-9)
-    share = 0.5 * (1 + math.cos(math.pi * min(falling, 1.0)))
-    final = config.final_learning_rate
-    return config.learning_rate * (final + (1 - final) * share)
+def _introduce(
+    config: TrainConfig, data: TrainingData, schedule: Schedule, device: torch.device
+) -> None:
+    """Say what is trained on what, and until when."""
+    until = f"{config.steps} steps" if config.minutes is None else f"{config.minutes:g} minutes"
+    if schedule.step:
+        until += f" in all, warm-up and schedule anew from step {schedule.step},"
+    print(
+        f"fastproto: {data.summary}; {config.encoder}, output stride {config.output_stride}, "
+        f"images of {config.image_size} pixels, {config.batch} episodes a step, {until} "
+        f"on {device}",
+        file=sys.stderr,
+    )
 
 
 def episode_dice(logits: Tensor, target: Tensor) -> float:
@@ -170,6 +190,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     log: RunLog
     seconds: float
+    schedule: Schedule
 
     def __post_init__(self) -> None:
         config = self.config
@@ -235,9 +256,7 @@ class _Run:
 
     def progress(self, step: int) -> float:
         """Share of the run that is done when ``step`` ends, as far as is known before it."""
-        minutes = self.config.minutes
-        by_minutes = 0.0 if minutes is None else self.seconds / 60 / minutes
-        return max(step / self.config.steps, by_minutes)
+        return self.schedule.progress(self.config, step, self.seconds)
 
     def step(self, step: int) -> float:
         """One optimiser step; returns the loss."""
@@ -258,6 +277,8 @@ class _Run:
         )
         seconds = time.perf_counter() - began
         self.seconds += seconds
+        if step == self.schedule.step + 1 > 1:
+            self.log.write(step, schedule_from=self.schedule.step, steps=self.config.steps)
         self.log.write(step, **record, learning_rate=rate, seconds=round(seconds, 4))
         return loss
 
@@ -289,6 +310,7 @@ class _Run:
         metadata = {
             "step": step,
             "seconds": self.seconds,
+            "schedule": self.schedule,
             "config": self.config.to_dict(),
             "preprocessing": self.data.extra["preprocessing"],
             "slices": self.data.slices,
