@@ -19,7 +19,7 @@ from support.dicom import (
 )
 
 from fastproto.data.scans import find_scans, plan_outputs, stem
-from fastproto.errors import ArgumentError, VolumeError
+from fastproto.errors import ArgumentError, FastprotoWarning, VolumeError
 
 
 def test_find_scans(tmp_path):
@@ -28,7 +28,8 @@ def test_find_scans(tmp_path):
     for name, content in {"series/slice1": bytes(128) + b"DICM", "other/report": b"%PDF"}.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(content)
-    names = [path.name for path in find_scans(tmp_path)]
+    with pytest.warns(FastprotoWarning, match=r"begin with a dot \(1: \.hidden\.nii\)"):
+        names = [path.name for path in find_scans(tmp_path)]
     assert names == ["a.NRRD", "b.nii.gz", "c.mha", "series"]
     for alone in (tmp_path / "series", tmp_path / "b.nii.gz"):
         assert find_scans(alone) == [alone]

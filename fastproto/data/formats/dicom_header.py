@@ -124,10 +124,11 @@ def is_dicom(path: Path) -> bool:
     return path.name != INDEX and (head[128:] == b"DICM" or head[:4] in old)
 
 
-def sop_class(dataset: Dataset) -> str:
-    """What kind of object it is by its UID, of the file's meta information or of its own."""
+def sop_classes(dataset: Dataset) -> set[str]:
+    """What kind of object it is by its UID, in the file's meta information and in its own."""
     meta = getattr(dataset, "file_meta", {})
-    return str(meta.get("MediaStorageSOPClassUID") or dataset.get("SOPClassUID") or "")
+    both = meta.get("MediaStorageSOPClassUID"), dataset.get("SOPClassUID")
+    return {str(uid) for uid in both if uid}
 
 
 def read_headers(paths: Iterable[Path]) -> tuple[list[Slice], list[Other]]:
@@ -204,10 +205,11 @@ def _without_image(dataset: Dataset) -> str | None:
     """What it is, of an object that is no image by its kind: a report, structures, a dose."""
     from pydicom.uid import UID
 
-    uid = sop_class(dataset)
-    known = UID(uid).name
-    # The registry calls what has pixels "... Image Storage"; an unknown UID is its own name.
-    return known if known not in ("", uid) and "Image" not in known else None
+    for uid in sop_classes(dataset):
+        # The registry calls what has pixels "... Image Storage"; an unknown UID is its own name.
+        if UID(uid).name != uid and "Image" not in UID(uid).name:
+            return UID(uid).name
+    return None
 
 
 def _no_slice(dataset: Dataset) -> str | None:
@@ -219,7 +221,8 @@ def _no_slice(dataset: Dataset) -> str | None:
     if samples in (3, 4) or colours:
         return "colour images"
     frames = int(dataset.get("NumberOfFrames") or 1)
-    cut = "Enhanced" in UID(sop_class(dataset)).name  # such a file says it, unless it is truncated
+    # Such a file says it, unless it is truncated.
+    cut = any("Enhanced" in UID(uid).name for uid in sop_classes(dataset))
     if frames > 1 and "PerFrameFunctionalGroupsSequence" not in dataset and not cut:
         return "multi-frame files that do not say where their frames lie"
     return None
@@ -264,6 +267,12 @@ def _slices(path: Path, dataset: Dataset) -> list[Slice]:
             allowed="RescaleSlope and RescaleIntercept",
             fix="Convert the series to NIfTI first.",
         )
+        slope, intercept = (
+            float(numbers(rescaling, keyword, 1)[0])
+            for keyword in ("RescaleSlope", "RescaleIntercept")
+        )
+        if rescaling.get("RescaleSlope") is None and rescaling.get("RescaleIntercept") is None:
+            slope, intercept = 1.0, 0.0
         slices.append(
             Slice(
                 path=path,
@@ -277,8 +286,8 @@ def _slices(path: Path, dataset: Dataset) -> list[Slice]:
                 # DICOM gives the distance of rows (y) first.
                 pixel_spacing=numbers(measures, "PixelSpacing", 2)[::-1],
                 thickness=float(numbers(measures, "SliceThickness", 1)[0]),
-                slope=_number(rescaling, "RescaleSlope", 1.0),
-                intercept=_number(rescaling, "RescaleIntercept", 0.0),
+                slope=slope,
+                intercept=intercept,
                 limits=(-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1),
                 unit=_text(rescaling, "RescaleType"),
             )
@@ -301,12 +310,6 @@ def numbers(dataset: Dataset, keyword: str, count: int) -> np.ndarray:
     except (TypeError, ValueError):
         found = np.empty(0)
     return found if found.shape == (count,) else np.full(count, np.nan)
-
-
-def _number(dataset: Dataset, keyword: str, absent: float) -> float:
-    if dataset.get(keyword) in (None, ""):
-        return absent
-    return float(numbers(dataset, keyword, 1)[0])
 
 
 def _text(dataset: Dataset, keyword: str) -> str:

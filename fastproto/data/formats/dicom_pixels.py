@@ -2,7 +2,7 @@
 """The pixels of DICOM files: what they store, and the scanner's values slope * stored + intercept.
 
 PhotometricInterpretation is for displays: MONOCHROME1 means that they show small values bright, and
-says nothing about the values. pydicom reads uncompressed pixels and run lengths. GDCM, in SimpleITK,
+says nothing about the values. pydicom reads plain pixels and run lengths. GDCM, in SimpleITK,
 decodes the rest (JPEG of all kinds); it sees a copy of the file that asks for nothing but that,
 because ITK inverts MONOCHROME1.
 """
@@ -86,7 +86,7 @@ def stored_values(path: Path) -> np.ndarray:
             if syntax.is_encapsulated and syntax != pydicom.uid.RLELossless
             else pixel_array(dataset, raw=True, correct_unused_bits=False)
         ).reshape(shape)
-        return array if dataset.BitsAllocated == 1 else _significant_bits(array, dataset)
+        return array if dataset.BitsAllocated == 1 else _significant_bits(path, array, dataset)
 
 
 def _decode(path: Path, dataset: Dataset, frames: int) -> np.ndarray:
@@ -118,15 +118,21 @@ def _decode(path: Path, dataset: Dataset, frames: int) -> np.ndarray:
             return sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO"))
 
 
-def _significant_bits(array: np.ndarray, dataset: Dataset) -> np.ndarray:
+def _significant_bits(path: Path, array: np.ndarray, dataset: Dataset) -> np.ndarray:
     """Without what the unused bits of every word hold (old overlays), and with the right sign."""
     allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
-    high = int(dataset.get("HighBit") or stored - 1)
-    if allocated in (8, 16, 32):
-        signed = "i" if dataset.get("PixelRepresentation") else "u"
-        array = array.astype(f"{signed}{allocated // 8}", copy=False)
-        if 0 < stored < allocated and stored - 1 <= high < allocated:
-            array = (array << (allocated - 1 - high)) >> (allocated - stored)
+    high = int(dataset.HighBit)
+    require_volume(
+        allocated in (8, 16, 32) and 0 < stored <= high + 1 <= allocated,
+        path,
+        found=f"{stored} bits up to bit {high} in words of {allocated}",
+        allowed="words of 8, 16 or 32 bits",
+        fix=EXPORT_AGAIN,
+    )
+    signed = "i" if dataset.get("PixelRepresentation") else "u"
+    array = array.astype(f"{signed}{allocated // 8}", copy=False)
+    if stored < allocated:
+        array = (array << (allocated - 1 - high)) >> (allocated - stored)
     return array
 
 

@@ -36,8 +36,8 @@ def find_segmentation(path: Path) -> Path | None:
         return find_segmentation(files[0]) if len(files) == 1 else None
     if not (path.is_file() and dicom_header.is_dicom(path)):
         return None
-    kind = dicom_header.sop_class(_read_header(path))
-    return path if kind in dicom_header.SEGMENTATIONS else None
+    kinds = dicom_header.sop_classes(_read_header(path))
+    return path if kinds & dicom_header.SEGMENTATIONS else None
 
 
 def segment_names(path: Path) -> dict[int, str]:

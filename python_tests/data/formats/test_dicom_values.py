@@ -114,7 +114,10 @@ def test_every_slice_has_its_own_rescaling(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("elements", "words"), [
-    ({"RescaleSlope": 0}, "RescaleSlope 0"),
+    ({"RescaleSlope": 0, "RescaleIntercept": 0}, "RescaleSlope 0 and"),
+    ({"RescaleIntercept": -1024}, "RescaleSlope nan and RescaleIntercept -1024"),
+    ({"HighBit": 4107}, "16 bits up to bit 4107 in words of 16"),
+    ({"BitsStored": 17}, "'Bits Stored' value of '17'"),
     ({"ModalityLUTSequence": [new(LUTExplanation="film")]}, "Modality LUT"),
     ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour"),
     ({"PixelData": b"\0" * 9214}, "damaged or truncated"),
@@ -128,7 +131,7 @@ def test_refused(tmp_path: Path, elements: dict, words: str):
 
 
 def test_a_map_that_is_no_hounsfield_units_is_named(tmp_path: Path):
-    write_slices(tmp_path, random_stack("u2", 16), HEIGHTS, RescaleType="Z_EFF", RescaleSlope=1)
+    write_slices(tmp_path, random_stack("u2", 16), HEIGHTS, RescaleType="Z_EFF")
     with pytest.warns(FastprotoWarning, match="RescaleType Z_EFF: the values are not HU"):
         read_volume(tmp_path)
 
