@@ -77,10 +77,16 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
             file with more than three dimensions is taken when the further ones have size 1.
         series: SeriesInstanceUID, needed where the folder holds several series.
 
+    Warns:
+        FastprotoWarning: A NIfTI file whose sform and qform disagree or that has neither, gzip data
+            named .nii, a header without axes or origin, bytes after compressed data.
+
     Raises:
-        VolumeError: No such file, unknown format, truncated or damaged data, NaN or Inf voxels, not
-            a 3-D scalar volume, a DICOM series with a missing slice.
-        GeometryError: NaN, zero or negative spacing, a sheared or non-orthonormal direction.
+        VolumeError: No such file, unknown format, truncated or damaged data, more bytes than the
+            header promises, NaN or Inf voxels, not a 3-D scalar volume, more than memory holds, a
+            DICOM series with a missing slice.
+        GeometryError: Spacing that is missing or not within 0.01 to 100 mm, in an unknown unit, a
+            direction further than 1e-3 from orthonormal.
     """
     path = Path(path)
     suffix = volume_suffix(path)
@@ -196,7 +202,8 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) 
         found=f"shape {tuple(array.shape)}",
         allowed=f"{like.array.shape}, or that with leading channels",
     )
-    voxels = Voxels(_storable(array), like.spacing, like.origin, like.direction, like.nifti)
+    grid = (tuple(map(float, field)) for field in (like.spacing, like.origin, like.direction))
+    voxels = Voxels(_storable(array), *grid, nifti=like.nifti)
     with atomic_write(path) as temporary:
         WRITABLE[suffix](temporary, voxels)
 
