@@ -202,8 +202,13 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) 
         found=f"shape {tuple(array.shape)}",
         allowed=f"{like.array.shape}, or that with leading channels",
     )
-    grid = (tuple(map(float, field)) for field in (like.spacing, like.origin, like.direction))
-    voxels = Voxels(_storable(array), *grid, nifti=like.nifti)
+    voxels = Voxels(
+        _storable(array),
+        tuple(map(float, like.spacing)),
+        tuple(map(float, like.origin)),
+        tuple(map(float, like.direction)),
+        like.nifti,
+    )
     with atomic_write(path) as temporary:
         WRITABLE[suffix](temporary, voxels)
 
