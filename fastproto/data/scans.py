@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastproto.data.formats.dicom_header import Other, is_dicom, listing, read_header, read_headers
+from fastproto.data.formats.table import CONVERT
 from fastproto.data.volume import READABLE, WRITABLE, volume_suffix, without_suffix
 from fastproto.errors import FastprotoWarning, VolumeError, require
 
-_NOT_READ = (".mgz", ".mgh", ".hdr", ".img", ".img.gz", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst")
+_NOT_READ = (*CONVERT, ".img.gz", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst")
 _DATA_SETS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 

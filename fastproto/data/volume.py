@@ -82,10 +82,16 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
             ones have size 1.
         series: SeriesInstanceUID, needed where the folder holds several series.
 
+    Warns:
+        FastprotoWarning: A NIfTI file whose sform and qform disagree or that has neither, gzip data
+            named .nii, a header without axes or origin, bytes after compressed data.
+
     Raises:
-        VolumeError: No such file, unknown format, truncated or damaged data, NaN or Inf voxels, not
-            a 3-D scalar volume, a DICOM series with a missing slice.
-        GeometryError: NaN, zero or negative spacing, a sheared or non-orthonormal direction.
+        VolumeError: No such file, unknown format, truncated or damaged data, more bytes than the
+            header promises, NaN or Inf voxels, not a 3-D scalar volume, more than memory holds, a
+            DICOM series with a missing slice.
+        GeometryError: Spacing that is missing or not within 0.01 to 100 mm, in an unknown unit, a
+            direction further than 1e-3 from orthonormal.
     """
     path = Path(path)
     suffix = volume_suffix(path)
@@ -97,7 +103,7 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         path,
         found="a file of unknown format",
         allowed=f"{', '.join(READABLE)}, a multi-frame DICOM file, or a folder with a DICOM series",
-        fix=CONVERT.get(Path(path.name.lower().removesuffix(".gz")).suffix, CONVERT[".dcm"]),
+        fix=CONVERT.get(Path(path.name.lower().removesuffix(".gz")).suffix),
     )
     with reading(path):
         named = suffix and path.is_file()
@@ -222,7 +228,13 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) 
         found=f"shape {tuple(array.shape)}",
         allowed=f"{like.array.shape}, or that with leading channels",
     )
-    voxels = Voxels(_storable(array), like.spacing, like.origin, like.direction, like.nifti)
+    voxels = Voxels(
+        _storable(array),
+        tuple(map(float, like.spacing)),
+        tuple(map(float, like.origin)),
+        tuple(map(float, like.direction)),
+        like.nifti,
+    )
     with atomic_write(path) as temporary:
         WRITABLE[suffix](temporary, voxels)
 

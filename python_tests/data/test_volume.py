@@ -108,6 +108,13 @@ class TestWriting:
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
     @pytest.mark.parametrize("suffix", FORMATS)
+    def test_a_grid_in_numbers_of_numpy(self, tmp_path: Path, like: Volume, suffix: str):
+        fields = (like.spacing, like.origin, like.direction)
+        grid = (tuple(np.array(field, np.float32)) for field in fields)
+        write_volume(tmp_path / f"a{suffix}", like.array, Volume(like.array, *grid))
+        check_same_grid(like, read_volume(tmp_path / f"a{suffix}"))
+
+    @pytest.mark.parametrize("suffix", FORMATS)
     @pytest.mark.parametrize(("values", "stored"), [
         ([0, 255], np.uint8), ([0, 256], np.uint16), ([-1024, 3071], np.int16),
         ([0, 70000], np.int32), ([False, True], np.uint8), ([0.25, 0.75], np.float32),

@@ -39,6 +39,5 @@ CONVERT = {
     ".hdr": "Analyze and two-file NIfTI do not hold together: make one .nii.gz of it, e.g. with "
     "3D Slicer or nibabel, and look whether left and right are right.",
     ".mgz": "Convert this FreeSurfer volume with `mri_convert scan.mgz scan.nii.gz`.",
-    ".dcm": "For DICOM, name the folder instead of one of its files.",
 }
 CONVERT |= {".img": CONVERT[".hdr"], ".mgh": CONVERT[".mgz"]}
