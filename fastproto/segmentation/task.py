@@ -194,6 +194,12 @@ def _organ(fields: Mapping[str, Any], protos: Tensor, offsets: Tensor) -> Organ:
 _MODEL, _TASK, _RUN = "a model", "a task file", "the folder of a training"
 _IMAGE = "an image or label map"
 _KINDS = {"model": _MODEL, FORMAT: _TASK, "training state": "the state of a training"}
+_PICKLE = "a pickle or a checkpoint of PyTorch, which is never loaded"
+_OTHERS = {  # by what they begin with
+    b"version https://git-lfs": "a Git LFS pointer, which stands in for a file not downloaded",
+    b"PK\3\4": _PICKLE,
+    b"\x80": _PICKLE,
+}
 _FIXES = {  # where something else was meant
     _MODEL: "Give it as --model; `fastproto learn` makes a task with it.",
     _RUN: "Give it as --model; `fastproto learn` makes a task with it.",
@@ -216,11 +222,10 @@ def what_is(path: Path) -> str:
             head = file.read(64)
         if not head:
             return "an empty file"
-        if head.startswith(b"version https://git-lfs"):
-            return "a Git LFS pointer, which stands in for a file that was not downloaded"
-        if head.startswith((b"PK\3\4", b"\x80")):
-            return "a pickle or a checkpoint of PyTorch, which is never loaded"
-        if head[8:9] != b"{":
+        if head[8:9] != b"{":  # safetensors begins with the length of its JSON
+            for start, what in _OTHERS.items():
+                if head.startswith(start):
+                    return what
             return "a file that fastproto did not write"
         with safe_open(path, framework="pt") as tensors:
             metadata = tensors.metadata() or {}

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fastproto.segmentation
 from fastproto.cli import main
+from fastproto.data import read_label, write_volume
 from fastproto.segmentation import Task
 from fastproto.segmentation.learn import AUTO_STEPS
 from fastproto.segmentation.predict import BATCH
@@ -141,6 +144,34 @@ def test_names_come_from_a_table_or_the_data_set_and_classes_choose(
     bare.rename(few)
     named = {value: name if value == 1 else f"label {value}" for value, name in known.items()}
     assert naming(few, "--classes", "liver", "5") == (named, [1, 5])
+
+
+@pytest.mark.parametrize("where", ["dataset.json", "--labels", "pairs"])
+def test_what_is_to_be_ignored_is_no_organ(program, tmp_path, where):
+    """Wherever it is named: as if nobody had said what the spine is."""
+    names = {"liver": 1, "spleen": 2, "ignore": 5}
+    label = read_label(program.example[1])
+    array = np.where(np.isin(label.array, list(names.values())), label.array, 0)
+    other = tmp_path / "labelsTr" / "mask.nii.gz"
+    write_volume(other, array, like=label)
+    table = tmp_path / ("dataset.json" if where == "dataset.json" else "names.json")
+    table.write_text(json.dumps({"labels": names}))
+    options = {"dataset.json": [], "--labels": ["--labels", str(table)]}.get(where)
+    if options is None:
+        options = ["--labels", *(f"{name}={value}" for name, value in names.items())]
+    task = tmp_path / "organs.task"
+    assert program.learn(task, *QUICK, *options, label=other) == 0
+    learned = Task.load(task)
+    assert learned.labels == {1: "liver", 2: "spleen"}
+    told = tmp_path / "told.task"  # were it background, other prototypes would come of it
+    write_volume(tmp_path / "mask.nii.gz", np.where(array == 5, 0, array), like=label)
+    pairs = ["--labels", "liver=1", "spleen=2"]
+    assert program.learn(told, *QUICK, *pairs, label=tmp_path / "mask.nii.gz") == 0
+    fewer, all_ = (
+        sum(len(organ.prototypes.protos) for organ in each.organs)
+        for each in (learned, Task.load(told))
+    )
+    assert fewer < all_
 
 
 @pytest.mark.parametrize(

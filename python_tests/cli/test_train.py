@@ -127,3 +127,18 @@ def test_a_tiny_run_and_its_continuation(phantom, tmp_path, capsys):
     assert following.config == model.config
     assert following.extra["preprocessing"] == model.extra["preprocessing"]
     assert following.fingerprint() != model.fingerprint()
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--classes", "liver", "dot"], "no label 'dot'"),
+    (["--classes", "liver", "gallbladder", "--set", "min_pixels=3000"], "3000 pixels"),
+    (["--classes", "liver", "--classes", "spleen", "--label-fraction", "0"], "liver, spleen,"),
+    (["--holdout-classes", "Liver", "--holdout-classes", "spleen", "--classes", "LIVER"], "[1]"),
+    (["--modality", "ct"], "modality: found ct; allowed: mr, as the data says"),
+])  # fmt: skip
+def test_what_is_asked_for_and_cannot_be_used_is_named(more, message, phantom, tmp_path, capsys):
+    shared = ["train", "--data", str(phantom), "--out", str(tmp_path / "run"), "--steps", "1"]
+    settings = ["--image-size", "64", "--device", "cpu", "--set", "validation_episodes=0"]
+    assert main([*shared, *settings, *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/*.safetensors"))

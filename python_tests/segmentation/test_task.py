@@ -235,6 +235,16 @@ class TestWrongFiles:
                 assert MEANT.get(hint, hint or made) in str(caught.value)
                 assert len(str(caught.value).splitlines()) == 1
 
+    def test_the_length_of_a_header_may_look_like_another_format(self, path):
+        """A pickle begins with the byte 0x80."""
+        tensors, header = read_safetensors(path)
+        first = set()
+        for padding in range(0, 256, 8):
+            write_safetensors(path, tensors, {**header, "padding": "x" * padding})
+            first.add(path.read_bytes()[0])
+            assert Task.load(path).labels == NAMES
+        assert 0x80 in first
+
     def test_what_may_not_be_read(self, folder, monkeypatch):
         def refuse(*_):
             raise PermissionError(13, "Permission denied")
