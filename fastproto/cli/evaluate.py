@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from fastproto.cli import options
+from fastproto.cli.segment import EXIT_SOME_FAILED
 from fastproto.evaluation.metrics import METRICS, NSD_TOLERANCE_MM
 
 HELP = f"compare label maps with the truth: {', '.join(m.title for m in METRICS)}"
 DESCRIPTION = """\
 Compare label maps with the truth, per organ and per patient. Distances are in mm between
 surfaces; the report says how each metric is defined, and how organs count that only one of the
-two shows."""
+two shows. The status is 0 where every case of the truth was measured, and 2 where the report names
+one without a prediction or with a file that cannot be used, or could not be written as JSON."""
 EXAMPLE = """\
   fastproto evaluate --prediction results --truth phantom-ct \\
       --labels spleen=2 gallbladder=9 --json scores.json"""
@@ -37,7 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report."""
+    """Print the report.
+
+    Returns:
+        0, or 2 where cases of the truth were not measured.
+    """
     from fastproto.evaluation import evaluate_folder
 
     table = options.read_labels(args.labels) if args.labels else None
@@ -49,7 +56,12 @@ def run(args: argparse.Namespace) -> int:
         nsd_tolerance=args.tolerance,
         z_margin=args.z_margin,
     )
+    print(report.to_text(), flush=True)  # first: it would be lost if the file cannot be written
+    for why in report.failed.values():
+        print(f"fastproto: error: {why}", file=sys.stderr)
+    if report.not_predicted:
+        missing = ", ".join(report.not_predicted)
+        print(f"fastproto: error: {args.prediction}: no prediction for {missing}", file=sys.stderr)
     if args.json:
         report.write_json(args.json)
-    print(report.to_text())
-    return 0
+    return EXIT_SOME_FAILED if report.failed or report.not_predicted else 0

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import SimpleITK as sitk
 from scipy.ndimage import find_objects
 
-from fastproto.data.dataset import Dataset, open_dataset
+from fastproto.data.dataset import labels_of, open_dataset
+from fastproto.data.geometry import canonical
+from fastproto.data.label_table import LabelTable
 from fastproto.data.volume import (
     READABLE,
     Volume,
@@ -23,12 +25,13 @@ from fastproto.data.volume import (
     volume_suffix,
     without_suffix,
 )
-from fastproto.errors import DatasetError, LabelError, require
+from fastproto.errors import DatasetError, GeometryError, LabelError, VolumeError, require
 from fastproto.evaluation.metrics import METRICS, NSD_TOLERANCE_MM
 from fastproto.evaluation.protocol import counted_slices
 from fastproto.evaluation.report import Report
 from fastproto.evaluation.surfaces import MaskPair
 
+_CaseError: TypeAlias = VolumeError | GeometryError | LabelError
 _STATUS = {  # by whether the truth and the prediction show an organ
     (True, True): "measured",
     (True, False): "missed",
@@ -49,7 +52,7 @@ def evaluate_case(
     """Measure every organ of one patient.
 
     Args:
-        prediction: Label map on the grid of ``truth``.
+        prediction: Label map of the voxels of ``truth``; the axes may be stored in another order.
         truth: Label map.
         labels: Name of each label to measure; label values that are not in it are ignored.
         nsd_tolerance: Distance in mm up to which a surface counts as right.
@@ -65,7 +68,7 @@ def evaluate_case(
         ``"spurious"`` (only the prediction does) or ``"absent"`` (neither).
 
     Raises:
-        GeometryError: The grids differ.
+        GeometryError: The voxels lie elsewhere.
         LabelError: A label map is not made of integers.
         ArgumentError: ``labels``, ``nsd_tolerance`` or ``z_margin`` is out of range, or a label is
             to be measured and ignored.
@@ -84,6 +87,7 @@ def evaluate_case(
         found=repr(z_margin),
         allowed="None or a whole number of slices from 0",
     )
+    prediction, truth = canonical(prediction), canonical(truth)
     check_same_grid(truth, prediction)
     for volume in (prediction, truth):
         require(
@@ -95,8 +99,6 @@ def evaluate_case(
         )
     spacing = truth.spacing[::-1]
     voxel_ml = math.prod(spacing) / 1000
-    letters = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(truth.direction)
-    axial = 2 - next(axis for axis, letter in enumerate(letters) if letter in "SI")
     boxes = [find_objects(volume.array, max(labels)) for volume in (prediction, truth)]
     rows = []
     for label, organ in labels.items():
@@ -105,8 +107,8 @@ def evaluate_case(
         if ignore is not None:
             predicted &= truth.array[box] != ignore
         if z_margin is not None:  # beyond the box there is nothing to count
-            numbers = counted_slices(np.moveaxis(true, axial, 0), z_margin)
-            predicted, true = predicted.take(numbers, axial), true.take(numbers, axial)
+            numbers = counted_slices(true, z_margin)
+            predicted, true = predicted[numbers], true[numbers]
         pair = MaskPair(predicted, true, spacing, nsd_tolerance)
         true_size, predicted_size = (int(np.count_nonzero(mask)) for mask in (true, predicted))
         rows.append(
@@ -134,9 +136,11 @@ def evaluate_folder(
     """Measure a folder of predicted label maps, or a single one.
 
     Args:
-        prediction: A label map, or a folder of them named as the cases (``CASE.nii.gz``).
-        truth: A label map, a folder of them, or a data set (a folder with ``dataset.json``). Two
-            single files are compared whatever their names.
+        prediction: A label map, or a folder of them named as the cases (``CASE.nii.gz``), such as
+            nnU-Net writes; what else lies there does not matter.
+        truth: A label map, a folder of them, or a data set (a folder with ``dataset.json``, and
+            the label maps in a folder of their own). Two single files are compared whatever their
+            names.
         labels: Labels to measure and their names. None: those of the ``dataset.json`` in
             ``truth`` or beside it, else every value that occurs in the truth.
         nsd_tolerance: As in :func:`evaluate_case`.
@@ -144,16 +148,18 @@ def evaluate_folder(
         ignore: As in :func:`evaluate_case`; None takes what the ``dataset.json`` ignores, unless
             ``labels`` has it.
 
+    Returns:
+        The report. A case of which a file cannot be used is named there, and the others measured.
+
     Raises:
         DatasetError: Nothing to compare was found.
-        InputError: A file cannot be used, or as :func:`evaluate_case` raises.
+        InputError: No file can be used, or as :func:`evaluate_case` raises.
     """
     prediction, truth = Path(prediction), Path(truth)
     predicted_files, _ = _find_label_maps(prediction)
-    true_files, dataset = _find_label_maps(truth)
-    dataset_labels = dataset.labels if dataset else None
-    if ignore is None and dataset and dataset.ignore not in (labels or ()):
-        ignore = dataset.ignore
+    true_files, table = _find_label_maps(truth)
+    if ignore is None and table and table.ignore not in (labels or ()):
+        ignore = table.ignore
     if prediction.is_file() and truth.is_file():
         true_files = dict.fromkeys(predicted_files, truth)
     cases = [case for case in true_files if case in predicted_files]
@@ -165,31 +171,41 @@ def evaluate_folder(
         fix="Name the predictions as the files they are to be compared with.",
         error=DatasetError,
     )
-    known = labels or dataset_labels
+    failed: dict[str, _CaseError] = {}
+    known = labels or (table.names if table else None)
     if known is None:
-        maps = (read_label(true_files[case]) for case in cases)
-        values = {value for true in maps for value in check_labels(true, needed=False)}
+        values: set[int] = set()
+        for case in cases:
+            with _noted(failed, case):
+                values.update(check_labels(read_label(true_files[case]), needed=False))
         known = {value: f"label {value}" for value in sorted(values)}
         require(
-            known,
+            known or failed,
             truth,
             found="no voxel above 0",
             allowed="at least one annotated organ",
             error=LabelError,
         )
-    named = {*known, *(dataset_labels or ())}
+    named = {*known, *(table.names if table else ())}
     rows: list[dict[str, Any]] = []
     spacing: dict[str, tuple[float, ...]] = {}
     unknown: dict[str, list[int]] = {}
     options: Any = {"nsd_tolerance": nsd_tolerance, "z_margin": z_margin}
     for case in cases:
-        predicted_map, true_map = read_label(predicted_files[case]), read_label(true_files[case])
-        measured = evaluate_case(predicted_map, true_map, known, ignore=ignore, **options)
-        rows += [{"case": case} | row for row in measured]
-        spacing[case] = tuple(float(step) for step in true_map.spacing)
-        present = check_labels(predicted_map, needed=False)
-        if strangers := [value for value in present if value not in named]:
-            unknown[case] = strangers
+        if case in failed:
+            continue
+        with _noted(failed, case):
+            predicted_map, true_map = (
+                read_label(files[case]) for files in (predicted_files, true_files)
+            )
+            measured = evaluate_case(predicted_map, true_map, known, ignore=ignore, **options)
+            rows += [{"case": case} | row for row in measured]
+            spacing[case] = tuple(float(step) for step in true_map.spacing)
+            present = check_labels(predicted_map, needed=False)
+            if strangers := [value for value in present if value not in named]:
+                unknown[case] = strangers
+    if not rows:
+        raise next(iter(failed.values()))
     require(
         any(row["status"] != "absent" for row in rows),
         "labels",
@@ -202,34 +218,53 @@ def evaluate_folder(
         **options,
         spacing=spacing,
         unknown_labels=unknown,
-        not_predicted=[case for case in true_files if case not in predicted_files],
+        failed={case: str(error) for case, error in failed.items()},
+        not_predicted=[
+            case for case in true_files if case not in predicted_files and prediction.is_dir()
+        ],
         not_compared=[case for case in predicted_files if case not in true_files],
     )
 
 
-def _find_label_maps(path: Path) -> tuple[dict[str, Path], Dataset | None]:
-    """Label maps by case, and the data set that they are of, where there is a ``dataset.json``."""
+@contextlib.contextmanager
+def _noted(failed: dict[str, _CaseError], case: str) -> Iterator[None]:
+    """Keep what is wrong with the files of one case, so that the others go on."""
+    try:
+        yield
+    except (VolumeError, GeometryError, LabelError) as error:
+        failed[case] = error
+
+
+def _find_label_maps(path: Path) -> tuple[dict[str, Path], LabelTable | None]:
+    """Label maps by case, and the names of a ``dataset.json`` there or beside, if there is one.
+
+    A folder that holds label maps itself is no data set, even with a ``dataset.json`` among them:
+    nnU-Net writes a copy of it beside its predictions.
+    """
     allowed = "a label map, a folder of label maps or a data set"
     found = "no such file or folder"
     require(path.exists(), path, found=found, allowed=allowed, error=DatasetError)
-    folder = path if path.is_dir() else path.parent
-    beside = [folder.parent] if folder.name in ("labels", "labelsTr") else []
-    roots = [root for root in (path, *beside) if (root / "dataset.json").is_file()]
-    # Which modality it is does not matter here.
-    dataset = open_dataset(roots[0], modality="ct") if roots else None
     if path.is_file():
-        return {without_suffix(path.name): path}, dataset
-    if dataset and roots[0] == path:
-        return {case.id: case.label for case in dataset.cases if case.label is not None}, dataset
+        return {without_suffix(path.name): path}, labels_of(path)
+    maps = [file for file in sorted(path.iterdir()) if _is_label_map(file)]
+    parts = any((path / name).is_dir() for name in ("labels", "labelsTr", "images", "imagesTr"))
+    if (path / "dataset.json").is_file() and (parts or not maps):
+        # Which modality it is does not matter here.
+        dataset = open_dataset(path, modality="ct")
+        found_maps = {case.id: case.label for case in dataset.cases if case.label is not None}
+        return found_maps, LabelTable(dataset.labels, dataset.ignore) if dataset.labels else None
     files: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if volume_suffix(file) and not file.name.startswith("."):
-            case = without_suffix(file.name)
-            first = files.setdefault(case, file)
-            found = f"two files for {case}: {first.name} and {file.name}"
-            allowed = "one label map per case"
-            require(first is file, path, found=found, allowed=allowed, error=DatasetError)
-    return files, dataset
+    for file in maps:
+        case = without_suffix(file.name)
+        first = files.setdefault(case, file)
+        found = f"two files for {case}: {first.name} and {file.name}"
+        allowed = "one label map per case"
+        require(first is file, path, found=found, allowed=allowed, error=DatasetError)
+    return files, labels_of(maps[0]) if maps else None
+
+
+def _is_label_map(file: Path) -> bool:
+    return bool(volume_suffix(file)) and file.is_file() and not file.name.startswith(".")
 
 
 def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None) -> tuple[slice, ...]:

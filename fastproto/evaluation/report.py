@@ -42,6 +42,7 @@ class Report:
         z_margin: Which slices counted, see `evaluate_case`.
         spacing: Size of a voxel in mm along (x, y, z), per case.
         unknown_labels: Label values in a prediction that have no name, per case.
+        failed: Why a case could not be measured, per case: a damaged file, another grid.
         not_predicted: Cases of the truth without a prediction.
         not_compared: Files beside the predictions without a truth.
     """
@@ -51,6 +52,7 @@ class Report:
     z_margin: int | None
     spacing: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     unknown_labels: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
     not_predicted: list[str] = dataclasses.field(default_factory=list)
     not_compared: list[str] = dataclasses.field(default_factory=list)
 
@@ -89,6 +91,7 @@ class Report:
             f"{case}: the prediction has labels without a name: {', '.join(map(str, values))}"
             for case, values in self.unknown_labels.items()
         ]
+        notes += [f"not measured: {case} ({why})" for case, why in self.failed.items()]
         if self.not_predicted:
             notes.append(f"no prediction for: {', '.join(self.not_predicted)}")
         if self.not_compared:
@@ -113,6 +116,7 @@ class Report:
             "rows": self.rows,
             "spacing_xyz_mm": self.spacing,
             "unknown_labels": self.unknown_labels,
+            "failed": self.failed,
             "not_predicted": self.not_predicted,
             "not_compared": self.not_compared,
             "versions": versions("fastproto", "numpy", "scipy", "SimpleITK", "python"),

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segment`` and ``evaluate`` from files to files, with an untrained model."""
+"""``segment`` from files to files, with an untrained model."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from PIL import Image
 
 from fastproto.cli import main
 from fastproto.data import read_label, read_volume
+from fastproto.data.phantom import make_patient
 from fastproto.data.volume import check_same_grid, write_volume
 from fastproto.nn import FewShotUNet
 from fastproto.segmentation import Task
 from fastproto.segmentation.postprocess import uncertainty
 
-from .conftest import CHOSEN, ORGANS, QUICK, Program, save_model
+from .conftest import CHOSEN, QUICK, Program, save_model
 
 
 @pytest.fixture
@@ -162,30 +162,39 @@ def test_segment_needs_one_source(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_evaluate_prints_and_writes_the_report(phantom, results, tmp_path, capsys):
-    truth = str(phantom / "labels" / "mr_000.nii.gz")
-    arguments = ["evaluate", "--prediction", truth, "--truth", truth, "--labels", *ORGANS]
-    assert main([*arguments, "--json", str(tmp_path / "scores.json")]) == 0
-    text = capsys.readouterr().out
-    assert "liver" in text
-    assert "Dice" in text
-    report = json.loads((tmp_path / "scores.json").read_text())
-    assert {row["organ"] for row in report["rows"]} == {"liver", "spine"}
-    assert all(row["dice"] == 1 for row in report["rows"])
-    assert main([*arguments, "--tolerance", "-1"]) == 2
-    folders = ["--prediction", str(results[0]), "--truth", str(phantom), "--labels", *ORGANS]
-    assert main(["evaluate", *folders, "--z-margin", "0"]) == 0
-    assert "mr_002" in capsys.readouterr().out
+@pytest.mark.filterwarnings("ignore::fastproto.errors.FastprotoWarning")
+def test_a_scan_of_another_modality_needs_force(program, task_file, tmp_path, capsys):
+    image, label = make_patient(1, shape=(24, 96, 96))
+    for name, volume in (("image", image), ("label", label)):
+        write_volume(tmp_path / f"{name}.nii.gz", volume.array, like=volume)
+    write_volume(tmp_path / "constant.nii.gz", 0 * image.array, like=image)
+    ct, output = str(tmp_path / "image.nii.gz"), tmp_path / "out.nii.gz"
+    options = ["--task", task_file, "--prior", "box", "--no-overlay"]
+    for scan, words in ((ct, "values of a CT"), (tmp_path / "constant.nii.gz", "one value")):
+        assert program.segment(scan, output, *options) == 2
+        assert words in capsys.readouterr().err
+        assert not output.exists()
+    assert program.segment(ct, output, *options, "--force") == 0
+    assert output.exists()
+
+    other = dataclasses.replace(program, example=[ct, str(tmp_path / "label.nii.gz")])
+    assert other.learn(tmp_path / "organs.task", *CHOSEN) == 2
+    assert "values of a CT" in capsys.readouterr().err
+    assert not (tmp_path / "organs.task").exists()
+    assert other.learn(tmp_path / "organs.task", *CHOSEN, "--force") == 0
+    assert Task.load(tmp_path / "organs.task").preprocessing.modality == "mr"
 
 
 @pytest.mark.data
+@pytest.mark.filterwarnings("ignore::fastproto.errors.FastprotoWarning")
 def test_a_real_dicom_series(program, test_data, tmp_path):
     series = test_data / "dicom" / "torchio_small" / "series"
     volume = read_volume(series)
     label = np.zeros(volume.array.shape, dtype=np.uint8)
     label[:, 3:9, 3:9] = 1
     write_volume(tmp_path / "label.nii.gz", label, like=volume)
-    example = ["--example", series, tmp_path / "label.nii.gz", *QUICK]
+    # An MR, and its files say that it is a CT.
+    example = ["--example", series, tmp_path / "label.nii.gz", *QUICK, "--force"]
     assert program.segment(series.parent, tmp_path / "results", *example) == 0
     check_same_grid(volume, read_label(tmp_path / "results" / "series.nii.gz"))
 

@@ -14,8 +14,9 @@ import pytest
 
 from fastproto import errors
 from fastproto.cli import main
+from fastproto.data.geometry import canonical
 from fastproto.data.phantom import ORGANS, make_patient, write_phantom
-from fastproto.data.volume import Volume, write_volume
+from fastproto.data.volume import Volume, read_label, read_volume, write_volume
 from fastproto.evaluation import evaluate_case, evaluate_folder
 from fastproto.evaluation.metrics import METRICS, dice
 
@@ -146,6 +147,69 @@ def test_z_margin_runs_along_the_patient_however_the_axes_are_stored(orientation
     for row, other in zip(rows, expected, strict=True):
         for metric in METRICS:
             assert row[metric.name] == pytest.approx(other[metric.name], abs=1e-6)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "PSR", "SAL"])
+def test_the_same_voxels_in_other_axes_are_compared(orientation):
+    _, truth = make_patient(0, shape=(12, 48, 48), orientation="LPS")
+    _, other = make_patient(0, shape=(12, 48, 48), orientation=orientation)
+    labels = {1: "liver", 4: "left kidney"}
+    shift = np.roll(truth.array, 1, axis=2)
+    expected = evaluate_case(dataclasses.replace(truth, array=shift), truth, labels)
+    moved = dataclasses.replace(other, array=np.zeros_like(other.array))
+    canonical(moved).array[...] = canonical(dataclasses.replace(truth, array=shift)).array
+    assert evaluate_case(moved, truth, labels) == expected
+    assert [row["dice"] for row in evaluate_case(other, truth, labels)] == [1, 1]
+    elsewhere = dataclasses.replace(other, origin=tuple(np.add(other.origin, (0, 0, 30))))
+    with pytest.raises(errors.GeometryError, match="30 mm away"):
+        evaluate_case(elsewhere, truth, labels)
+
+
+@pytest.mark.data
+def test_a_result_on_a_real_series_and_its_label_map(test_data, tmp_path):
+    """The series is stored from the front, the label map from the back."""
+    folder = test_data / "dicom" / "totalseg_ct_jpeg2000"
+    scan, truth = read_volume(folder / "series"), read_label(folder / "seg.nii.gz")
+    assert not np.allclose(scan.direction, truth.direction)
+    result = dataclasses.replace(scan, array=np.zeros(scan.array.shape, np.uint8))
+    canonical(result).array[...] = canonical(truth).array
+    write_volume(tmp_path / "result.nii.gz", result.array, like=scan)
+    report = evaluate_folder(tmp_path / "result.nii.gz", folder / "seg.nii.gz")
+    assert len(report.rows) == 31
+    assert report.overall() == {"dice": 1, "hd95": 0, "assd": 0, "nsd": 1}
+
+
+def test_a_folder_that_nnunet_wrote(folders, tmp_path):
+    predicted, truth = folders
+    names = {"background": 0, **{name: value for value, name in NAMES.items()}}
+    fields = {"channel_names": {"0": "CT"}, "labels": names, "file_ending": ".nii.gz"}
+    for folder in folders:
+        fields["training"] = [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]
+        (folder / "dataset.json").write_text(json.dumps(fields), encoding="utf-8")
+        for name in ("plans.json", "predict_from_raw_data_args.json", "a.npz", "a.pkl"):
+            (folder / name).write_text("{}", encoding="utf-8")
+    report = evaluate_folder(predicted, truth)
+    plain = evaluate_folder(predicted / "a.nii.gz", truth / "a.nii.gz", labels=NAMES)
+    assert str(report.rows[:4]) == str([row | {"case": "a"} for row in plain.rows])
+    assert report.not_predicted == ["c"]
+    (truth / "dataset.json").unlink()
+    assert str(evaluate_folder(predicted, truth, labels=NAMES).rows) == str(report.rows)
+
+
+def test_cases_with_unusable_files_are_named(folders):
+    predicted, truth = folders
+    (predicted / "a.nii.gz").write_bytes(b"no image")
+    shifted = volume(np.zeros((10, 20, 20)), origin=(0.0, 0.0, 30.0))
+    write_volume(predicted / "c.nii.gz", shifted.array, like=shifted)
+    for labels in (NAMES, None):
+        report = evaluate_folder(predicted, truth, labels=labels)
+        assert {row["case"] for row in report.rows} == {"b"}
+        assert list(report.failed) == ["a", "c"]
+        assert "a.nii.gz" in report.failed["a"]
+        assert "30 mm away" in report.failed["c"]
+    (truth / "b.nii.gz").write_bytes(b"no image")
+    with pytest.raises(errors.InputError, match=r"b\.nii\.gz|a\.nii\.gz"):  # nothing is left
+        evaluate_folder(predicted, truth)
 
 
 def test_other_grids_and_bad_arguments_are_refused():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import SimpleITK as sitk
 
 from fastproto.data import read_volume
+from fastproto.data.intensity import check_intensities
+from fastproto.data.phantom import make_patient
 from fastproto.errors import FastprotoWarning, GeometryError, VolumeError
 
 STRAIGHT = (1, 0, 0, 0, 1, 0)
@@ -66,6 +69,7 @@ class TestGoodSeries:
         np.testing.assert_allclose(volume.origin, (-20.5, 30.25, -3))
         np.testing.assert_allclose(volume.direction, np.eye(3).ravel())
         assert volume.path == folder
+        assert volume.modality == "CT"
         assert capfd.readouterr() == ("", "")
 
     @pytest.mark.parametrize(("heights", "step"), [
@@ -232,3 +236,25 @@ class TestRealSeries:
         np.testing.assert_allclose(volume.spacing, expected.GetSpacing(), rtol=1e-6)
         np.testing.assert_allclose(volume.origin, expected.GetOrigin())
         np.testing.assert_allclose(volume.direction, expected.GetDirection(), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({}, None),
+        ({"0028|1052": "0"}, r"not Hounsfield units \(air at"),
+        ({"0008|0060": "PT"}, "DICOM modality PT"),
+        ({"0008|0060": "MR"}, "DICOM modality MR"),
+    ],
+)
+def test_a_series_that_is_no_ct_in_hounsfield_units(tmp_path: Path, tags: dict, words: str | None):
+    stack = make_patient(3)[0].array[::12]
+    heights = [5.0 * i for i in range(len(stack))]
+    # Stored from 0, as scanners do; the writer takes the rescaled values.
+    shift = 1024 if "0028|1052" in tags else 0
+    volume = read_volume(write_series(tmp_path / "s", stack + np.int16(shift), heights, **tags))
+    np.testing.assert_array_equal(volume.array, stack + shift)
+    assert volume.modality == tags.get("0008|0060", "CT")
+    expected = pytest.raises(VolumeError, match=words) if words else contextlib.nullcontext()
+    with expected:
+        check_intensities(volume, "ct")
