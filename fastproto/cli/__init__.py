@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 from fastproto._version import __version__
@@ -33,6 +37,7 @@ EXAMPLE = """\
 
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
+_INTERRUPTED = "fastproto: interrupted"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
         words[:1] = [FORMER_NAMES.get(word, word) for word in words[:1]]
         args = _parser().parse_args(words)
-        with _warnings_in_a_line():
+        with _warnings_in_a_line(), _interruptible_imports():
             return args.run(args)
     except FastprotoError as error:
         if args.verbose:
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastproto: error: {error}", file=sys.stderr)
         return EXIT_INPUT_ERROR
     except KeyboardInterrupt:
-        print("fastproto: interrupted", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -81,6 +86,29 @@ def _warnings_in_a_line() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+@contextlib.contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """End at once where Ctrl-C comes during an import: libraries catch it there or trip over it."""
+    former = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(former):
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                print(_INTERRUPTED, file=sys.stderr, flush=True)
+                os._exit(EXIT_INTERRUPTED)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _parser() -> argparse.ArgumentParser:
