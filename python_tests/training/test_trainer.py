@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,13 @@ import fastproto.training.trainer as trainer
 from fastproto.data import Preprocessing
 from fastproto.data.phantom import write_phantom
 from fastproto.defaults import IGNORE
-from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError
+from fastproto.errors import (
+    ArgumentError,
+    CheckpointError,
+    OutputError,
+    ResourceError,
+    TrainingError,
+)
 from fastproto.nn import FewShotUNet
 from fastproto.nn.weights import checksum, read_safetensors
 from fastproto.training import TrainConfig, train
@@ -177,6 +184,96 @@ def test_a_run_without_labels_that_died_before_its_first_checkpoint_begins_again
     assert record["step"] == 1
     assert record["loss"] > 0
     assert FewShotUNet.load(run / "model.safetensors").extra["classes"] == {}
+
+
+def test_a_longer_run_begins_its_schedule_anew_where_it_goes_on(
+    configure: Configure, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    runs = [tmp_path / name for name in ("whole", "killed")]
+    for run in runs:
+        shutil.copytree(reference, run)
+    train(configure(runs[0], steps=10, progress=True), resume=True)
+    assert "10 steps in all, warm-up and schedule anew from step 6" in capsys.readouterr().err
+    log = records(runs[0], "loss")
+    assert log[:6] == records(reference, "loss")
+    assert [record["step"] for record in log[6:]] == [7, 8, 9, 10]
+    config = configure(runs[0])
+    for done, record in enumerate(log[6:], start=1):
+        assert record["learning_rate"] == pytest.approx(learning_rate(config, done / 4))
+    assert records(runs[0], "schedule_from") == [{"step": 7, "schedule_from": 6, "steps": 10}]
+    # Killed before its first checkpoint it begins there again; killed later it goes on.
+    train_until_killed(configure(runs[1], steps=10), 8, resume=True)
+    train_until_killed(TrainConfig.load(runs[1] / "config.json"), 10, resume=True)
+    train(TrainConfig.load(runs[1] / "config.json"), resume=True)
+    assert_same_run(runs[1], runs[0])
+    for fewer in ({"steps": 9}, {"steps": 10, "minutes": 1.0}):
+        with pytest.raises(CheckpointError, match=r"steps: 10 -> 9|minutes: None -> 1\.0"):
+            train(configure(runs[0], **fewer), resume=True)
+
+
+def test_more_minutes_begin_the_schedule_anew_too(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ticks = itertools.count(step=10.0)  # a step is ten seconds
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    config = configure(tmp_path, minutes=0.5, steps=1000, label_fraction=1.0)
+    train(config)
+    assert len(records(tmp_path, "loss")) == 3
+    longer = dataclasses.replace(config, minutes=1.0)
+    train(longer, resume=True)
+    log = records(tmp_path, "loss")
+    assert len(log) == 6
+    for done, record in enumerate(log[3:]):
+        share = max(done / 3, (done + 1) / 997)
+        assert record["learning_rate"] == pytest.approx(learning_rate(config, share))
+    with pytest.raises(CheckpointError, match=r"minutes: 1.0 -> 0.5"):
+        train(config, resume=True)
+
+
+def test_one_process_trains_in_a_folder(configure: Configure, reference: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    config = configure(run, checkpoint_every=1)
+    original = trainer._Run.step
+
+    def step(self: object, now: int) -> float:
+        for resume in (False, True):
+            with pytest.raises(OutputError, match=f"{run}: found that another process"):
+                train(config, resume=resume)
+        return original(self, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Run, "step", step)
+        train(config)
+    assert_same_run(run, reference)
+    assert not list(run.glob(".partial-*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "2.00 GiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes"),
+         "12 bytes"),
+        (MemoryError("Unable to allocate 22.4 GiB for an array"), "22.4 GiB"),
+    ],
+)  # fmt: skip
+def test_a_lack_of_memory_ends_the_run_with_what_to_change(
+    configure: Configure, reference: Path, tmp_path: Path, error: Exception, wanted: str
+):
+    run = tmp_path / "run"
+
+    def fail(self: object, now: int) -> float:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Run, "step", fail)
+        with pytest.raises(ResourceError, match=f"{wanted} were wanted .* smaller batch"):
+            train(configure(run))
+        patch.setattr(trainer._Run, "step", lambda *_: 1 / 0)  # a bug stays one
+        with pytest.raises(ZeroDivisionError):
+            train(configure(run), resume=True)
+    train(configure(run, recompute="on"), resume=True)
+    assert weights(run) == weights(reference)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(
