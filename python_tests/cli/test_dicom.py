@@ -57,7 +57,7 @@ def test_one_scan_in_a_folder_may_have_a_file_as_its_result(program, example, tm
     series.rename(above / "patient")
     stack = read_volume(above / "patient").array.astype("u2")
     scan = tmp_path / "example" / "scan.dcm"
-    save(enhanced(stack, [(0, 0, 4 * z) for z in range(12)]), scan)
+    save(enhanced(stack, [(0, 0, 4 * z) for z in range(12)], Modality="MR"), scan)
     assert segmentation_file.parent == scan.parent
     for source, read in ((above, above / "patient"), (scan, scan), (scan.parent, scan)):
         out = tmp_path / f"{source.name}.nii.gz"
