@@ -41,6 +41,7 @@ _MOST_BETWEEN_IN_HU = 0.3  # the same where air is -1000: dense lungs may lie th
 _LEAST_TISSUE = 0.6  # of a body's voxels, within 150 of soft tissue [CT: from 0.63, MR: to 0.52]
 _LEAST_IN_PLACE = 0.2  # of the voxels above air, fat or soft tissue, where something else is odd
 _NO_AIR_NO_FAT = -30.0  # CT has voxels below this everywhere but within one organ
+_NOISE = 250.0  # between the 1 % and the 99 % value within one organ, at a deviation of 50
 _BOTTOM = 0.1  # share in the lowest twentieth of the range: less in a crop of CT, more where MR
 # has its background [crops of CT within the body: up to 0.1 in 99 of 100, MR: from 0.12]
 
@@ -113,7 +114,8 @@ def _unlike_ct(sample: np.ndarray, tagged: bool) -> str | None:
     if np.mean(sample < _NO_AIR_NO_FAT) >= _FEW:
         return None
     low, middle, high = np.percentile(sample, [1, 50, 99])
-    within_an_organ = 10 <= middle <= 200 and (tagged or high - low <= 1.3 * middle)
+    most = _NOISE if tagged else 1.3 * middle  # else it may be an MR of small numbers
+    within_an_organ = 10 <= middle <= 200 and high - low <= most
     return None if within_an_organ else f"{values}, none of them of air or fat"
 
 
