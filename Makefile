@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES)) \
   $(shell find python_tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: install develop demo test test-parts test-whole test-interpreted sanitize bench docs gpu-check lint format clean
+.PHONY: install develop demo test test-parts test-whole test-interpreted test-floors sanitize sanitize-threads bench docs gpu-check lint format clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,18 @@ test-whole:
 test-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/op/triton -p no:cacheprovider
 
+# The tests of files with the oldest versions that pyproject.toml allows. torch stays: it is as large
+# as all else, and the package is built for it.
+FLOORS := $(CURDIR)/build/floors
+$(FLOORS)/.installed: $(VENV)/.extras constraints-floor.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(FLOORS) \
+	  -r constraints-floor.txt
+	touch $@
+
+test-floors: $(FLOORS)/.installed
+	PYTHONPATH=$(FLOORS) $(BIN)/pytest python_tests/data python_tests/test_floors.py \
+	  --ignore=python_tests/data/formats/test_fuzz.py -p no:cacheprovider
+
 # The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++ and Linux), on every
 # instruction set of this CPU; the first report ends the run. Python is not instrumented, so it must
 # load the runtimes before anything else. detect_leaks=0: CPython and torch keep memory to the end
@@ -67,6 +79,16 @@ sanitize: $(VENV)/.extras
 	  python_tests/op/test_choice.py::test_every_instruction_set_of_this_cpu_passes_the_op_tests
 	$(SANITIZER) $(BIN)/pytest python_tests/op/cuda/test_emulated.py \
 	  -k "not opcheck and not compile"
+
+# The CPU kernels under ThreadSanitizer, called from std::thread; a report or another result than one
+# thread's fails. In torch the threads are libgomp's, which is not instrumented: false reports.
+# setarch: the sanitizer's memory map does not bear the randomised addresses of newer kernels.
+sanitize-threads:
+	mkdir -p build
+	g++ -std=gnu++20 -O1 -g1 -ffp-contract=fast -fno-math-errno -fsanitize=thread -pthread \
+	  -DFASTPROTO_KERNELS=kBaseline csrc/cpu/instantiate.cpp python_tests/op/threads.cpp \
+	  -o build/threads
+	setarch -R build/threads
 
 # Measures for a quarter of an hour, writes benchmarks/results and the tables in docs/performance.md.
 bench: develop

@@ -15,7 +15,7 @@ EXAMPLE = """\
   fastproto info
   fastproto info --json > machine.json"""
 
-PACKAGES = ("torch", "numpy", "SimpleITK", "safetensors", "scipy", "scikit-image")
+PACKAGES = ("torch", "numpy", "SimpleITK", "safetensors", "scipy")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

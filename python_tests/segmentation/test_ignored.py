@@ -44,7 +44,7 @@ def test_no_prototype_and_no_score_is_of_them(teach, doubtful):
     core[2:] &= np.roll(part, 2, 1)[2:] & np.roll(part, -2, 1)[2:] & np.roll(part, -2, 2)[2:]
     noise = np.random.default_rng(0).uniform(-100, 250, core.shape).astype(np.float32)
     other = replace(image, array=np.where(core, noise, image.array))
-    options = {"preprocessing": CT, "ignore": 9, "classes": [7]}
+    options = {"preprocessing": CT, "ignore": 9, "classes": [7], "force": True}  # no CT's values
     one, two = (teach(each, label, **options) for each in (image, other))
     assert one.organs[0].slices == (2, 3, 4, 5, 6, 7, 8, 9)  # neither 0 nor 1
     assert same_prototypes(one, two)

@@ -275,7 +275,8 @@ def read(path: Path) -> Reading:
             item = pydicom.dcmread(file)
         except pydicom.errors.InvalidDicomError:
             continue
-        if item.file_meta.get("MediaStorageSOPClassUID") != SegmentationStorage:
+        classes = item.file_meta.get("MediaStorageSOPClassUID"), item.get("SOPClassUID")
+        if SegmentationStorage not in classes:
             items.append(item)
     if not items or len({str(item.get("SeriesInstanceUID")) for item in items}) != 1:
         raise Unreadable("not one series")
@@ -292,6 +293,10 @@ def read(path: Path) -> Reading:
         if item.get("SamplesPerPixel", 1) != 1 or int(item.get("NumberOfFrames") or 1) != 1:
             raise Unreadable("no single slices")
         item.SamplesPerPixel = 1
+        if "TransferSyntaxUID" not in item.file_meta:  # what pydicom has found the elements to be
+            implicit = item.original_encoding == (True, True)
+            syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+            item.file_meta.TransferSyntaxUID = syntax
         if item.get("PhotometricInterpretation") not in _NOT_NUMBERS:
             item.PhotometricInterpretation = "MONOCHROME2"  # for displays
         slope = float(item.get("RescaleSlope", 1))

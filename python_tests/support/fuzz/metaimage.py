@@ -167,7 +167,7 @@ def read(path: Path) -> Reading:
     dtype = np.dtype(order + _BYTES[fields["ElementType"]])
     name = fields["ElementDataFile"]
     body = data[start:] if name.upper() == "LOCAL" else (path.parent / name).read_bytes()
-    array = np.frombuffer(_voxels(fields, body, math.prod(shape) * dtype.itemsize), dtype)
+    array = np.frombuffer(_voxels(fields, body, math.prod(shape) * dtype.itemsize, assumed), dtype)
     array = array.reshape(shape[:3], order="F").astype(dtype.newbyteorder("="))
     slope = float(fields.get("ElementToIntensityFunctionSlope", "1"))
     offset = float(fields.get("ElementToIntensityFunctionOffset", "0"))
@@ -208,7 +208,7 @@ def _true(word: str) -> bool:
     raise Unreadable(f"neither True nor False: {word}")
 
 
-def _voxels(fields: dict[str, str], body: bytes, size: int) -> bytes:
+def _voxels(fields: dict[str, str], body: bytes, size: int, assumed: list[str]) -> bytes:
     skip = int(fields.get("HeaderSize", "0"))
     if _true(fields.get("CompressedData", "False")):
         if skip:
@@ -218,7 +218,7 @@ def _voxels(fields: dict[str, str], body: bytes, size: int) -> bytes:
         if not decoder.eof or len(raw) != size:
             raise Unreadable(f"{len(raw)} bytes where {size} are announced")
         if decoder.unused_data:
-            raise Unreadable("bytes after the compressed data")
+            assumed.append("bytes after the compressed data")
         return raw
     if skip < -1:
         raise Unreadable(f"HeaderSize {skip}")

@@ -215,6 +215,7 @@ def read(path: Path) -> Reading:
 def _place(header: Any) -> tuple[np.ndarray, list[str]]:
     """The affine in mm, and what had to be assumed for it."""
     assumed: list[str] = []
+    header.quaternion_threshold = -2e-3  # unit length but for rounding, as for an sform
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # as nifti1_io does
     affine = np.array(header.get_best_affine(), dtype=np.float64)
     if header["qform_code"] <= 0 and header["sform_code"] <= 0:

@@ -110,7 +110,7 @@ def _file(rng: Rng, placed: bool) -> tuple[list[str], bytes]:
     """The lines of a good header, and its data; ``placed`` with directions, else with spacings."""
     array = voxels(rng, tuple(_TYPES))
     code = array.dtype.str[1:]
-    encoding = pick(rng, ("raw", "raw", "gzip", "gzip", "ascii"))
+    encoding = pick(rng, ("raw", "gzip"))
     endian = pick(rng, ("little", "little", "big"))
     header = [
         f"NRRD000{pick(rng, (4, 5))}",
@@ -135,8 +135,6 @@ def _file(rng: Rng, placed: bool) -> tuple[list[str], bytes]:
     body = raw.tobytes(order="F")
     if encoding == "gzip":
         body = gzip.compress(body, mtime=0)
-    elif encoding == "ascii":
-        body = "\n".join(map(repr, array.ravel(order="F").tolist())).encode() + b"\n"
     return header, body
 
 
