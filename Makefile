@@ -60,7 +60,7 @@ $(FLOORS)/.installed: $(VENV)/.extras constraints-floor.txt
 	touch $@
 
 test-floors: $(FLOORS)/.installed
-	PYTHONPATH=$(FLOORS) $(BIN)/pytest python_tests/data python_tests/test_floors.py \
+	PYTHONPATH=$(FLOORS) $(BIN)/pytest python_tests/data/formats python_tests/test_floors.py \
 	  --ignore=python_tests/data/formats/test_fuzz.py -p no:cacheprovider
 
 # The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++ and Linux), on every

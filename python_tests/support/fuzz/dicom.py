@@ -269,14 +269,20 @@ def _files(rng: Rng, slices: list[FileDataset]) -> str:
 
 def read(path: Path) -> Reading:
     """Pydicom's pixels and numbers, sorted and stacked by position."""
-    items = []
+    items, assumed = [], []
     for file in sorted(path.iterdir()):
         try:
             item = pydicom.dcmread(file)
         except pydicom.errors.InvalidDicomError:
             continue
         classes = item.file_meta.get("MediaStorageSOPClassUID"), item.get("SOPClassUID")
-        if SegmentationStorage not in classes:
+        if SegmentationStorage in classes:
+            continue
+        colours = item.get("PhotometricInterpretation") in _NOT_NUMBERS
+        damaged = "Rows" not in item or "PixelData" not in item
+        if item.get("SamplesPerPixel", 1) != 1 or colours or damaged:
+            assumed.append(f"{file.name}: no slice, by its header")
+        else:
             items.append(item)
     if not items or len({str(item.get("SeriesInstanceUID")) for item in items}) != 1:
         raise Unreadable("not one series")
@@ -290,15 +296,14 @@ def read(path: Path) -> Reading:
     items, places = [items[i] for i in order], places[order]
     planes, intercepts = [], [0.0]
     for item in items:
-        if item.get("SamplesPerPixel", 1) != 1 or int(item.get("NumberOfFrames") or 1) != 1:
+        if int(item.get("NumberOfFrames") or 1) != 1:
             raise Unreadable("no single slices")
         item.SamplesPerPixel = 1
         if "TransferSyntaxUID" not in item.file_meta:  # what pydicom has found the elements to be
             implicit = item.original_encoding == (True, True)
             syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
             item.file_meta.TransferSyntaxUID = syntax
-        if item.get("PhotometricInterpretation") not in _NOT_NUMBERS:
-            item.PhotometricInterpretation = "MONOCHROME2"  # for displays
+        item.PhotometricInterpretation = "MONOCHROME2"  # which is for displays
         slope = float(item.get("RescaleSlope", 1))
         intercept = float(item.get("RescaleIntercept", 0))
         pixels = item.pixel_array
@@ -318,7 +323,7 @@ def read(path: Path) -> Reading:
     affine = np.eye(4)
     affine[:3, :3] = np.stack([row * x, column * y, normal * step], axis=1)
     affine[:3, 3] = places[0]
-    return Reading(np.stack(planes, axis=2), LPS_TO_RAS @ affine, max(intercepts))
+    return Reading(np.stack(planes, axis=2), LPS_TO_RAS @ affine, max(intercepts), assumed)
 
 
 def _numbers(item: Dataset, name: str, count: int) -> list[float]:
