@@ -233,10 +233,10 @@ def _slices(path: Path, dataset: Dataset) -> list[Slice]:
     require_volume(
         rows > 0
         and columns > 0
-        and dataset.get("BitsStored")
+        and 0 < int(dataset.get("BitsStored") or 0) <= 32
         and dataset.get("SamplesPerPixel") in (1, None),
         path,
-        found="a damaged or truncated DICOM file (no size of a grey image)",
+        found="a damaged or truncated DICOM file (no size of a grey image, or no bits)",
         allowed="a complete DICOM file",
         fix=EXPORT_AGAIN,
     )

@@ -44,6 +44,11 @@ _DTYPES = {
     "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8",
     "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
 }  # fmt: skip
+# MetaIO's other names of a field; both may be there if they say the same.
+_ALIASES = {
+    "Position": "Offset", "Origin": "Offset", "Rotation": "TransformMatrix",
+    "Orientation": "TransformMatrix", "ElementByteOrderMSB": "BinaryDataByteOrderMSB",
+}  # fmt: skip
 _MM = {"": 1.0, "?": 1.0, "um": 1e-3, "mm": 1.0, "cm": 10.0}
 _LINE_LIMIT = 1 << 16
 
@@ -107,14 +112,24 @@ def write(path: Path, voxels: Voxels) -> None:
 
 
 def _header(path: Path, file: io.BufferedReader) -> dict[str, str]:
-    """The ``key = value`` lines up to ElementDataFile, after which the data begin."""
+    """The ``key = value`` lines up to ElementDataFile, after which the data begin.
+
+    A field of several names is found under the one that ITK writes.
+    """
     fields: dict[str, str] = {}
     while file.tell() < _LINE_LIMIT and (line := file.readline(_LINE_LIMIT)):
-        key, equals, value = line.decode("utf-8", "replace").partition("=")
+        key, equals, value = (
+            part.strip() for part in line.decode("utf-8", "replace").partition("=")
+        )
         if not equals:
             break
-        fields[key.strip()] = value.strip()
-        if key.strip() == "ElementDataFile":
+        name = _ALIASES.get(key, key)
+        once = fields.setdefault(name, value) == value
+        found = f"{key} = {value}, and {fields[name]} before"
+        require_volume(once, path, found=found, allowed="one value for each field")
+        if key == "ElementDataFile":
+            kind = fields.get("ObjectType", "Image")
+            require_volume(kind == "Image", path, found=f"a {kind}", allowed="ObjectType = Image")
             return fields
     raise VolumeError(path, found="no MetaImage header", allowed="a .mha or .mhd file")
 
@@ -132,8 +147,8 @@ def _place(path: Path, fields: dict[str, str], dimension: int) -> Grid:
         allowed="the voxel size in the header",
         fix="Add it from the scanner's data; distances cannot be guessed.",
     )
-    offset = _numbers(path, fields, dimension, "Offset", "Position", "Origin")
-    axes = _numbers(path, fields, dimension**2, "TransformMatrix", "Rotation", "Orientation")
+    offset = _numbers(path, fields, dimension, "Offset")
+    axes = _numbers(path, fields, dimension**2, "TransformMatrix")
     missing = [name for name, found in (("Offset 0", offset), ("straight axes", axes)) if not found]
     if missing:
         warn(path, f"its header does not place the voxels: {' and '.join(missing)} are assumed.")
@@ -151,20 +166,20 @@ def _array(
 ) -> np.ndarray:
     channels = fields.get("ElementNumberOfChannels", "1")
     element = fields.get("ElementType", "").removesuffix("_ARRAY")
-    compressed = _true(fields, "CompressedData")
+    compressed = _true(path, fields, "CompressedData")
     skipped = fields.get("HeaderSize", "0")
     usable_skip = skipped.isdecimal() or (skipped == "-1" and not compressed)
     per_slice = fields.get("HeaderSizePerSlice", "0")
     for usable, found, allowed in (
         (channels == "1", f"{channels} values per voxel", "one number per voxel"),
         (element in _DTYPES, f"ElementType = {element}", "one number per voxel"),
-        (_true(fields, "BinaryData", "True"), "voxels written as text", "BinaryData = True"),
+        (_true(path, fields, "BinaryData", "True"), "voxels written as text", "BinaryData = True"),
         (usable_skip, f"HeaderSize = {skipped}", "a whole number, or -1 without compression"),
         (per_slice == "0", f"HeaderSizePerSlice = {per_slice}", "0"),
     ):
         fix = "Save the volume again, in another way."
         require_volume(usable, path, found=found, allowed=allowed, fix=fix)
-    big = _true(fields, "BinaryDataByteOrderMSB") or _true(fields, "ElementByteOrderMSB")
+    big = _true(path, fields, "BinaryDataByteOrderMSB")
     dtype = np.dtype(_DTYPES[element]).newbyteorder(">" if big else "<")
     shape = tuple(sizes[2::-1])
     if skipped == "-1":
@@ -181,9 +196,12 @@ def _array(
     return read_array(path, stream, shape, dtype, slope[0], intercept[0])
 
 
-def _true(fields: dict[str, str], name: str, default: str = "False") -> bool:
-    """As MetaIO reads it."""
-    return fields.get(name, default)[:1] in ("T", "t", "1")
+def _true(path: Path, fields: dict[str, str], name: str, default: str = "False") -> bool:
+    """By the first letter, as MetaIO reads it."""
+    word = fields.get(name, default)
+    usable = word[:1] in set("TtFf10")
+    require_volume(usable, path, found=f"{name} = {word}", allowed="True or False")
+    return word[0] in "Tt1"
 
 
 def _numbers(path: Path, fields: dict[str, str], count: int, *names: str) -> list[float]:

@@ -276,11 +276,11 @@ def _units(path: Path, fields: dict[str, str], name: str, axes: Iterable[int]) -
 def _vector(path: Path, text: str, dimensions: int) -> list[float]:
     """The first three numbers of "(x,y,z)"; a fourth is time."""
     words = text[1:-1].split(",") if text[:1] == "(" and text[-1:] == ")" else []
-    numbers = [number for word in words for number in _numbers(path, "a vector", word)]
-    usable = len(words) == len(numbers) == dimensions
+    found = [_numbers(path, "a vector", word) for word in words]
+    usable = [len(numbers) for numbers in found] == [1] * dimensions
     allowed = f"a vector of {dimensions} numbers, (x,y,z)"
     require_geometry(usable, path, found=f"{text!r} in its header", allowed=allowed)
-    return numbers[:3]
+    return [number for (number,) in found[:3]]
 
 
 def _numbers(path: Path, name: str, text: str) -> list[float]:

@@ -217,7 +217,7 @@ def _voxels(fields: dict[str, str], body: bytes, size: int, assumed: list[str]) 
         raw = decoder.decompress(body)
         if not decoder.eof or len(raw) != size:
             raise Unreadable(f"{len(raw)} bytes where {size} are announced")
-        if decoder.unused_data:
+        if decoder.unused_data.strip(b"\0"):
             assumed.append("bytes after the compressed data")
         return raw
     if skip < -1:
