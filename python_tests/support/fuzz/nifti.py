@@ -215,7 +215,9 @@ def read(path: Path) -> Reading:
 def _place(header: Any) -> tuple[np.ndarray, list[str]]:
     """The affine in mm, and what had to be assumed for it."""
     assumed: list[str] = []
-    header.quaternion_threshold = -2e-3  # unit length but for rounding, as for an sform
+    parts = (float(header[f"quatern_{part}"]) for part in "bcd")
+    if sum(part * part for part in parts) > 1:  # by rounding, up to what an sform may be off
+        header.quaternion_threshold = -2e-3
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # as nifti1_io does
     affine = np.array(header.get_best_affine(), dtype=np.float64)
     if header["qform_code"] <= 0 and header["sform_code"] <= 0:
