@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="any other field of fastproto.training.TrainConfig, such as absent_fraction=0.1")
     groups["training"].add_argument("--resume", action="store_true", default=False,
         help="continue the run in RUN from its last checkpoint, bit for bit; options that are "
-        "left out are those of the run. More --steps or --minutes than it had lengthen it, and the "
+        "left out are those of the run. More steps or minutes than it had lengthen it, and the "
         "learning rate rises and falls anew from there")
     # fmt: on
     options.add_runtime_options(parser)
