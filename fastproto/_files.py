@@ -20,13 +20,13 @@ except ImportError:  # not on Windows
 
 _PARTIAL = ".partial-"  # how the names of temporary folders begin
 _FIX = "Choose another output path or free some space; nothing was overwritten."
-_locks: set[int] = set()  # handles that keep the locks of this process
+_locks: dict[int, Path] = {}  # handles that keep the locks of this process, on which folders
 
 
 def _close_locks() -> None:
     """In a forked process: what its parent holds must end with the parent."""
     while _locks:
-        os.close(_locks.pop())
+        os.close(_locks.popitem()[0])
 
 
 if fcntl is not None:
@@ -131,6 +131,12 @@ def alone_in(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def abandon() -> None:
+    """Remove what this process is writing, where it ends without unwinding."""
+    for lock, folder in list(_locks.items()):
+        _release(folder, lock)
+
+
 def _require_no_folder(path: Path) -> None:
     allowed = "a file path to write to"
     require(not path.is_dir(), path, found="a folder", allowed=allowed, error=OutputError)
@@ -180,7 +186,7 @@ def _hold(folder: Path) -> int | None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), os.stat(folder / "lock")):
-            _locks.add(lock)
+            _locks[lock] = folder
             return lock
     except (BlockingIOError, FileNotFoundError):
         pass  # another process has it, or had it and has removed it
@@ -196,7 +202,7 @@ def _release(folder: Path, lock: int | None) -> None:
     if lock is None or lock in _locks:
         shutil.rmtree(folder, ignore_errors=True)
     if lock in _locks:
-        _locks.remove(lock)
+        del _locks[lock]
         os.close(lock)
 
 

@@ -139,7 +139,7 @@ def test_whether_a_path_can_be_written_is_known_before(tmp_path: Path):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
 
 
-def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path: Path):
+def test_a_file_that_may_not_grow_is_told_and_leaves_the_old_one(tmp_path: Path):
     """By a limit on the size of files, which any user can set."""
     write_text(tmp_path / "a.txt", "whole")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -153,3 +153,19 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path: Path):
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_the_old_file(tmp_path: Path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no tmpfs may be mounted here ({error})")
+    try:
+        write_text(tmp_path / "a.txt", "whole")
+        with pytest.raises(OutputError, match="No space left on device"):
+            write_text(tmp_path / "a.txt", "x" * 100_000)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+        assert (tmp_path / "a.txt").read_text() == "whole"
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from fastproto._files import abandon
 from fastproto._version import __version__
 from fastproto.cli import crossval, evaluate, info, learn, phantom, segment, train
 from fastproto.errors import FastprotoError, FastprotoWarning
@@ -99,6 +100,7 @@ def _interruptible_imports() -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
+                abandon()
                 print(_INTERRUPTED, file=sys.stderr, flush=True)
                 os._exit(EXIT_INTERRUPTED)
             frame = frame.f_back

@@ -53,7 +53,14 @@ class TestData:
         image = sitk.ReadImage(str(path))  # places them alike
         assert image.GetDirection() == read_volume(path).direction
         check(write_mha(path, SHORTS.astype(">i2").tobytes(), BinaryDataByteOrderMSB="True"))
-        check(write_mha(path, SHORTS.astype(">i2").tobytes(), BinaryDataByteOrderMSB=None, ElementByteOrderMSB="true"))
+        check(
+            write_mha(
+                path,
+                SHORTS.astype(">i2").tobytes(),
+                BinaryDataByteOrderMSB=None,
+                ElementByteOrderMSB="true",
+            )
+        )
         check(write_mha(path, RAW, ElementType="MET_SHORT_ARRAY", ElementNumberOfChannels="1"))
         check(write_mha(path, b"header" + RAW, HeaderSize="6"))
         check(write_mha(path, b"header" + RAW, HeaderSize="-1"))
