@@ -133,7 +133,7 @@ def read_array(
         array = np.empty(shape, target)
     except MemoryError as error:
         needed = math.prod(shape) * target.itemsize
-        raise MemoryError(f"its voxels need {needed / 1e6:,.0f} MB") from error
+        raise MemoryError(f"unable to allocate {needed / 1e6:.0f} MB") from error
     flat = array.reshape(-1)
     for start in range(0, flat.size, _BLOCK_VOXELS):
         part = flat[start : start + _BLOCK_VOXELS]

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastproto.data.formats.checks import require_volume
 from fastproto.data.formats.dicom_header import EXPORT_AGAIN, Slice, pydicom_reading
-from fastproto.data.formats.simpleitk import quiet, reading
+from fastproto.data.formats.simpleitk import overheard, reading
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -114,8 +114,16 @@ def _decode(path: Path, dataset: Dataset, frames: int) -> np.ndarray:
     with tempfile.TemporaryDirectory(prefix="fastproto-") as folder:
         copy = Path(folder) / "slice.dcm"
         dataset.save_as(copy, enforce_file_format=True)
-        with reading(path, fix=EXPORT_AGAIN), quiet():
-            return sitk.GetArrayFromImage(sitk.ReadImage(str(copy), imageIO="GDCMImageIO"))
+        with reading(path, fix=EXPORT_AGAIN), overheard() as said:
+            image = sitk.ReadImage(str(copy), imageIO="GDCMImageIO")
+    require_volume(
+        not said,
+        path,
+        found=lambda: f"damaged compressed pixels ({said[-1].strip()})",
+        allowed="a complete DICOM file",
+        fix=EXPORT_AGAIN,
+    )
+    return sitk.GetArrayFromImage(image)
 
 
 def _significant_bits(path: Path, array: np.ndarray, dataset: Dataset) -> np.ndarray:

@@ -1,37 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calling SimpleITK: silently, and with errors of our own."""
+"""Errors of our own for what fails in reading a file, here or in SimpleITK."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastproto._memory import enough_memory
 from fastproto.errors import GeometryError, VolumeError
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence file descriptor 2 while native code runs.
+def overheard() -> Iterator[list[str]]:
+    """Collect what native code writes to file descriptor 2 meanwhile, line by line.
 
-    ITK, MetaIO, GDCM and niftilib each write diagnostics there that no SimpleITK switch turns off.
-    What they complain about is checked and reported by the caller, with the file's name.
+    ITK and GDCM complain there about what they then make up, and no switch of SimpleITK tells.
     """
+    lines: list[str] = []
+    sys.stderr.flush()
     try:
         saved = os.dup(2)
     except OSError:  # the process has no stderr
-        yield
+        yield lines
         return
-    try:
-        with open(os.devnull, "wb") as sink:
-            os.dup2(sink.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+    with tempfile.TemporaryFile() as said:
+        try:
+            os.dup2(said.fileno(), 2)
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            said.seek(0)
+            lines += said.read().decode(errors="replace").split("\n")[:-1]
 
 
 def reason(error: BaseException) -> str:
@@ -50,16 +56,11 @@ def reading(path: Path, fix: str = "Copy or export the file again.") -> Iterator
 
     Raises:
         VolumeError, GeometryError: Of the file at ``path``.
+        ResourceError: It does not fit into memory.
     """
     try:
-        yield
-    except MemoryError as error:
-        raise VolumeError(
-            path,
-            found=f"a volume larger than the memory that is free ({error or 'it was used up'})",
-            allowed="one that fits",
-            fix="End other programs, or crop or resample it; is it that large at all?",
-        ) from error
+        with enough_memory(path):
+            yield
     except (RuntimeError, OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.strerror:  # missing, or no permission
             found, missing = f"that {error.filename or path} cannot be read", error.strerror
