@@ -120,11 +120,11 @@ def _damaged(rng: Rng, data: bytes, done: list[str]) -> bytes:
     elif kind == "forms":
         header = nib.Nifti1Header(bytes(array[:348]), endianness=order, check=False)
         affine = grid(rng)
-        if rng.random() < 0.5:  # a little beside the old place
-            affine = np.array(header.get_best_affine())
-            affine[:3, 3] += rng.normal(size=3) * pick(rng, (1e-4, 1e-2, 1, 100))
         which = pick(rng, ("qform", "sform"))
         try:
+            if rng.random() < 0.5:  # a little beside the old place
+                affine = np.array(header.get_best_affine())
+                affine[:3, 3] += rng.normal(size=3) * pick(rng, (1e-4, 1e-2, 1, 100))
             getattr(header, f"set_{which}")(affine, pick(rng, (1, 2, 4)))
         except Exception:  # earlier damage left no affine
             return bytes(array)
