@@ -51,8 +51,8 @@ test-whole:
 test-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/op/triton -p no:cacheprovider
 
-# The tests of files with the oldest versions that pyproject.toml allows. torch stays: it is as large
-# as all else, and the package is built for it.
+# The tests of files with the oldest versions that pyproject.toml allows, of which numpy has none for
+# Python from 3.12 on. torch stays: it is as large as all else, and the package is built for it.
 FLOORS := $(CURDIR)/build/floors
 $(FLOORS)/.installed: $(VENV)/.extras constraints-floor.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(FLOORS) \
@@ -61,6 +61,8 @@ $(FLOORS)/.installed: $(VENV)/.extras constraints-floor.txt
 
 test-floors: $(FLOORS)/.installed
 	PYTHONPATH=$(FLOORS) $(BIN)/pytest python_tests/data/formats python_tests/test_floors.py \
+	  python_tests/test_files.py python_tests/segmentation/test_overlay.py \
+	  python_tests/segmentation/test_task.py \
 	  --ignore=python_tests/data/formats/test_fuzz.py -p no:cacheprovider
 
 # The op's tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++ and Linux), on every

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastproto.defaults import IGNORE as IGNORE
+from fastproto.defaults import IGNORE
 from fastproto.errors import ArgumentError, require
 from fastproto.nn.base import Features, FewShotModel, check_labels
 from fastproto.nn.baseline import upsample_scores

@@ -28,7 +28,6 @@ from support.fuzz import FORMATS, campaign
 from support.fuzz.judge import RIGHT, judge
 from support.fuzz.mutate import PRISTINE
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 CHUNK = 2500
 
 
@@ -49,7 +48,7 @@ def main() -> int:
     found = {name: run(name, args) for name in args.formats}
     failed = sum(len(entry["failures"]) for entry in found.values())
     if args.write:
-        target = RESULTS / f"{records.today()}-fuzz-formats.json"
+        target = records.RESULTS / f"{records.today()}-fuzz-formats.json"
         seconds = round(time.perf_counter() - started)
         records.write(target, seed=args.seed, pristine=PRISTINE, seconds=seconds, formats=found)
     return 1 if failed else 0

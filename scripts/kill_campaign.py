@@ -10,7 +10,6 @@ repeated. Of the two commands that are started on one run folder one must be ref
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import os
@@ -29,7 +28,6 @@ from typing import Any, NamedTuple
 import records
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "python_tests"))
 SLOWEST = 300.0  # seconds after which a run hangs
 
@@ -364,7 +362,7 @@ def main() -> None:
     if args.write:
         from fastproto.evaluation.report import machine, versions
 
-        path = RESULTS / f"{datetime.date.today().isoformat()}-kill.json"
+        path = records.RESULTS / f"{records.today()}-kill.json"
         records.write(
             path,
             command="python scripts/kill_campaign.py "

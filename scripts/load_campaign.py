@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import records
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 PATIENTS = 2
 SHAPE = (10, 64, 64)  # of a small scan, z first
 LINE = re.compile(r"(\S+)\.nii\.gz -> ")
@@ -54,7 +53,7 @@ def main() -> int:
     for fault in faults:
         print(f"wrong: {fault}")
     if args.write:
-        target = RESULTS / f"{records.today()}-load.json"
+        target = records.RESULTS / f"{records.today()}-load.json"
         records.write(target, command=" ".join(sys.argv), **record, wrong=faults)
     return 1 if faults else 0
 

@@ -9,7 +9,6 @@ Segmenting: `fastproto segment` of CT volumes of 512 x 512 with 50, 100 and 200 
 
 from __future__ import annotations
 
-import datetime
 import resource
 import subprocess
 import sys
@@ -22,8 +21,6 @@ import records
 
 if TYPE_CHECKING:
     from fastproto.nn.base import FewShotModel
-
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
 def train_steps(precision: str) -> None:
@@ -137,7 +134,7 @@ def main() -> None:
         "baseline, ResNet-101": network_size(PrototypeNet()),
     }
     if args.write:
-        path = RESULTS / f"{datetime.date.today().isoformat()}-memory.json"
+        path = records.RESULTS / f"{records.today()}-memory.json"
         records.write(
             path,
             command="python scripts/measure_memory.py --write",

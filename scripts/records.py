@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
 
 def arguments(doc: str | None, **paths: str | None) -> argparse.ArgumentParser:
     """A parser that says what the script does and needs these paths, each with its help."""

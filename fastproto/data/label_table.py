@@ -14,6 +14,7 @@ from fastproto.errors import FastprotoError, FastprotoWarning, LabelError, requi
 
 MAX_LABEL = 2**16 - 1  # as in `read_label`
 _IGNORE = "ignore"  # nnU-Net's name of it
+_BACKGROUND = ("background", "bg", "clear", "unlabelled", "unlabeled", "none", "void", "outside")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def read_json(file: Path, allowed: str, error: type[FastprotoError]) -> dict[str
     require(file.is_file(), file, found="no such file", allowed=allowed, error=error)
     try:
         fields = json.loads(file.read_bytes())
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise error(file, found=f"no readable JSON ({problem})", allowed=allowed) from problem
     found = f"JSON, but a {type(fields).__name__}"
     require(isinstance(fields, dict), file, found=found, allowed=allowed, error=error)
@@ -80,7 +81,13 @@ def label_table(
         else:
             plain[values[0]] = name
     names = _with_parts(plain, regions, ignore, subject)
-    names.pop(0, None)
+    background = names.pop(0, "background")
+    if background.strip().casefold() not in _BACKGROUND:
+        warnings.warn(
+            f"{subject}: value 0 is background, whatever it is called: {background} is no organ.",
+            FastprotoWarning,
+            stacklevel=3,
+        )
     return LabelTable(names, ignore)
 
 
@@ -118,7 +125,9 @@ def _values(value: object) -> list[int]:
     """Of a label or a region; none where one of them cannot be used."""
     values = []
     for each in value if isinstance(value, list) else [value]:
-        number = int(each) if isinstance(each, str) and each.isdecimal() else each
+        number = each
+        if isinstance(each, str) and each.isdecimal() and len(each) < 10:
+            number = int(each)
         if type(number) is not int or not 0 <= number <= MAX_LABEL:
             return []
         values.append(number)

@@ -2,7 +2,7 @@
 """Volumes in and out: the one door for image files, with every check of them.
 
 Arrays are [Z, Y, X] in the axes of the file; spacing, origin and direction are in mm and in the
-patient's LPS coordinates, as SimpleITK gives them.
+patient's LPS coordinates, as DICOM and ITK have them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastproto.data.formats.dicom_header import is_dicom
 from fastproto.data.formats.dicom_seg import find_segmentation, read_segmentation
 from fastproto.data.formats.simpleitk import reading
 from fastproto.data.formats.table import CONVERT, FORMATS, READABLE, WRITABLE
+from fastproto.data.label_table import MAX_LABEL
 from fastproto.errors import ArgumentError, GeometryError, LabelError, VolumeError, require
 
 _LABEL_TOLERANCE = 1e-3
@@ -95,17 +96,19 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
     """
     path = Path(path)
     suffix = volume_suffix(path)
-    require_volume(
-        path.exists(), path, found="no such file or folder", allowed="an existing volume"
-    )
-    require_volume(
-        suffix or path.is_dir() or is_dicom(path),
-        path,
-        found="a file of unknown format",
-        allowed=f"{', '.join(READABLE)}, a multi-frame DICOM file, or a folder with a DICOM series",
-        fix=CONVERT.get(Path(path.name.lower().removesuffix(".gz")).suffix),
-    )
+    name = path.name.lower()
     with reading(path):
+        require_volume(
+            path.exists(), path, found="no such file or folder", allowed="an existing volume"
+        )
+        require_volume(
+            suffix or path.is_dir() or is_dicom(path),
+            path,
+            found="a file of unknown format",
+            allowed=f"{', '.join(READABLE)}, a multi-frame DICOM file, or a folder with a DICOM "
+            "series",
+            fix=next((text for ending, text in CONVERT.items() if name.endswith(ending)), None),
+        )
         named = suffix and path.is_file()
         voxels = FORMATS[suffix or ""].read(path) if named else read_dicom(path, series)
     check_voxels(path, voxels)
@@ -243,8 +246,9 @@ def _integer_labels(volume: Volume) -> np.ndarray:
     array, low, high = volume.array, volume.array.min(), volume.array.max()
     if low < -_LABEL_TOLERANCE:
         raise LabelError(volume.name, found=f"label {low:g}", allowed="integers of 0 and above")
-    if high > np.iinfo(np.uint16).max:
-        raise LabelError(volume.name, found=f"label {high:g}", allowed="integers up to 65535")
+    if high > MAX_LABEL:
+        allowed = f"integers up to {MAX_LABEL}"
+        raise LabelError(volume.name, found=f"label {high:g}", allowed=allowed)
     dtype = np.uint8 if round(high) <= 255 else np.uint16
     if array.dtype.kind != "f":
         return array.astype(dtype)

@@ -116,7 +116,7 @@ class FewShotModel(nn.Module):
         """Segment the query as the support shows.
 
         Logits ``[E, Q, K, H, W]`` from images ``[E, S or Q, 3, H, W]`` and ``[E, S, H, W]`` integer
-        labels 0..K-1, or ``fastproto.losses.IGNORE`` for pixels of no class. Support and query
+        labels 0..K-1, or ``fastproto.defaults.IGNORE`` for pixels of no class. Support and query
         pass the encoder as one batch, which batch normalisation profits from in training; in
         evaluation the result is that of :meth:`encode_support` and :meth:`segment`.
 

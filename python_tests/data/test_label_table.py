@@ -22,6 +22,18 @@ def nnunet(tmp_path: Path) -> Path:
 
 
 class TestLabels:
+    def test_a_name_of_the_background_is_no_organ(self, nnunet: Path):
+        with pytest.warns(FastprotoWarning, match="value 0 is background.*: liver is no organ"):
+            dataset = open_dataset(changed(nnunet, labels={"liver": 0, "spleen": 1}))
+        assert dataset.labels == {1: "spleen"}
+
+    def test_numbers_and_nesting_beyond_reason(self, nnunet: Path):
+        with pytest.raises(DatasetError, match="whole number from 0 to 65535"):
+            open_dataset(changed(nnunet, labels={"liver": "1" * 5000}))
+        (nnunet / "dataset.json").write_text("[" * 100_000)
+        with pytest.raises(DatasetError, match="no readable JSON"):
+            open_dataset(nnunet)
+
     @pytest.mark.parametrize(("labels", "names"), [
         ({"background": 0, "both": [1, 2], "organ": 1, "other": 2, "third": 3},
          {1: "organ", 2: "other", 3: "third"}),

@@ -63,7 +63,7 @@ def read(path: Path) -> Voxels:
     with opened(path) as file:
         fields = _header(path, file)
         words = fields.get("DimSize", "").split()
-        usable = all(word.isdecimal() and int(word) for word in words)
+        usable = all(word.isdecimal() and len(word) < 10 and int(word) for word in words)
         usable = usable and str(len(words)) == fields.get("NDims")
         found = f"NDims = {fields.get('NDims')} and DimSize = {fields.get('DimSize')}"
         require_volume(usable, path, found=found, allowed="as many sizes above 0 as dimensions")
@@ -134,6 +134,7 @@ def _header(path: Path, file: io.BufferedReader) -> dict[str, str]:
     raise VolumeError(path, found="no MetaImage header", allowed="a .mha or .mhd file")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what comes of it is refused
 def _place(path: Path, fields: dict[str, str], dimension: int) -> Grid:
     """Spacing, origin and direction in mm and LPS."""
     unit = fields.get("DistanceUnits", "").lower()
@@ -168,7 +169,9 @@ def _array(
     element = fields.get("ElementType", "").removesuffix("_ARRAY")
     compressed = _true(path, fields, "CompressedData")
     skipped = fields.get("HeaderSize", "0")
-    usable_skip = skipped.isdecimal() or (skipped == "-1" and not compressed)
+    usable_skip = (skipped.isdecimal() and len(skipped) < 19) or (
+        skipped == "-1" and not compressed
+    )
     per_slice = fields.get("HeaderSizePerSlice", "0")
     for usable, found, allowed in (
         (channels == "1", f"{channels} values per voxel", "one number per voxel"),

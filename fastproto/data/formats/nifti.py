@@ -153,6 +153,7 @@ def _header(path: Path, head: bytes) -> _Header:
     return _Header(fields, tuple(size[:dimensions]), dtype, int(offset))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what comes of it is refused
 def _check_header(path: Path, header: _Header) -> None:
     fields, shape = header.fields, header.shape
     check_size(path, shape)

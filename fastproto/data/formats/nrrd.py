@@ -170,6 +170,7 @@ def _check_sizes(path: Path, fields: dict[str, str], sizes: list[int], spatial: 
     check_size(path, [sizes[axis] for axis in spatial] + others)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what comes of it is refused
 def _place(path: Path, fields: dict[str, str], dimension: int) -> tuple[Grid, list[int]]:
     """Spacing, origin and direction in mm and LPS, and which axes of the file lie in space."""
     missing = []

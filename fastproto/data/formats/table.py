@@ -38,6 +38,8 @@ WRITABLE = {suffix: format_.write for suffix, format_ in FORMATS.items() if form
 CONVERT = {
     ".hdr": "Analyze and two-file NIfTI do not hold together: make one .nii.gz of it, e.g. with "
     "3D Slicer or nibabel, and look whether left and right are right.",
+    ".mnc": "Convert this MINC volume with `mnc2nii scan.mnc scan.nii`.",
     ".mgz": "Convert this FreeSurfer volume with `mri_convert scan.mgz scan.nii.gz`.",
 }
-CONVERT |= {".img": CONVERT[".hdr"], ".mgh": CONVERT[".mgz"]}
+CONVERT |= {".img": CONVERT[".hdr"], ".img.gz": CONVERT[".hdr"], ".mgh": CONVERT[".mgz"]}
+CONVERT |= dict.fromkeys((".nii.bz2", ".nii.xz", ".nii.zst"), "Unpack it, and call it .nii.")
