@@ -20,12 +20,17 @@ def clean(mask: np.ndarray) -> np.ndarray:
     pieces, count = ndimage.label(mask)
     if count == 0:
         return mask
-    sizes = np.bincount(pieces.ravel())[1:]
-    kept = np.flatnonzero(sizes >= PIECE * sizes.max()) + 1
-    result = np.isin(pieces, kept)
-    for index, section in enumerate(result):
-        if section.any():
-            result[index] = ndimage.binary_fill_holes(section)
+    # Slice by slice: NumPy copies what it counts, or looks up, in 8 bytes.
+    sizes = np.zeros(count + 1, np.int64)
+    for section in pieces:
+        sizes += np.bincount(section.ravel(), minlength=count + 1)
+    kept = sizes >= PIECE * sizes[1:].max()
+    kept[0] = False  # the background
+    result = np.empty(mask.shape, bool)
+    for section, target in zip(pieces, result, strict=True):
+        target[...] = kept[section]
+        if target.any():
+            target[...] = ndimage.binary_fill_holes(target)
     return result
 
 
