@@ -52,10 +52,12 @@ _ALLOWED = {
     "task of CT",
     "mr": "an MR scan, for a model or task of MR",
 }
-_FIX = (
-    "Export a CT with its rescale slope and intercept; use a model or task of the scan's modality; "
-    "--force (in Python force=True) goes on."
-)
+_FIX = {
+    "ct": "Export a CT with its rescale slope and intercept, or use a model or task of the scan's "
+    "modality; with --force (force=True) it is used as it is.",
+    "mr": "Use a model or task of the scan's modality; with --force (force=True) it is used as it "
+    "is.",
+}
 
 
 def guess_modality(volume: Volume) -> Literal["ct", "mr"]:
@@ -88,7 +90,7 @@ def check_intensities(volume: Volume, modality: str, *, force: bool = False) -> 
     if found is None:
         return
     if not force:
-        raise VolumeError(volume.name, found=found, allowed=_ALLOWED[modality], fix=_FIX)
+        raise VolumeError(volume.name, found=found, allowed=_ALLOWED[modality], fix=_FIX[modality])
     text = f"{volume.name}: found {found}; used all the same, as forced."
     warnings.warn(text, FastprotoWarning, stacklevel=2)
 

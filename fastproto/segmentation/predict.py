@@ -128,8 +128,10 @@ def check_tasks(tasks: Sequence[Task], model: FewShotModel, fingerprint: str | N
     for task in tasks:
         task.check_model(model, fingerprint=fingerprint)
         first, own = tasks[0].preprocessing, task.preprocessing
+        kinds = " and ".join(f"{each.modality.upper()}, {each.plane}" for each in (first, own))
+        found = f"tasks whose scans are prepared in two ways ({kinds})"
         allowed = "annotated scans of one modality, prepared alike"
-        require(own == first, "task", found=f"tasks of {own} and of {first}", allowed=allowed)
+        require(own == first, "task", found=found, allowed=allowed)
         allowed = "one name for each value in all annotated scans"
         for value, name in task.labels.items():
             known = names.setdefault(value, name)
