@@ -104,7 +104,11 @@ _ENCODER = Allowed(
 _TEXT = Allowed("text or a path", lambda x: True, keep=_text)
 _CLASSES = _list_of("class names or label numbers", str, int, read=_class)
 _CASES = _list_of("case ids", str)
-_MODALITY = Allowed("None, ct or mr", lambda x: x in (None, "ct", "mr"), {"choices": ("ct", "mr"), "type": str.lower})
+_MODALITY = Allowed(
+    "None, ct or mr",
+    lambda x: x in (None, "ct", "mr"),
+    {"choices": ("ct", "mr"), "type": str.lower},
+)
 Plane = Literal["axial", "coronal", "sagittal"]
 Stride = Literal[8, 16]
 Precision = Literal["auto", "float32", "bfloat16"]

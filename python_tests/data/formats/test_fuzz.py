@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.fuzz import FORMATS, campaign
+from support.fuzz.dying import die_and_hang
 from support.fuzz.judge import Reading, Unreadable, compare, judge
 from support.fuzz.mutate import Case
 
@@ -95,19 +93,9 @@ class TestTheHarness:
 
 def test_a_process_that_dies_or_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     """The cases after it are judged in a new process."""
-    monkeypatch.setattr(campaign, "_work", _die_and_hang)
+    monkeypatch.setattr(campaign, "_work", die_and_hang)
     monkeypatch.setattr(campaign, "HANG_SECONDS", 0.5)
     result = campaign.run([("nii", index) for index in range(6)], seed=0)["nii"]
     assert result.counts == {"equal": 4, "crash": 1, "hang": 1}
     kinds = [(failure["index"], failure["kind"]) for failure in result.failures]
     assert kinds == [(2, "crash"), (4, "hang")]
-
-
-def _die_and_hang(channel, todo, seed, folder):
-    channel.send("ready")
-    for _, index in todo:
-        if index == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if index == 4:
-            time.sleep(60)
-        channel.send(("equal", ""))
