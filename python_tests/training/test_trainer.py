@@ -267,7 +267,7 @@ def test_a_lack_of_memory_ends_the_run_with_what_to_change(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer._Run, "step", fail)
-        with pytest.raises(ResourceError, match=f"{wanted} were wanted .* smaller batch"):
+        with pytest.raises(ResourceError, match=f"{wanted} were wanted.* smaller batch"):
             train(configure(run))
         patch.setattr(trainer._Run, "step", lambda *_: 1 / 0)  # a bug stays one
         with pytest.raises(ZeroDivisionError):
