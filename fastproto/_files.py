@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import socket
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,9 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 _PARTIAL = ".partial-"  # how the names of temporary folders begin
+_OURS = _PARTIAL + re.sub(r"\W", "_", socket.gethostname()) + "-"  # and those of this machine
+_LOCK = _PARTIAL + "lock"  # in such a folder, beside a file that may have any other name
+_DAY = 86400  # seconds
 _FIX = "Choose another output path or free some space; nothing was overwritten."
 _locks: dict[int, Path] = {}  # handles that keep the locks of this process, on which folders
 
@@ -57,15 +63,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     It lies in a folder ``.partial-*`` beside ``path``, and so does whatever else a writer puts
     beside it. If the body raises, the folder is removed and an existing ``path`` is left as it was;
-    if the process is killed, the next write beside it removes the folder. Missing parent folders
-    are made.
+    if the process is killed, the next write beside it on the same machine removes the folder, where
+    the file system has locks. Missing parent folders are made.
 
     Raises:
         OutputError: The folder cannot be made or written, the disk is full, or ``path`` is one.
     """
     path = Path(path)
-    _require_no_folder(path)
     with writing(path, _FIX):
+        _require_no_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
         with _partial_folder(path.parent) as folder:
@@ -86,10 +92,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         OutputError: The folder cannot be made or written, or ``path`` is one.
     """
     path = Path(path)
-    _require_no_folder(path)
     with writing(path, _FIX):
+        _require_no_folder(path)
         existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=existing, ignore_cleanup_errors=True):
+        with tempfile.TemporaryDirectory(prefix=_OURS, dir=existing, ignore_cleanup_errors=True):
             pass
 
 
@@ -104,8 +110,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: Another process works there, or the folder cannot be made or written.
     """
-    held, lock, made = folder / f"{_PARTIAL}run", None, not folder.exists()
+    held, lock = folder / f"{_PARTIAL}run", None
     with writing(folder, _FIX):
+        made = not folder.exists()
         held.mkdir(parents=True, exist_ok=True)
         try:
             lock = _hold(held)
@@ -146,7 +153,7 @@ def _require_no_folder(path: Path) -> None:
 def _partial_folder(parent: Path) -> Iterator[Path]:
     """A new folder that is removed in the end, and that shows that its process lives."""
     while True:
-        folder, lock = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=parent)), None
+        folder, lock = Path(tempfile.mkdtemp(prefix=_OURS, dir=parent)), None
         try:
             try:
                 lock = _hold(folder)
@@ -162,12 +169,19 @@ def _partial_folder(parent: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Remove what killed processes were writing in a folder."""
-    for folder in parent.glob(f"{_PARTIAL}*"):
+    """Remove what killed processes of this machine were writing in a folder.
+
+    On a shared disk a lock may be unknown to other machines. A plain file is of an earlier version,
+    which had no locks.
+    """
+    for path in parent.glob(f"{_PARTIAL}*"):
         # Whose it is, and whether anyone writes it, is not always to be found out.
         with contextlib.suppress(OSError, NotImplementedError):
-            if (lock := _hold(folder)) is not None:
-                _release(folder, lock)
+            if path.is_file():
+                if time.time() - path.stat().st_mtime > _DAY:
+                    path.unlink()
+            elif path.name.startswith(_OURS) and (lock := _hold(path)) is not None:
+                _release(path, lock)
 
 
 def _hold(folder: Path) -> int | None:
@@ -180,12 +194,12 @@ def _hold(folder: Path) -> int | None:
         raise NotImplementedError("no locks on this system")
     try:
         # A file in it: some network file systems lock no folder.
-        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
     except FileNotFoundError:  # removed just now
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), os.stat(folder / "lock")):
+        if os.path.samestat(os.fstat(lock), os.stat(folder / _LOCK)):
             _locks[lock] = folder
             return lock
     except (BlockingIOError, FileNotFoundError):

@@ -69,11 +69,17 @@ def enough_memory(
     except (MemoryError, RuntimeError) as error:
         if not is_lack_of_memory(error):
             raise
-        wanted = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        text = str(error)
+        match = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+        wanted = f"{match[1]} were wanted" if match else "more was wanted"
+        found = f"too little memory on the GPU: {wanted}"
+        # Names, as torch may not be imported; errors of the CUDA runtime have other classes.
+        if type(error).__name__ != "OutOfMemoryError" and "CUDA" not in text:
+            found = f"too little memory: {wanted} beyond the {used_memory() / 1e9:.1f} GB in use"
+            found += f", of {machine_memory() / 1e9:.1f} GB"
         raise ResourceError(
             subject,
-            found=f"too little memory: {wanted[1] if wanted else 'more'} were wanted beyond the "
-            f"{used_memory() / 1e9:.1f} GB in use, of {machine_memory() / 1e9:.1f} GB",
+            found=found,
             allowed="what fits into memory",
             fix=fix,
         ) from error

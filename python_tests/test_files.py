@@ -50,15 +50,19 @@ def leftovers(folder: Path) -> list[Path]:
 
 def test_the_next_write_removes_what_a_killed_one_left_and_nothing_that_lives(tmp_path: Path):
     write_text(tmp_path / "a.txt", "whole")
-    foreign = tmp_path / ".partial-foreign"
-    foreign.write_text("no folder of ours")
+    foreign = [tmp_path / ".partial-foreign", tmp_path / ".partial-host-of-a-shared-disk-abc"]
+    foreign[0].write_text("perhaps of an earlier version that is writing it")
+    foreign[1].mkdir()
     with living(WRITE, tmp_path):
         write_text(tmp_path / "b.txt", "b")
-        (theirs,) = set(leftovers(tmp_path)) - {foreign}
+        (theirs,) = set(leftovers(tmp_path)) - {*foreign}
         assert (theirs / "a.txt").read_text() == "half"
     assert theirs.is_dir()
     write_text(tmp_path / "b.txt", "again")
-    assert leftovers(tmp_path) == [foreign]
+    assert {*leftovers(tmp_path)} == {*foreign}
+    os.utime(foreign[0], (0, 0))
+    write_text(tmp_path / "b.txt", "once more")
+    assert leftovers(tmp_path) == foreign[1:]
     assert (tmp_path / "a.txt").read_text() == "whole"
 
 
@@ -69,6 +73,12 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_a_file_may_be_called_lock(tmp_path: Path):
+    write_text(tmp_path / "lock", "text")
+    assert (tmp_path / "lock").read_text() == "text"
+    assert not leftovers(tmp_path)
 
 
 def test_a_written_file_has_the_mode_of_any_other(tmp_path: Path):
@@ -133,9 +143,13 @@ def test_whether_a_path_can_be_written_is_known_before(tmp_path: Path):
         (tmp_path / "file" / "a.txt", "Not a directory"),
         (tmp_path / "link" / "a.txt", "No such file"),
         (Path("/proc/none/a.txt"), "No such file"),
+        (tmp_path / ("a" * 300) / "a.txt", "File name too long"),
     ):
         with pytest.raises(OutputError, match=found):
             check_writable(path)
+    for write in (atomic_write, alone_in):
+        with pytest.raises(OutputError, match="File name too long"), write(tmp_path / ("a" * 300)):
+            pass
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
 
 

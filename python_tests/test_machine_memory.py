@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fastproto import _memory
+from fastproto.errors import ResourceError
 
 
 @pytest.mark.parametrize(
@@ -17,3 +19,16 @@ def test_a_container_may_have_less_than_its_machine(limit, expected, tmp_path, m
     monkeypatch.setattr(_memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(_memory.os, "sysconf", lambda name: 2**30)
     assert _memory.machine_memory() == expected
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+     "memory on the GPU: 2.00 GiB were wanted; allowed"),
+    (RuntimeError("CUDA error: out of memory"), "memory on the GPU: more was wanted; allowed"),
+    (MemoryError("Unable to allocate 3.00 GiB for an array"),
+     "memory: 3.00 GiB were wanted beyond the "),
+])  # fmt: skip
+def test_what_the_machine_has_is_said_of_its_own_memory(error: Exception, said: str) -> None:
+    with pytest.raises(ResourceError) as caught, _memory.enough_memory("scan"):
+        raise error
+    assert f"scan: found too little {said}" in str(caught.value)

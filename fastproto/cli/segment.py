@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     jobs = plan_outputs(args.input, scans, args.output)
     check_writable(jobs[0][1])
     with options.runtime(args) as device:
-        model = load_model(args.model, backend=args.backend).to(device)
+        fix = "Close other programs, or take --device cpu."
+        with enough_memory(args.model or "the base model", fix):
+            model = load_model(args.model, backend=args.backend).to(device)
         fingerprint = model.fingerprint()  # nothing below changes the weights
         if args.task:
             tasks = [Task.load(path) for path in args.task]

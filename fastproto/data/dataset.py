@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fastproto.data.formats.dicom_seg import find_segmentation, segment_names
+from fastproto.data.formats.simpleitk import reading
 from fastproto.data.intensity import guess_modality
 from fastproto.data.label_table import LabelTable, find_labels, label_table, read_json
 from fastproto.data.scans import find_scans, scan_names
@@ -162,19 +163,26 @@ def labels_of(label: Path) -> LabelTable | None:
     ``labelsTs``, or which it lists.
 
     Raises:
-        DatasetError: It cannot be read.
+        VolumeError: The label map cannot be read.
+        DatasetError: The ``dataset.json`` cannot be read.
     """
     label = label.absolute()
-    if segmentation := find_segmentation(label):
-        return LabelTable(segment_names(segmentation))
+    with reading(label):
+        if segmentation := find_segmentation(label):
+            return LabelTable(segment_names(segmentation))
     for root in label.parents[:2]:
         file = root / "dataset.json"
         near = label.parent == root or label.parent.name in ("labels", "labelsTr", "labelsTs")
-        if file.is_file() and (near or label.name in file.read_text("utf-8", "replace")):
+        try:
+            asked = file.is_file() and (near or label.name in file.read_text("utf-8", "replace"))
+        except OSError as error:
+            found = f"that it cannot be read ({error.strerror})"
+            raise DatasetError(file, found=found, allowed=_DESCRIPTION) from error
+        if asked:
             fields = read_json(file, _DESCRIPTION, DatasetError)
             if near or label in _listed_labels(file, fields):
                 table = _labels(file, fields)
-                return table if table.names else None
+                return table if table.names or table.ignore is not None else None
     return None
 
 

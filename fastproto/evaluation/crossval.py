@@ -18,9 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastproto._files import append_text, write_text
+from fastproto._files import alone_in, append_text, write_text
+from fastproto._memory import enough_memory
 from fastproto.data.dataset import Case, Dataset, open_datasets
-from fastproto.data.preprocessing import canonical
 from fastproto.data.volume import Volume, check_labels, read_label, read_volume
 from fastproto.defaults import PLANE
 from fastproto.errors import (
@@ -56,6 +56,8 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
     Raises:
         InputError: Data, a model or options that cannot be used.
         CheckpointError: The output folder holds results of other settings.
+        OutputError: Another process works in it, or it cannot be written.
+        ResourceError: There is too little memory.
     """
     (dataset,) = open_datasets([config.data], config.modality)
     given = load_model(config.model) if config.model not in (None, NO_MODEL) else None
@@ -79,7 +81,6 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
     }
     if config.modality is not None:  # else earlier results would be those of other settings
         settings["modality"] = config.modality
-    results = ResultFile(Path(config.output) / "results.jsonl", settings)
     work = [
         (round_, case, [query for query in dataset.select(round_.tests) if query.id != case.id])
         for round_ in rounds
@@ -88,30 +89,34 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
     total = sum(len(queries) for *_, queries in work)
     found = "no case but the annotated one"
     require(total, "test_cases", found=found, allowed="a case to segment")
-    with tqdm(total=total, unit="scan", disable=not config.progress) as bar:
-        for round_, case, queries in work:
-            teacher = _Teacher(round_, case)
-            for query in queries:
-                bar.set_postfix_str(f"{round_.name}, {case.id} -> {query.id}", refresh=False)
-                teacher.measure(query, results)
-                bar.update()
-    training, minutes = _trainings(rounds)
-    summary = {
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-        "machine": machine(config.device),
-        "versions": versions("fastproto", "torch", "python", "cpu_level"),
-        "data": dataset.name,
-        "model": given.extra.get("name", Path(str(config.model)).name) if given else config.model,
-        "tests": {round_.name: round_.tests for round_ in rounds},
-        "annotated": list(config.annotated) or "each test case in turn",
-        "settings": settings,
-        "training": training,
-        "training_minutes": minutes,
-        "results": summarise(results.units.values()),
-        "quoted": quoted(dataset.name),
-    }
-    write_text(Path(config.output) / "summary.json", json_text(summary, indent=1))
+    model = given.extra.get("name", Path(str(config.model)).name) if given else config.model
+    with alone_in(Path(config.output)):
+        results = ResultFile(Path(config.output) / "results.jsonl", settings)
+        with tqdm(total=total, unit="scan", disable=not config.progress) as bar:
+            for round_, case, queries in work:
+                teacher = _Teacher(round_, case)
+                for query in queries:
+                    bar.set_postfix_str(f"{round_.name}, {case.id} -> {query.id}", refresh=False)
+                    with enough_memory(query.image):
+                        teacher.measure(query, results)
+                    bar.update()
+        training, minutes = _trainings(rounds)
+        summary = {
+            "date": datetime.date.today().isoformat(),
+            "command": command,
+            "machine": machine(config.device),
+            "versions": versions("fastproto", "torch", "python", "cpu_level"),
+            "data": dataset.name,
+            "model": model,
+            "tests": {round_.name: round_.tests for round_ in rounds},
+            "annotated": list(config.annotated) or "each test case in turn",
+            "settings": settings,
+            "training": training,
+            "training_minutes": minutes,
+            "results": summarise(results.units.values()),
+            "quoted": quoted(dataset.name),
+        }
+        write_text(Path(config.output) / "summary.json", json_text(summary, indent=1))
     return summary
 
 
@@ -278,8 +283,8 @@ class _Teacher:
         rows: list[dict[str, Any]] = []
         if protocol == "whole":
             for variant, labels in learned.segment(scan).items():
-                found = canonical(dataclasses.replace(scan, array=labels))
-                measured = evaluate_case(found, canonical(truth), organs, ignore=ignore)
+                found = dataclasses.replace(scan, array=labels)
+                measured = evaluate_case(found, truth, organs, ignore=ignore)
                 rows += [{"variant": variant} | row for row in measured]
             return rows
         assert isinstance(learned, LearnedNetwork)

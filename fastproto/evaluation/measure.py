@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.ndimage import find_objects
 
+from fastproto._memory import enough_memory
 from fastproto.data.dataset import labels_of, open_dataset
+from fastproto.data.formats.simpleitk import reading
 from fastproto.data.geometry import canonical
 from fastproto.data.label_table import LabelTable
 from fastproto.data.volume import (
@@ -25,13 +27,20 @@ from fastproto.data.volume import (
     volume_suffix,
     without_suffix,
 )
-from fastproto.errors import DatasetError, GeometryError, LabelError, VolumeError, require
+from fastproto.errors import (
+    DatasetError,
+    GeometryError,
+    LabelError,
+    ResourceError,
+    VolumeError,
+    require,
+)
 from fastproto.evaluation.metrics import METRICS, NSD_TOLERANCE_MM
 from fastproto.evaluation.protocol import counted_slices
 from fastproto.evaluation.report import Report
 from fastproto.evaluation.surfaces import MaskPair
 
-_CaseError: TypeAlias = VolumeError | GeometryError | LabelError
+_CaseError: TypeAlias = VolumeError | GeometryError | LabelError | ResourceError
 _STATUS = {  # by whether the truth and the prediction show an organ
     (True, True): "measured",
     (True, False): "missed",
@@ -154,10 +163,14 @@ def evaluate_folder(
     Raises:
         DatasetError: Nothing to compare was found.
         InputError: No file can be used, or as :func:`evaluate_case` raises.
+        ResourceError: There is too little memory for any case.
     """
     prediction, truth = Path(prediction), Path(truth)
-    predicted_files, _ = _find_label_maps(prediction)
-    true_files, table = _find_label_maps(truth)
+    with reading(prediction):
+        predicted_files, _ = _find_label_maps(prediction)
+    with reading(truth):
+        true_files, table = _find_label_maps(truth)
+    table = table or _labels_of_first(true_files.values())
     if ignore is None and table and table.ignore not in (labels or ()):
         ignore = table.ignore
     if prediction.is_file() and truth.is_file():
@@ -173,16 +186,16 @@ def evaluate_folder(
     )
     failed: dict[str, _CaseError] = {}
     known = labels or (table.names if table else None)
-    if known is None:
+    if not known:
         values: set[int] = set()
         for case in cases:
             with _noted(failed, case):
                 values.update(check_labels(read_label(true_files[case]), needed=False))
-        known = {value: f"label {value}" for value in sorted(values)}
+        known = {value: f"label {value}" for value in sorted(values - {ignore})}
         require(
             known or failed,
             truth,
-            found="no voxel above 0",
+            found="no voxel above 0" + ("" if ignore is None else f" other than {ignore}"),
             allowed="at least one annotated organ",
             error=LabelError,
         )
@@ -191,7 +204,7 @@ def evaluate_folder(
     spacing: dict[str, tuple[float, ...]] = {}
     unknown: dict[str, list[int]] = {}
     options: Any = {"nsd_tolerance": nsd_tolerance, "z_margin": z_margin}
-    for case in cases:
+    for case in cases if known else ():
         if case in failed:
             continue
         with _noted(failed, case):
@@ -230,13 +243,14 @@ def evaluate_folder(
 def _noted(failed: dict[str, _CaseError], case: str) -> Iterator[None]:
     """Keep what is wrong with the files of one case, so that the others go on."""
     try:
-        yield
-    except (VolumeError, GeometryError, LabelError) as error:
+        with enough_memory(f"case {case}"):
+            yield
+    except (VolumeError, GeometryError, LabelError, ResourceError) as error:
         failed[case] = error
 
 
 def _find_label_maps(path: Path) -> tuple[dict[str, Path], LabelTable | None]:
-    """Label maps by case, and the names of a ``dataset.json`` there or beside, if there is one.
+    """Label maps by case, and of a data set the names of the labels.
 
     A folder that holds label maps itself is no data set, even with a ``dataset.json`` among them:
     nnU-Net writes a copy of it beside its predictions.
@@ -245,14 +259,14 @@ def _find_label_maps(path: Path) -> tuple[dict[str, Path], LabelTable | None]:
     found = "no such file or folder"
     require(path.exists(), path, found=found, allowed=allowed, error=DatasetError)
     if path.is_file():
-        return {without_suffix(path.name): path}, labels_of(path)
+        return {without_suffix(path.name): path}, None
     maps = [file for file in sorted(path.iterdir()) if _is_label_map(file)]
     parts = any((path / name).is_dir() for name in ("labels", "labelsTr", "images", "imagesTr"))
     if (path / "dataset.json").is_file() and (parts or not maps):
         # Which modality it is does not matter here.
         dataset = open_dataset(path, modality="ct")
         found_maps = {case.id: case.label for case in dataset.cases if case.label is not None}
-        return found_maps, LabelTable(dataset.labels, dataset.ignore) if dataset.labels else None
+        return found_maps, LabelTable(dataset.labels, dataset.ignore)
     files: dict[str, Path] = {}
     for file in maps:
         case = without_suffix(file.name)
@@ -260,7 +274,15 @@ def _find_label_maps(path: Path) -> tuple[dict[str, Path], LabelTable | None]:
         found = f"two files for {case}: {first.name} and {file.name}"
         allowed = "one label map per case"
         require(first is file, path, found=found, allowed=allowed, error=DatasetError)
-    return files, labels_of(maps[0]) if maps else None
+    return files, None
+
+
+def _labels_of_first(files: Iterable[Path]) -> LabelTable | None:
+    """`labels_of` the first file that can be read."""
+    for file in files:
+        with contextlib.suppress(VolumeError):  # it is noted where it is to be measured
+            return labels_of(file)
+    return None
 
 
 def _is_label_map(file: Path) -> bool:

@@ -180,8 +180,22 @@ def test_a_small_gpu_gets_smaller_batches(
     small_gpu(0)
     assert program.segment(scan, tmp_path / "none.nii.gz", *options) == 2
     said = capsys.readouterr().err
-    assert f"{scan}: found too little memory: 2.00 GiB were wanted" in said
+    assert f"{scan}: found too little memory on the GPU: 2.00 GiB were wanted; allowed" in said
     assert not (tmp_path / "none.nii.gz").exists()
+
+
+def test_a_gpu_without_room_for_the_network_is_told(
+    program, task_file, phantom, tmp_path, monkeypatch, capsys
+):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr("fastproto.segmentation.load_model", full)
+    scan = phantom / "images" / "mr_001.nii.gz"
+    assert program.segment(scan, tmp_path / "out.nii.gz", "--task", task_file) == 2
+    said = capsys.readouterr().err
+    assert "found too little memory on the GPU: 2.00 MiB were wanted; allowed" in said
+    assert "--device cpu" in said
 
 
 @pytest.mark.parametrize("command", ["learn", "segment", "train"])

@@ -11,7 +11,7 @@ import pytest
 from fastproto.data import open_dataset
 from fastproto.data.dataset import labels_of
 from fastproto.data.label_table import LabelTable
-from fastproto.errors import DatasetError, FastprotoWarning, LabelError
+from fastproto.errors import DatasetError, FastprotoWarning, LabelError, VolumeError
 
 from .test_dataset import NNUNET, changed, make
 
@@ -98,6 +98,8 @@ class TestLabelsOfALabelMap:
         assert labels_of(Path("case.nii.gz")) == LabelTable({1: "liver"}, 2)
         table.write_text('{"modality": "CT"}')  # it may name none
         assert labels_of(label) is None
+        table.write_text('{"labels": {"ignore": 2}}')
+        assert labels_of(label) == LabelTable({}, 2)
         table.write_text("{")
         with pytest.raises(DatasetError, match=r"dataset\.json"):
             labels_of(label)
@@ -114,3 +116,12 @@ class TestLabelsOfALabelMap:
             assert labels_of(label) == (LabelTable({1: "liver"}) if name == "a" else None)
         table.write_text("of another program")
         assert labels_of(label) is None
+        label.parent.mkdir()
+        label.symlink_to("/proc/self/mem")  # whose beginning nobody can read
+        with pytest.raises(VolumeError, match=r"b\.nii\.gz: found that .* cannot be read \(Input"):
+            labels_of(label)
+        table.unlink()
+        label.unlink()
+        table.symlink_to("/proc/self/mem")
+        with pytest.raises(DatasetError, match=r"dataset\.json: found that it cannot be read"):
+            labels_of(label)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastproto._files import alone_in
 from fastproto.cli import main
 from fastproto.data import read_label, write_volume
 from fastproto.errors import (
@@ -17,6 +18,8 @@ from fastproto.errors import (
     DatasetError,
     FastprotoWarning,
     LabelError,
+    OutputError,
+    ResourceError,
 )
 from fastproto.evaluation import crossval as runner
 from fastproto.evaluation.crossval import CrossValidation, crossval
@@ -152,6 +155,22 @@ def test_what_is_finished_is_not_computed_again(run, tmp_path):
         assert len(Threshold.scans) - before == 18 - 3
     assert len(lines(tmp_path)) == 18
     assert file.read_text(encoding="utf-8").startswith(whole)
+
+
+def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
+    with alone_in(tmp_path), pytest.raises(OutputError, match="another process is working in it"):
+        run()
+    assert not (tmp_path / "results.jsonl").exists()
+    assert run()["results"]
+
+
+def test_a_scan_that_memory_does_not_hold_is_named(run, monkeypatch):
+    def too_large(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Threshold, "segment", too_large)
+    with pytest.raises(ResourceError, match=r"b\.nii\.gz: found too little memory"):
+        run(test_cases=("a", "b"))
 
 
 def test_results_of_other_settings_are_not_mixed(run, tmp_path):

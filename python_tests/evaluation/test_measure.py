@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from fastproto import errors
+from fastproto._memory import enough_memory
 from fastproto.cli import main
 from fastproto.data.geometry import canonical
 from fastproto.data.phantom import ORGANS, make_patient, write_phantom
 from fastproto.data.volume import Volume, read_label, read_volume, write_volume
-from fastproto.evaluation import evaluate_case, evaluate_folder
+from fastproto.evaluation import evaluate_case, evaluate_folder, measure
 from fastproto.evaluation.metrics import METRICS, dice
 
 SPACING = (1.5, 1.0, 4.0)  # x, y, z
@@ -207,9 +208,55 @@ def test_cases_with_unusable_files_are_named(folders):
         assert list(report.failed) == ["a", "c"]
         assert "a.nii.gz" in report.failed["a"]
         assert "30 mm away" in report.failed["c"]
+    (truth / "a.nii.gz").unlink()
+    (truth / "a.nii.gz").symlink_to("/proc/self/mem")  # whose beginning nobody can read
+    (truth / "dataset.json").write_text('{"labels": {"liver": 1}}')
+    report = evaluate_folder(predicted, truth)
+    assert list(report.failed) == ["a", "c"]
+    assert {row["organ"] for row in report.rows} == {"liver"}
     (truth / "b.nii.gz").write_bytes(b"no image")
     with pytest.raises(errors.InputError, match=r"b\.nii\.gz|a\.nii\.gz"):  # nothing is left
         evaluate_folder(predicted, truth)
+
+
+def test_a_case_that_memory_does_not_hold_is_named(folders, monkeypatch):
+    """Whether reading says so, or what comes after it."""
+
+    def short(like):
+        if like.name.endswith("a.nii.gz"):
+            raise MemoryError("Unable to allocate 7.00 GiB for an array")
+        return canonical(like)
+
+    monkeypatch.setattr(measure, "canonical", short)
+    assert "7.00 GiB were wanted" in evaluate_folder(*folders).failed["a"]
+    monkeypatch.undo()
+
+    def read(path):
+        with enough_memory(path):
+            return short(read_label(path))
+
+    monkeypatch.setattr(measure, "read_label", read)
+    report = evaluate_folder(*folders)
+    assert "a.nii.gz: found too little memory" in report.failed["a"]
+    assert {row["case"] for row in report.rows} == {"b"}
+
+
+def test_what_is_ignored_needs_no_named_label(folders):
+    """It is an argument, or the one name in a ``dataset.json``."""
+    predicted, truth = folders
+    report = evaluate_folder(predicted, truth, ignore=2)
+    assert {row["label"] for row in report.rows} == {1}
+    (truth / "dataset.json").write_text('{"labels": {"background": 0, "ignore": 2}}')
+    assert str(evaluate_folder(predicted, truth).rows) == str(report.rows)
+    shutil.copytree(truth, truth / "labels")
+    (truth / "images").mkdir()
+    for case in "abc":
+        (truth / f"{case}.nii.gz").rename(truth / "images" / f"{case}.nii.gz")
+    fields = {"labels": {"background": 0, "ignore": 2}, "cases": ["a", "b", "c"]}
+    (truth / "dataset.json").write_text(json.dumps(fields))
+    assert str(evaluate_folder(predicted, truth).rows) == str(report.rows)
+    with pytest.raises(errors.LabelError, match="no voxel above 0 other than 1"):
+        evaluate_folder(predicted / "b.nrrd", predicted / "b.nrrd", ignore=1)
 
 
 def test_other_grids_and_bad_arguments_are_refused():

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import fastproto.training.trainer as trainer
+from fastproto import _files
 from fastproto.data import Preprocessing
 from fastproto.data.phantom import write_phantom
 from fastproto.errors import (
@@ -133,7 +134,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     train_until_killed(config, 6, "save_model", resume=True)
     assert weights(run) == weights(reference)
     assert weights(run, "model") != weights(reference, "model")
-    (run / ".partial-abc").mkdir()
+    (run / f"{_files._OURS}abc").mkdir()
     train(config, resume=True)
     assert_same_run(run, reference)
     assert not list(run.glob(".partial-*"))
@@ -266,7 +267,7 @@ def test_a_lack_of_memory_ends_the_run_with_what_to_change(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer._Run, "step", fail)
-        with pytest.raises(ResourceError, match=f"{wanted} were wanted .* smaller batch"):
+        with pytest.raises(ResourceError, match=f"{wanted} were wanted.* smaller batch"):
             train(configure(run))
         patch.setattr(trainer._Run, "step", lambda *_: 1 / 0)  # a bug stays one
         with pytest.raises(ZeroDivisionError):

@@ -14,6 +14,7 @@ from support.fuzz.judge import Reading, Unreadable, compare, judge
 from support.fuzz.mutate import Case
 
 from fastproto.data import Volume
+from fastproto.errors import ResourceError
 
 CASES = 100
 
@@ -77,6 +78,12 @@ class TestTheHarness:
             raise KeyError(path)
 
         assert self.fake(monkeypatch, read) == "foreign exception"
+
+    def test_a_size_that_memory_does_not_hold(self, monkeypatch):
+        def read(path):
+            raise ResourceError(path, found="too little memory", allowed="less")
+
+        assert self.fake(monkeypatch, read) == "refused"
 
     def test_an_assumption_without_a_warning(self, monkeypatch):
         assert self.fake(monkeypatch, lambda _: self.volume()) == "equal"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether fastproto's reading of a case is right: refused by an InputError, or equal."""
+"""Whether fastproto's reading of a case is right: refused by an error of our own, or equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastproto.data import Volume, read_volume
-from fastproto.errors import InputError
+from fastproto.errors import InputError, ResourceError
 from support.fuzz.mutate import Case, Rng
 
 # No corner further apart than this part of the smallest voxel side: axes that are sheared by
@@ -74,7 +74,7 @@ def judge(case: Case, format_: Format, folder: Path) -> Verdict:
             warnings.simplefilter("always")
             ours = read_volume(path)
         said = [str(item.message) for item in caught]
-    except InputError as error:
+    except (InputError, ResourceError) as error:
         if case.done:
             return Verdict("refused")
         return Verdict("a good file refused", str(error))
