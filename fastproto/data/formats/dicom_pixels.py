@@ -10,7 +10,7 @@ because ITK inverts MONOCHROME1.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,30 +37,25 @@ def read_pixels(slices: Sequence[Slice]) -> np.ndarray:
     The type is the smallest of integers that holds all that these bits and rescalings can give; it
     is float32 where a slope or intercept is no whole number.
     """
-    places: dict[Path, list[int]] = {}
+    places: dict[Path, dict[int, int]] = {}
     for index, item in enumerate(slices):
-        places.setdefault(item.path, []).append(index)
+        places.setdefault(item.path, {})[item.frame] = index
     array = np.empty((len(slices), *slices[0].size), _value_type(slices))
     for path, indices in places.items():
-        stored = stored_values(path)
-        for index in indices:
+        for frame, pixels in enumerate(stored_frames(path)):
+            index = indices[frame]
             item = slices[index]
-            require_volume(
-                stored.shape == (item.frames, *item.size),
-                path,
-                found="pixels that are not of the size that the header says",
-                allowed="a complete, consistent file",
-                fix=EXPORT_AGAIN,
-            )
-            pixels = stored[item.frame]
             if (item.slope, item.intercept) != (1, 0):
                 pixels = pixels * item.slope + item.intercept
             array[index] = pixels
     return array
 
 
-def stored_values(path: Path) -> np.ndarray:
-    """[frames, rows, columns] of the numbers that a grey DICOM file stores.
+def stored_frames(path: Path) -> Iterator[np.ndarray]:
+    """The numbers that a grey DICOM file stores, [rows, columns] of each frame in turn.
+
+    Single bits are unpacked a frame at a time, since a segmentation has a frame for every segment
+    in every slice.
 
     Raises:
         VolumeError: It is damaged, truncated, or compressed by a method that GDCM does not know.
@@ -81,12 +76,33 @@ def stored_values(path: Path) -> np.ndarray:
         if not hasattr(dataset.file_meta, "TransferSyntaxUID"):  # the rules of old files
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
         syntax = dataset.file_meta.TransferSyntaxUID
+        if dataset.BitsAllocated == 1 and not syntax.is_encapsulated:
+            return _unpacked(path, np.frombuffer(dataset.PixelData, np.uint8), shape)
         array = (
             _decode(path, dataset, shape[0])
             if syntax.is_encapsulated and syntax != pydicom.uid.RLELossless
             else pixel_array(dataset, raw=True, correct_unused_bits=False)
         ).reshape(shape)
-        return array if dataset.BitsAllocated == 1 else _significant_bits(path, array, dataset)
+        bits = dataset.BitsAllocated == 1
+        return iter(array if bits else _significant_bits(path, array, dataset))
+
+
+def _unpacked(path: Path, packed: np.ndarray, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
+    """Frames of single bits; they follow each other without gaps, so that bytes are shared."""
+    size = shape[1] * shape[2]
+    require_volume(
+        0 < size * shape[0] <= packed.size * 8,
+        path,
+        found=f"a truncated DICOM file ({packed.size} bytes for {shape[0]} frames of {size} bits)",
+        allowed="a complete DICOM file",
+        fix=EXPORT_AGAIN,
+    )
+
+    def frame(start: int) -> np.ndarray:
+        bits = np.unpackbits(packed[start // 8 : (start + size + 7) // 8], bitorder="little")
+        return bits[start % 8 :][:size].reshape(shape[1:])
+
+    return map(frame, range(0, size * shape[0], size))
 
 
 def _decode(path: Path, dataset: Dataset, frames: int) -> np.ndarray:
