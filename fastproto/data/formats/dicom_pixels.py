@@ -9,6 +9,10 @@ because ITK inverts MONOCHROME1.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +22,7 @@ import numpy as np
 
 from fastproto.data.formats.checks import require_volume
 from fastproto.data.formats.dicom_header import EXPORT_AGAIN, Slice, pydicom_reading
-from fastproto.data.formats.simpleitk import overheard, reading
+from fastproto.data.formats.reading import reading
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -106,7 +110,10 @@ def _unpacked(path: Path, packed: np.ndarray, shape: tuple[int, int, int]) -> It
 
 
 def _decode(path: Path, dataset: Dataset, frames: int) -> np.ndarray:
-    """The stored values of pixels that are compressed as JPEG, JPEG-LS or JPEG 2000."""
+    """The stored values of pixels that are compressed as JPEG, JPEG-LS or JPEG 2000.
+
+    They have no checksum: a changed bit that leaves a valid picture cannot be seen.
+    """
     import SimpleITK as sitk
     from pydicom.encaps import generate_frames
     from pydicom.uid import MultiFrameGrayscaleWordSecondaryCaptureImageStorage, generate_uid
@@ -130,16 +137,48 @@ def _decode(path: Path, dataset: Dataset, frames: int) -> np.ndarray:
     with tempfile.TemporaryDirectory(prefix="fastproto-") as folder:
         copy = Path(folder) / "slice.dcm"
         dataset.save_as(copy, enforce_file_format=True)
-        with reading(path, fix=EXPORT_AGAIN), overheard() as said:
+        with reading(path, fix=EXPORT_AGAIN), _overheard() as said:
             image = sitk.ReadImage(str(copy), imageIO="GDCMImageIO")
+        if not said:
+            return sitk.GetArrayFromImage(image)
+        # Other threads write there too; what is wrong with the pixels is said each time.
+        with reading(path, fix=EXPORT_AGAIN), _overheard() as again:
+            sitk.ReadImage(str(copy), imageIO="GDCMImageIO")
+    damage = [line for line in said if line in again and line.strip()]
     require_volume(
-        not said,
+        not damage,
         path,
-        found=lambda: f"damaged compressed pixels ({said[-1].strip()})",
+        found=lambda: f"damaged compressed pixels ({damage[-1].strip()})",
         allowed="a complete DICOM file",
         fix=EXPORT_AGAIN,
     )
+    if sys.stderr is not None:
+        sys.stderr.write("".join(said + again))
     return sitk.GetArrayFromImage(image)
+
+
+@contextlib.contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """Collect what is written to file descriptor 2 meanwhile, line by line, without addresses.
+
+    ITK and GDCM complain there about what they then make up, and no switch of SimpleITK tells.
+    """
+    lines: list[str] = []
+    with tempfile.TemporaryFile() as heard:
+        try:
+            saved = os.dup(2)
+        except OSError:  # the process has no stderr
+            yield lines
+            return
+        try:
+            os.dup2(heard.fileno(), 2)
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            heard.seek(0)
+            text = heard.read().decode(errors="replace")
+            lines += re.sub(r"0x[0-9a-f]{6,}", "0x", text).splitlines(keepends=True)
 
 
 def _significant_bits(path: Path, array: np.ndarray, dataset: Dataset) -> np.ndarray:
