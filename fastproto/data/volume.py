@@ -25,7 +25,7 @@ from fastproto.data.formats.checks import (
 from fastproto.data.formats.dicom import read_dicom
 from fastproto.data.formats.dicom_header import is_dicom
 from fastproto.data.formats.dicom_seg import find_segmentation, read_segmentation
-from fastproto.data.formats.simpleitk import reading
+from fastproto.data.formats.reading import reading
 from fastproto.data.formats.table import CONVERT, FORMATS, READABLE, WRITABLE
 from fastproto.data.label_table import MAX_LABEL
 from fastproto.errors import ArgumentError, GeometryError, LabelError, VolumeError, require

@@ -2,8 +2,7 @@
 """One DICOM series, of single slices or of multi-frame files -> one array with its geometry.
 
 The geometry comes from ImagePositionPatient and ImageOrientationPatient of every slice: the slice
-thickness says nothing about the step between slices, and SimpleITK stretches the step over a
-missing slice with no more than a warning.
+thickness says nothing about the step between slices, and a missing slice shows only there.
 """
 
 from __future__ import annotations
@@ -14,7 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastproto.data.formats.checks import Voxels, check_axes, require_geometry, require_volume
+from fastproto.data.formats.checks import (
+    Voxels,
+    check_axes,
+    grid,
+    require_geometry,
+    require_volume,
+)
 from fastproto.data.formats.dicom_header import (
     EXPORT_AGAIN,
     Other,
@@ -59,17 +64,14 @@ def read_dicom(path: Path, series: str | None = None) -> Voxels:
         allowed="a folder with the slices, or a multi-frame file",
         fix="Name the folder instead of one of its files.",
     )
-    row, column = _common_axes(path, slices)
-    spacing = slices[0].pixel_spacing.tolist()
-    normal = np.cross(row, column)
+    axes = _common_axes(path, slices)
+    normal = axes[:, 2]
     slices.sort(key=lambda item: float(item.position @ normal))
     step = _step(path, slices, normal)
     _check_unit(path, slices)
     return Voxels(
         read_pixels(slices),
-        (*spacing, step),
-        tuple(slices[0].position.tolist()),
-        tuple(np.stack([row, column, normal], axis=1).ravel().tolist()),
+        *grid(np.array([*slices[0].pixel_spacing, step]), slices[0].position, axes),
         modality=slices[0].modality or None,
     )
 
@@ -133,8 +135,8 @@ def _check_unit(path: Path, slices: Sequence[Slice]) -> None:
         warnings.warn(text, FastprotoWarning, stacklevel=2)
 
 
-def _common_axes(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, np.ndarray]:
-    """The row and column axes that all slices share, as they share size and pixel spacing."""
+def _common_axes(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
+    """[3, 3], by column where columns and rows grow and the normal, of slices of one size."""
     sizes = sorted({item.size for item in slices})
     require_volume(
         len(sizes) == 1,
@@ -168,10 +170,8 @@ def _common_axes(folder: Path, slices: Sequence[Slice]) -> tuple[np.ndarray, np.
             fix=_MOVE_OTHERS,
         )
     check_axes(folder, first.axes.T)
-    # Rounded to a few digits in the file: made exactly orthonormal (Gram-Schmidt).
-    row = first.axes[0] / np.linalg.norm(first.axes[0])
-    column = first.axes[1] - (first.axes[1] @ row) * row
-    return row, column / np.linalg.norm(column)
+    normal = np.cross(*first.axes)
+    return np.column_stack([*first.axes, normal / np.linalg.norm(normal)])
 
 
 def _step(folder: Path, slices: Sequence[Slice], normal: np.ndarray) -> float:

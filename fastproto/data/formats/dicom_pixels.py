@@ -9,8 +9,12 @@ because ITK inverts MONOCHROME1.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +22,7 @@ import numpy as np
 
 from fastproto.data.formats.checks import require_volume
 from fastproto.data.formats.dicom_header import EXPORT_AGAIN, Slice, pydicom_reading
-from fastproto.data.formats.simpleitk import overheard, reading
+from fastproto.data.formats.reading import reading
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -37,30 +41,25 @@ def read_pixels(slices: Sequence[Slice]) -> np.ndarray:
     The type is the smallest of integers that holds all that these bits and rescalings can give; it
     is float32 where a slope or intercept is no whole number.
     """
-    places: dict[Path, list[int]] = {}
+    places: dict[Path, dict[int, int]] = {}
     for index, item in enumerate(slices):
-        places.setdefault(item.path, []).append(index)
+        places.setdefault(item.path, {})[item.frame] = index
     array = np.empty((len(slices), *slices[0].size), _value_type(slices))
     for path, indices in places.items():
-        stored = stored_values(path)
-        for index in indices:
+        for frame, pixels in enumerate(stored_frames(path)):
+            index = indices[frame]
             item = slices[index]
-            require_volume(
-                stored.shape == (item.frames, *item.size),
-                path,
-                found="pixels that are not of the size that the header says",
-                allowed="a complete, consistent file",
-                fix=EXPORT_AGAIN,
-            )
-            pixels = stored[item.frame]
             if (item.slope, item.intercept) != (1, 0):
                 pixels = pixels * item.slope + item.intercept
             array[index] = pixels
     return array
 
 
-def stored_values(path: Path) -> np.ndarray:
-    """[frames, rows, columns] of the numbers that a grey DICOM file stores.
+def stored_frames(path: Path) -> Iterator[np.ndarray]:
+    """The numbers that a grey DICOM file stores, [rows, columns] of each frame in turn.
+
+    Single bits are unpacked a frame at a time, since a segmentation has a frame for every segment
+    in every slice.
 
     Raises:
         VolumeError: It is damaged, truncated, or compressed by a method that GDCM does not know.
@@ -81,16 +80,40 @@ def stored_values(path: Path) -> np.ndarray:
         if not hasattr(dataset.file_meta, "TransferSyntaxUID"):  # the rules of old files
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
         syntax = dataset.file_meta.TransferSyntaxUID
+        if dataset.BitsAllocated == 1 and not syntax.is_encapsulated:
+            return _unpacked(path, np.frombuffer(dataset.PixelData, np.uint8), shape)
         array = (
             _decode(path, dataset, shape[0])
             if syntax.is_encapsulated and syntax != pydicom.uid.RLELossless
             else pixel_array(dataset, raw=True, correct_unused_bits=False)
         ).reshape(shape)
-        return array if dataset.BitsAllocated == 1 else _significant_bits(path, array, dataset)
+        bits = dataset.BitsAllocated == 1
+        return iter(array if bits else _significant_bits(path, array, dataset))
+
+
+def _unpacked(path: Path, packed: np.ndarray, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
+    """Frames of single bits; they follow each other without gaps, so that bytes are shared."""
+    size = shape[1] * shape[2]
+    require_volume(
+        0 < size * shape[0] <= packed.size * 8,
+        path,
+        found=f"a truncated DICOM file ({packed.size} bytes for {shape[0]} frames of {size} bits)",
+        allowed="a complete DICOM file",
+        fix=EXPORT_AGAIN,
+    )
+
+    def frame(start: int) -> np.ndarray:
+        bits = np.unpackbits(packed[start // 8 : (start + size + 7) // 8], bitorder="little")
+        return bits[start % 8 :][:size].reshape(shape[1:])
+
+    return map(frame, range(0, size * shape[0], size))
 
 
 def _decode(path: Path, dataset: Dataset, frames: int) -> np.ndarray:
-    """The stored values of pixels that are compressed as JPEG, JPEG-LS or JPEG 2000."""
+    """The stored values of pixels that are compressed as JPEG, JPEG-LS or JPEG 2000.
+
+    They have no checksum: a changed bit that leaves a valid picture cannot be seen.
+    """
     import SimpleITK as sitk
     from pydicom.encaps import generate_frames
     from pydicom.uid import MultiFrameGrayscaleWordSecondaryCaptureImageStorage, generate_uid
@@ -114,16 +137,48 @@ def _decode(path: Path, dataset: Dataset, frames: int) -> np.ndarray:
     with tempfile.TemporaryDirectory(prefix="fastproto-") as folder:
         copy = Path(folder) / "slice.dcm"
         dataset.save_as(copy, enforce_file_format=True)
-        with reading(path, fix=EXPORT_AGAIN), overheard() as said:
+        with reading(path, fix=EXPORT_AGAIN), _overheard() as said:
             image = sitk.ReadImage(str(copy), imageIO="GDCMImageIO")
+        if not said:
+            return sitk.GetArrayFromImage(image)
+        # Other threads write there too; what is wrong with the pixels is said each time.
+        with reading(path, fix=EXPORT_AGAIN), _overheard() as again:
+            sitk.ReadImage(str(copy), imageIO="GDCMImageIO")
+    damage = [line for line in said if line in again and line.strip()]
     require_volume(
-        not said,
+        not damage,
         path,
-        found=lambda: f"damaged compressed pixels ({said[-1].strip()})",
+        found=lambda: f"damaged compressed pixels ({damage[-1].strip()})",
         allowed="a complete DICOM file",
         fix=EXPORT_AGAIN,
     )
+    if sys.stderr is not None:
+        sys.stderr.write("".join(said + again))
     return sitk.GetArrayFromImage(image)
+
+
+@contextlib.contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """Collect what is written to file descriptor 2 meanwhile, line by line, without addresses.
+
+    ITK and GDCM complain there about what they then make up, and no switch of SimpleITK tells.
+    """
+    lines: list[str] = []
+    with tempfile.TemporaryFile() as heard:
+        try:
+            saved = os.dup(2)
+        except OSError:  # the process has no stderr
+            yield lines
+            return
+        try:
+            os.dup2(heard.fileno(), 2)
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            heard.seek(0)
+            text = heard.read().decode(errors="replace")
+            lines += re.sub(r"0x[0-9a-f]{6,}", "0x", text).splitlines(keepends=True)
 
 
 def _significant_bits(path: Path, array: np.ndarray, dataset: Dataset) -> np.ndarray:

@@ -15,9 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastproto.data.formats import dicom_header
-from fastproto.data.formats.checks import require_geometry, require_volume
-from fastproto.data.formats.dicom_header import functional_group, numbers, pydicom_reading
-from fastproto.data.formats.dicom_pixels import stored_values
+from fastproto.data.formats.checks import GRID_TOLERANCE, require_geometry, require_volume
+from fastproto.data.formats.dicom_header import (
+    EXPORT_AGAIN,
+    functional_group,
+    numbers,
+    pydicom_reading,
+)
+from fastproto.data.formats.dicom_pixels import stored_frames
 from fastproto.errors import FastprotoWarning, LabelError
 
 if TYPE_CHECKING:
@@ -25,19 +30,22 @@ if TYPE_CHECKING:
 
     from fastproto.data.volume import Volume
 
-_TOLERANCE = 0.05  # of a voxel, as between any two grids
-
 
 def find_segmentation(path: Path) -> Path | None:
-    """``path`` if it is a DICOM segmentation, or the folder's only DICOM file if that is one."""
+    """``path`` if it is a DICOM segmentation, or the folder's only DICOM file if that is one.
+
+    Raises:
+        VolumeError: A damaged file.
+    """
     if path.is_dir():
         inside = [entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != "."]
         files = [entry for entry in inside if dicom_header.is_dicom(entry)]
         return find_segmentation(files[0]) if len(files) == 1 else None
     if not (path.is_file() and dicom_header.is_dicom(path)):
         return None
-    kinds = dicom_header.sop_classes(_read_header(path))
-    return path if kinds & dicom_header.SEGMENTATIONS else None
+    dataset = _read_header(path)
+    with pydicom_reading(path):
+        return path if dicom_header.sop_classes(dataset) & dicom_header.SEGMENTATIONS else None
 
 
 def segment_names(path: Path) -> dict[int, str]:
@@ -71,33 +79,40 @@ def read_segmentation(path: Path, like: Volume) -> np.ndarray:
         [Z, Y, X], uint16, on the grid of ``like``; slices without a frame are empty.
 
     Raises:
-        VolumeError: A damaged file.
+        VolumeError: A damaged file, or values that its type does not have.
         GeometryError: Frames that do not lie on the scan's voxels.
         LabelError: Segments that overlap.
     """
     dataset = _read_header(path)
-    stored = stored_values(path)
     labels = np.zeros(like.array.shape, np.uint16)
-    kind = str(dataset.get("SegmentationType"))
-    if kind == "FRACTIONAL":
-        stored = _binary(path, stored, dataset)
+    partly = False
     with pydicom_reading(path):
+        kind, most = _kind(path, dataset)
         shared = list(dataset.get("SharedFunctionalGroupsSequence") or [])[:1]
         frames = list(dataset.get("PerFrameFunctionalGroupsSequence") or [])
+        count = int(dataset.get("NumberOfFrames") or 1)
         require_volume(
-            len(frames) == len(stored),
+            len(frames) == count,
             path,
-            found=f"{len(frames)} positions for {len(stored)} frames",
+            found=f"a damaged or truncated DICOM file ({len(frames)} positions for {count} frames)",
             allowed="one for each frame",
+            fix=EXPORT_AGAIN,
         )
-        for index, (frame, pixels) in enumerate(zip(frames, stored, strict=True)):
+        for index, (frame, pixels) in enumerate(zip(frames, stored_frames(path), strict=True)):
             where = [frame, *shared]
             name = f"{path}, frame {index + 1}"
-            voxels = _voxels(name, where, dataset, pixels.shape, like)
-            seen = labels[voxels]
+            require_volume(
+                pixels.min() >= 0 and pixels.max() <= most,
+                name,
+                found=f"values {pixels.min()} to {pixels.max()}",
+                allowed=f"0 to {most} in a segmentation of type {kind}",
+                fix=EXPORT_AGAIN,
+            )
+            seen = _voxels(name, where, dataset, pixels.shape, like, labels)
             if kind != "LABELMAP":
+                partly |= bool(((pixels > 0) & (pixels < most)).any())
                 segment = functional_group(where, dataset, "SegmentIdentificationSequence")
-                pixels = pixels * np.uint16(segment.ReferencedSegmentNumber)
+                pixels = (pixels >= most / 2) * np.uint16(segment.ReferencedSegmentNumber)
             clash = (seen > 0) & (pixels > 0) & (seen != pixels)
             if clash.any():
                 both = f"both segment {seen[clash][0]} and segment {pixels[clash][0]}"
@@ -107,7 +122,10 @@ def read_segmentation(path: Path, like: Volume) -> np.ndarray:
                     allowed="segments that do not overlap",
                     fix="Export the segments one by one.",
                 )
-            labels[voxels] = np.maximum(seen, pixels)
+            np.maximum(seen, pixels, out=seen, casting="unsafe")
+    if partly:
+        text = f"{path}: a fractional segmentation: half of a voxel or more counts as drawn."
+        warnings.warn(text, FastprotoWarning, stacklevel=2)
     return labels
 
 
@@ -118,19 +136,33 @@ def _read_header(path: Path) -> Dataset:
         return pydicom.dcmread(path, force=True, stop_before_pixels=True)
 
 
-def _binary(path: Path, stored: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Whether a fraction is at least one half."""
-    most = int(dataset.get("MaximumFractionalValue") or 255)
-    if ((stored > 0) & (stored < most)).any():
-        text = f"{path}: a fractional segmentation: half of a voxel or more counts as drawn."
-        warnings.warn(text, FastprotoWarning, stacklevel=2)
-    return (stored >= most / 2).astype(np.uint8)
+def _kind(path: Path, dataset: Dataset) -> tuple[str, int]:
+    """The type of a segmentation, and the largest value that its pixels may have."""
+    kind = str(dataset.get("SegmentationType"))
+    most = {
+        "BINARY": 1,
+        "LABELMAP": np.iinfo(np.uint16).max,
+        "FRACTIONAL": int(dataset.get("MaximumFractionalValue") or 255),
+    }
+    require_volume(
+        kind in most,
+        path,
+        found=f"SegmentationType {kind}",
+        allowed=", ".join(most),
+        fix="Export the segmentation as NIfTI.",
+    )
+    return kind, most[kind]
 
 
 def _voxels(
-    name: str, where: list[Dataset], dataset: Dataset, shape: tuple[int, ...], like: Volume
-) -> tuple[np.ndarray, ...]:
-    """Index of the voxels (z, y, x) of ``like`` that a frame's pixels are, each [rows, columns]."""
+    name: str,
+    where: list[Dataset],
+    dataset: Dataset,
+    shape: tuple[int, ...],
+    like: Volume,
+    labels: np.ndarray,
+) -> np.ndarray:
+    """The view [rows, columns] of ``labels``, on the grid of ``like``, where a frame lies."""
     measures = functional_group(where, dataset, "PixelMeasuresSequence")
     plane = functional_group(where, dataset, "PlanePositionSequence")
     orientation = functional_group(where, dataset, "PlaneOrientationSequence")
@@ -145,16 +177,23 @@ def _voxels(
     whole = np.rint(np.nan_to_num(exact)).astype(int)
     corners = np.array([[1, 0, 0], [1, shape[1] - 1, 0], [1, 0, shape[0] - 1]])
     inside = (corners @ whole >= 0).all() and (corners @ whole < like.array.shape[::-1]).all()
+    along = np.abs(whole[1:])
     require_geometry(
         np.isfinite(exact).all()
-        and np.abs(corners @ (exact - whole)).max() <= _TOLERANCE
-        and inside,
+        and np.abs(corners @ (exact - whole)).max() <= GRID_TOLERANCE
+        and inside
+        and (along.sum(1) == 1).all()  # along one axis of the scan each, in steps of one voxel
+        and not (along[0] == along[1]).all(),
         name,
         found="pixels that are no voxels of the scan",
         allowed=f"frames on the grid of {like.name}",
         fix="Name the scan that was annotated, or export the segmentation as NIfTI.",
     )
-    row, column = np.indices(shape)
-    first, across, down = whole[:, :, None, None]
-    x, y, z = first + across * column + down * row
-    return z, y, x
+    place: list[int | slice] = [*whole[0].tolist()]
+    across, down = along.argmax(1).tolist()
+    for axis, step, count in zip((across, down), whole[1:], shape[::-1], strict=True):
+        first, sign = int(whole[0, axis]), int(step[axis])
+        stop = first + sign * count
+        place[axis] = slice(first, stop if stop >= 0 else None, sign)
+    frame = labels.T[tuple(place)]
+    return frame.T if across < down else frame

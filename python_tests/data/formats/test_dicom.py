@@ -99,6 +99,18 @@ class TestGoodSeries:
         np.testing.assert_allclose(volume.direction, expected, atol=1e-9)
         assert volume.spacing[2] == pytest.approx(1.5)
 
+    def test_rounded_axes_become_orthonormal(self, tmp_path: Path, stack: np.ndarray):
+        """Those nearest to both, whatever the order of rows and columns."""
+        axes = [0.8, 0.6, 0, -0.6003, 0.7998, 0]
+        for index, pixels in enumerate(stack):
+            write_slice(tmp_path / f"s{index}", pixels, (0, 0, 1.5 * index), axes=axes)
+        found = np.array(read_volume(tmp_path).direction).reshape(3, 3)
+        np.testing.assert_allclose(found.T @ found, np.eye(3), atol=1e-12)
+        row, column = found.T[:2]
+        errors = [np.linalg.norm(row - axes[:3]), np.linalg.norm(column - axes[3:])]
+        assert errors == [pytest.approx(errors[0], rel=1e-2)] * 2
+        assert max(errors) < 3e-4
+
     def test_other_files_are_no_slices(self, tmp_path: Path, stack: np.ndarray):
         folder = write_series(tmp_path / "s", stack, range(6))
         (folder / "notes.txt").write_text("not a slice " * 50)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,16 @@ import pytest
 from support.dicom import compress, enhanced, save, segmentation, write_slices
 
 from fastproto.data import Volume, check_same_grid, read_label, read_volume
+from fastproto.data.dataset import labels_of
+from fastproto.data.formats.dicom_pixels import stored_frames
 from fastproto.data.formats.dicom_seg import segment_names
-from fastproto.errors import FastprotoWarning, GeometryError, LabelError, VolumeError
+from fastproto.errors import (
+    FastprotoError,
+    FastprotoWarning,
+    GeometryError,
+    LabelError,
+    VolumeError,
+)
 
 STACK = np.random.default_rng(0).integers(-1000, 2000, (6, 64, 72)).astype("i2")
 NAMES = {2: "Liver", 3: "Tumour"}
@@ -118,7 +127,8 @@ def test_sagittal_frames(tmp_path: Path, scan: Volume, truth: np.ndarray):
 
 @pytest.mark.parametrize(("shift", "spacing"), [
     ((0, 0, 1.2), (0.9, 0.7)), ((0.2, 0, 0), (0.9, 0.7)), ((0, 0, 50), (0.9, 0.7)),
-    ((0, 0, 0), (0.9, 0.75)), ((float("nan"), 0, 0), (0.9, 0.7)),
+    ((0, 0, 0), (0.9, 0.75)), ((0, 0, 0), (0.9, 0)),
+    ((float("nan"), 0, 0), (0.9, 0.7)),
 ])  # fmt: skip
 def test_frames_off_the_grid(
     tmp_path: Path, scan: Volume, truth: np.ndarray, shift: tuple, spacing: tuple
@@ -159,6 +169,72 @@ def test_refused(tmp_path: Path, scan: Volume, truth: np.ndarray):
         read_label(path)
     with pytest.raises(VolumeError, match=r"objects without images \(Segmentation Storage\)"):
         read_volume(path)
-    path.write_bytes(path.read_bytes()[:-3000])
-    with pytest.raises(VolumeError, match="truncated"):
-        read_label(path, like=scan)
+    whole = path.read_bytes()
+    for cut in (1, 500, 3000):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(VolumeError, match="truncated"):
+            read_label(path, like=scan)
+
+
+@pytest.mark.parametrize("kind", ["BINARX", "", None])
+def test_an_unknown_type_is_not_taken_for_a_binary_one(
+    tmp_path: Path, scan: Volume, truth: np.ndarray, kind: str | None
+):
+    dataset = segmentation(frames(truth), NAMES, SegmentationType=kind)
+    with pytest.raises(VolumeError, match="allowed: BINARY, LABELMAP, FRACTIONAL"):
+        read_label(save(dataset, tmp_path / "seg.dcm"), like=scan)
+
+
+@pytest.mark.parametrize(("kind", "stored", "most"), [
+    ("BINARY", "FRACTIONAL", 1), ("FRACTIONAL", "FRACTIONAL", 6), ("LABELMAP", "LABELMAP", 65535),
+])  # fmt: skip
+def test_values_that_a_type_does_not_have(
+    tmp_path: Path, scan: Volume, truth: np.ndarray, kind: str, stored: str, most: int
+):
+    drawn = [(value, at, pixels.astype("i4") * 7) for value, at, pixels in frames(truth)]
+    if kind == "LABELMAP":
+        drawn = [(value, at, pixels * 10000) for value, at, pixels in drawn]
+    dataset = segmentation(drawn, NAMES, stored, MaximumFractionalValue=6)
+    dataset.SegmentationType = kind
+    with pytest.raises(VolumeError, match=rf"found values 0 to 70*; allowed: 0 to {most} "):
+        read_label(save(dataset, tmp_path / "seg.dcm"), like=scan)
+
+
+def test_frames_are_unpacked_one_at_a_time(tmp_path: Path):
+    """Of a size that is no multiple of 8, so that frames share bytes."""
+    stored = np.random.default_rng(0).integers(0, 2, (64, 511, 257)).astype("u1")
+    drawn = [(2, (0, 0, z), pixels) for z, pixels in enumerate(stored)]
+    path = save(segmentation(drawn, NAMES), tmp_path / "seg.dcm")
+    tracemalloc.start()
+    for pixels, expected in zip(stored_frames(path), stored, strict=True):
+        np.testing.assert_array_equal(pixels, expected)
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert used < 4 * path.stat().st_size < stored.nbytes
+
+
+def test_damaged_files(tmp_path: Path, scan: Volume, truth: np.ndarray):
+    """Value representations, lengths and values: whatever breaks is an error of ours."""
+    path = save(segmentation(frames(truth), NAMES), tmp_path / "seg.dcm")
+    whole = path.read_bytes()
+    header = whole.index(b"\xe0\x7f\x10\x00")
+    representations = [
+        at for at in range(132, header) if whole[at : at + 2] in (b"CS", b"UI", b"US", b"IS", b"SQ")
+    ]
+    random = np.random.default_rng(0)
+    refused = 0
+    for number in range(len(representations) + 150):
+        mutated = bytearray(whole)
+        if number < len(representations):
+            at = representations[number]
+            mutated[at : at + 2] = (b"FD", b"UL", b"XX")[number % 3]
+        else:
+            for at in random.integers(132, header, 3):
+                mutated[at] = random.integers(256)
+        path.write_bytes(mutated)
+        for read in (lambda: labels_of(path), lambda: read_label(path, like=scan)):
+            try:
+                read()
+            except FastprotoError:
+                refused += 1
+    assert refused > 50

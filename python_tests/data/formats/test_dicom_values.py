@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK
 from pydicom import dcmread, dcmwrite
 from pydicom.pixels import apply_modality_lut
 from pydicom.uid import (
@@ -149,4 +153,29 @@ def test_a_file_without_preamble(tmp_path: Path):
                 b"\x08\x00\x16\x00", b"\x08\x00\x05\x00", 1
             )
         )
+    np.testing.assert_array_equal(read_volume(tmp_path).array, stack)
+
+
+@pytest.mark.parametrize("method", ["jpeg", "j2k"])
+def test_what_other_threads_say_meanwhile_is_no_damage(
+    tmp_path: Path, method: str, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Only what is said each time that a file is decoded counts, and addresses do not."""
+    stack, read, calls = random_stack("u2", 12), SimpleITK.ReadImage, iter(range(99))
+
+    def noisy(*args: Any, **kwargs: Any) -> SimpleITK.Image:
+        os.write(2, line % (next(calls), b"\n"))
+        return read(*args, **kwargs)
+
+    write_slices(tmp_path, stack, HEIGHTS, 12)
+    compress(tmp_path, method)
+    monkeypatch.setattr(SimpleITK, "ReadImage", noisy)
+    line = b"%d it/s%s"
+    np.testing.assert_array_equal(read_volume(tmp_path).array, stack)
+    assert capfd.readouterr().err == "".join(f"{number} it/s\n" for number in range(6))
+    line = b"Warning (0x55e%07d): premature end%s"
+    with pytest.raises(VolumeError, match=r"damaged compressed pixels \(Warning \(0x\): premature"):
+        read_volume(tmp_path)
+    monkeypatch.setattr(sys, "stderr", None)
+    line = b"%d it/s%s"
     np.testing.assert_array_equal(read_volume(tmp_path).array, stack)
