@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fastproto.data.formats.dicom_seg import find_segmentation, segment_names
-from fastproto.data.formats.simpleitk import reading
+from fastproto.data.formats.reading import reading
 from fastproto.data.intensity import guess_modality
 from fastproto.data.label_table import LabelTable, find_labels, label_table, read_json
 from fastproto.data.scans import find_scans, scan_names

@@ -15,7 +15,7 @@ from scipy.ndimage import find_objects
 
 from fastproto._memory import enough_memory
 from fastproto.data.dataset import labels_of, open_dataset
-from fastproto.data.formats.simpleitk import reading
+from fastproto.data.formats.reading import reading
 from fastproto.data.geometry import canonical
 from fastproto.data.label_table import LabelTable
 from fastproto.data.volume import (
