@@ -45,6 +45,8 @@ _NOISE = 250.0  # between the 1 % and the 99 % value within one organ, at a devi
 _BOTTOM = 0.1  # share in the lowest twentieth of the range: less in a crop of CT, more where MR
 # has its background [crops of CT within the body: up to 0.1 in 99 of 100, MR: from 0.12]
 
+_LABELS = 40  # so few values, all whole and most of them 0, make a label map and no scan
+
 _MODALITIES: dict[str | None, Literal["ct", "mr"]] = {"CT": "ct", "MR": "mr"}
 _SAYS_NOTHING = (None, "OT")  # OT: other, as converters write
 _ALLOWED = {
@@ -100,6 +102,10 @@ def _mismatch(volume: Volume, modality: str) -> str | None:
     sample = _sample(volume)
     if sample.min() == sample.max() and volume.array.min() == volume.array.max():
         return f"one value everywhere ({sample[0]:g})"
+    levels = np.unique(sample)
+    whole = np.array_equal(levels, np.rint(levels))
+    if whole and levels[0] == 0 and len(levels) <= _LABELS and np.mean(sample == 0) > 0.5:
+        return f"a label map ({len(levels)} values, most of them 0)"
     tag = volume.modality
     if tag not in _SAYS_NOTHING and _MODALITIES.get(tag) != modality:
         return f"a scan of DICOM modality {tag}"
