@@ -3,17 +3,26 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastproto.data.formats.dicom_header import Other, is_dicom, listing, read_header, read_headers
+from fastproto.data.formats.dicom_header import (
+    Other,
+    dicom_files,
+    listing,
+    read_header,
+    read_headers,
+)
 from fastproto.data.formats.table import CONVERT
 from fastproto.data.volume import READABLE, WRITABLE, volume_suffix, without_suffix
 from fastproto.errors import FastprotoWarning, VolumeError, require
 
 _NOT_READ = (*CONVERT, ".img.gz", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst")
+_LABEL_MAP = re.compile(r"(.*[\W_])?(masks?|labels?(tr|ts)?|segs?|segmentations?)", re.IGNORECASE)
 _DATA_SETS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 
@@ -24,12 +33,13 @@ def find_scans(
 
     Image files count in the folder and in its subfolders (``PATIENT/scan.nii.gz``), folders of
     DICOM slices at any depth. A folder with slices is one scan, and image files beside the slices
-    are no scans; multi-frame DICOM files, each a series of its own, are scans themselves. What
-    looks like a scan and does not count is named in a warning.
+    are no scans; multi-frame DICOM files, each a series of its own, are scans themselves. Beside
+    scans, what is called as label maps are ("mask", "ct_seg", "labels/") is none. What looks like
+    a scan and does not count is named in a warning.
 
     Args:
         path: An image file, a DICOM folder or a folder of these.
-        series: SeriesInstanceUID; DICOM folders without it do not count.
+        series: SeriesInstanceUID; only DICOM folders that hold it count.
         output: Where results go, which are no scans.
         needed: Refuse a folder without any scan.
 
@@ -73,9 +83,9 @@ class _Search:
 
     def __init__(self, series: str | None, output: Path | None):
         self.series = series
-        self.output = output.resolve() if output else None
         self.left: list[Other] = []
-        self._seen: set[Path] = set()  # links may lead back
+        self._results = _results(output) if output else set()
+        self._seen: set[str] = set()  # links may lead back
 
     def folder(self, folder: Path, depth: int = 0) -> list[Path]:
         """The scans of a folder by name, those at its own level first.
@@ -83,10 +93,14 @@ class _Search:
         Raises:
             OSError: It cannot be read.
         """
-        if folder.resolve() in self._seen:
+        real = os.path.realpath(folder)
+        if real in self._seen:
+            self._leave(folder, "folders that were searched under another name")
             return []
-        self._seen.add(folder.resolve())
-        entries = [item for item in sorted(folder.iterdir()) if item.resolve() != self.output]
+        self._seen.add(real)
+        entries = [
+            item for item in sorted(folder.iterdir()) if os.path.realpath(item) not in self._results
+        ]
         hidden = [item for item in entries if item.name.startswith(".")]
         entries = [item for item in entries if not item.name.startswith(".")]
         files = [item for item in entries if item.is_file()]
@@ -102,10 +116,31 @@ class _Search:
                 self._leave(item, "broken links")
             elif item.name.lower().endswith(_NOT_READ):
                 self._leave(item, "files of a format that is not read")
-        for item in images if slices or depth > 1 else ():
-            why = "image files beside the slices of a DICOM series"
-            self._leave(item, why if slices else "image files more than one folder down")
-        scans += images if not slices and depth <= 1 else []
+        if why := self._no_scans(slices, depth):
+            for item in images:
+                self._leave(item, why)
+            images = []
+        maps = [item for item in entries if _LABEL_MAP.fullmatch(without_suffix(item.name))]
+        scans += [item for item in images if item not in maps]
+        scans += self._below([item for item in entries if item not in maps], depth)
+        labels = [item for item in images if item in maps] + self._below(maps, depth)
+        if not scans:
+            return labels
+        for item in labels:
+            self._leave(item, "label maps, by their names")
+        return scans
+
+    def _no_scans(self, slices: bool, depth: int) -> str | None:
+        """Why the image files of a folder do not count; None where they do."""
+        if slices:
+            return "image files beside the slices of a DICOM series"
+        if self.series is not None:
+            return "image files, which have no series"
+        return "image files more than one folder down" if depth > 1 else None
+
+    def _below(self, entries: Sequence[Path], depth: int) -> list[Path]:
+        """The scans in the folders among ``entries``."""
+        scans = []
         for item in filter(Path.is_dir, entries):
             try:
                 scans += self.folder(item, depth + 1)
@@ -124,7 +159,9 @@ class _Search:
             return [folder] if self.series in known else []
         frames: dict[Path, str] = {}
         others = []
-        for path in filter(is_dicom, files):
+        found, closed = dicom_files(files)
+        self.left += closed
+        for path in found:
             header = read_header(path)
             if isinstance(header, Other):
                 others.append(header)
@@ -139,6 +176,13 @@ class _Search:
             return [folder]
         self.left += others
         return [*frames]
+
+
+def _results(output: Path) -> set[str]:
+    """Where the results of `segment -o OUTPUT` lie: there, or beside a file also what it adds."""
+    added = ("-uncertainty.nii.gz", "-probabilities") if volume_suffix(output) else ()
+    beside = [output.parent / f"{stem(output)}{ending}" for ending in added]
+    return {os.path.realpath(path) for path in (output, *beside)}
 
 
 def scan_names(source: Path, scans: Sequence[Path]) -> list[str]:
@@ -181,11 +225,11 @@ def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tupl
     else:
         names = scan_names(source, scans)
         jobs = [(scan, output / f"{name}.nii.gz") for scan, name in zip(scans, names, strict=True)]
-    inputs = {scan.resolve() for scan in scans}
+    inputs = {os.path.realpath(scan) for scan in scans}
     taken: set[Path] = set()
     for scan, target in jobs:
         require(
-            target.resolve() not in inputs and target not in taken,
+            os.path.realpath(target) not in inputs and target not in taken,
             "--output",
             found=f"that the result of {scan} would overwrite another file of this command",
             allowed="a name of its own for each result",

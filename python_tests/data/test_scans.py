@@ -14,6 +14,7 @@ from support.dicom import (
     enhanced,
     new,
     pixels,
+    refuse,
     save,
     write_slices,
 )
@@ -174,13 +175,69 @@ class TestFolders:
         assert self.texts() == (
             f"{root}: left out files whose names begin with a dot (1: .b.nii.gz); "
             "files of a format that is not read (1: c.mgz); broken links (2: e.nii.gz, p7); "
+            "folders that were searched under another name (1: again); "
             "image files more than one folder down (1: p/masks/liver.nii.gz)."
         )
+
+    def test_links_that_lead_to_themselves(self, tmp_path: Path):
+        touch(tmp_path, "a.nii.gz")
+        for name in ("b.nii.gz", "p1"):
+            (tmp_path / name).symlink_to(tmp_path / name)
+        assert [path.name for path in find_scans(tmp_path)] == ["a.nii.gz"]
+        assert "broken links (2: b.nii.gz, p1)" in self.texts()
+        plan_outputs(tmp_path, [tmp_path / "a.nii.gz"], tmp_path / "b.nii.gz")
+
+    def test_label_maps_beside_scans(self, tmp_path: Path):
+        """By the last word of their names, files and folders."""
+        root = tmp_path / "scans"
+        touch(root, "p1/scan.nii.gz", "p1/mask.nii.gz", "p2/ct.nrrd", "p2/ct-Seg.nrrd",
+              "p3/unmask.nii.gz", "p3/label_of_mr.nii.gz", "p4/a_label.nii.gz",
+              "p4/b_label.nii.gz")  # fmt: skip
+        series(root / "p5")
+        touch(root, "p5/segmentation.mha")
+        assert planned(root) == {
+            "p1/scan.nii.gz": "p1.nii.gz",
+            "p2/ct.nrrd": "p2.nii.gz",
+            "p3/label_of_mr.nii.gz": "p3-label_of_mr.nii.gz",
+            "p3/unmask.nii.gz": "p3-unmask.nii.gz",
+            "p4/a_label.nii.gz": "p4-a_label.nii.gz",
+            "p4/b_label.nii.gz": "p4-b_label.nii.gz",
+            "p5": "p5.nii.gz",
+        }
+        assert "label maps, by their names (2: p1/mask.nii.gz, p2/ct-Seg.nrrd)" in self.texts()
+        patient = tmp_path / "patient"
+        touch(
+            patient, "ct.nii.gz", "segmentations/liver.nii.gz", "imagesTs/a.nii", "labelsTs/a.nii"
+        )
+        assert [*planned(patient)] == ["ct.nii.gz", "imagesTs/a.nii"]
+        maps = "label maps, by their names (2: labelsTs/a.nii, segmentations/liver.nii.gz)"
+        assert maps in self.texts()
+
+    def test_image_files_have_no_series(self, tmp_path: Path):
+        root = tmp_path / "scans"
+        touch(root, "a.nii.gz", "p1/b.nii.gz")
+        series(root / "p2")
+        assert planned(root, series="1.2.3") == {"p2": "p2.nii.gz"}
+        assert "image files, which have no series (2: a.nii.gz, p1/b.nii.gz)" in self.texts()
+
+    def test_files_that_cannot_be_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        root = tmp_path / "scans"
+        touch(root, "a.nii.gz", "p1/notes", "p1/b.nii.gz")
+        refuse(monkeypatch, "notes")
+        assert [*planned(root)] == ["a.nii.gz", "p1/b.nii.gz"]
+        assert "left out no access (Permission denied) (1: p1/notes)" in self.texts()
 
     def test_results_are_no_scans(self, tmp_path: Path):
         touch(tmp_path, "a.nii.gz", "results/a.nii.gz", "old.nii.gz")
         for output, expected in (("results", 2), ("old.nii.gz", 2), ("other", 3)):
             assert len(find_scans(tmp_path, output=tmp_path / output)) == expected
+
+    def test_what_is_written_beside_a_result_is_no_scan(self, tmp_path: Path):
+        touch(tmp_path, "a.nii.gz", "r-uncertainty.nii.gz", "r-probabilities/1-liver.nii.gz",
+              "r.png", "r-2.nii.gz")  # fmt: skip
+        found = find_scans(tmp_path, output=tmp_path / "r.nrrd")
+        assert [path.name for path in found] == ["a.nii.gz", "r-2.nii.gz"]
+        assert self.texts() == ""
 
     def test_nothing_that_is_read(self, tmp_path: Path):
         touch(tmp_path, ".a.nii.gz", "b.hdr", "b.img")

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.pixels import pack_bits
 from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless, generate_uid
+
+from fastproto.data.formats import dicom_header
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -38,6 +41,17 @@ def new(sop_class: str = CT, **elements: Any) -> FileDataset:
 def save(dataset: FileDataset, path: Path) -> Path:
     dataset.save_as(path, enforce_file_format=True)
     return path
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Make files of this name ones that may not be opened, for root too."""
+
+    def opened(path: Path, *args: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied")
+        return open(path, *args)
+
+    monkeypatch.setattr(dicom_header, "open", opened, raising=False)
 
 
 def pixels(stored: np.ndarray, bits: int | None = None, **elements: Any) -> dict[str, Any]:

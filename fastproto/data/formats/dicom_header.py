@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EXPORT_AGAIN = "Export the series again, uncompressed, or remove the file if it is no slice of it."
 INDEX = "DICOMDIR"  # what PS3.10 calls the index of a disc
 SEGMENTATIONS = {"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"}
+_FOREIGN = "files that are not DICOM"
 _LISTED = 4  # files that a message names before it counts
 _TAGS = [
     *("SOPClassUID", "Modality", "SeriesInstanceUID", "ImagePositionPatient", "SliceThickness"),
@@ -124,6 +125,18 @@ def is_dicom(path: Path) -> bool:
     return path.name != INDEX and (head[128:] == b"DICM" or head[:4] in old)
 
 
+def dicom_files(paths: Iterable[Path]) -> tuple[list[Path], list[Other]]:
+    """Which of ``paths`` are DICOM files, and which cannot be opened."""
+    found, closed = [], []
+    for path in paths:
+        try:
+            if is_dicom(path):
+                found.append(path)
+        except OSError as error:
+            closed.append(Other(path, None, f"no access ({error.strerror})"))
+    return found, closed
+
+
 def sop_classes(dataset: Dataset) -> set[str]:
     """What kind of object it is by its UID, in the file's meta information and in its own."""
     meta = getattr(dataset, "file_meta", {})
@@ -141,25 +154,28 @@ def read_headers(paths: Iterable[Path]) -> tuple[list[Slice], list[Other]]:
     others: list[Other] = []
     strange = []
     for path in paths:
-        if path.name.startswith("."):
-            if not path.name.startswith("._") and path.is_file() and is_dicom(path):
-                others.append(Other(path, None, "files whose names begin with a dot"))
-        elif path.is_symlink() and not path.exists():
-            strange.append((path, "broken links"))
-        elif path.is_file() and is_dicom(path):
-            found = read_header(path)
-            if isinstance(found, Other):
-                others.append(found)
-            else:
-                slices += found
-        elif path.is_file() and path.name != INDEX:
-            strange.append((path, _content(path)))
+        try:
+            if path.name.startswith("."):
+                if not path.name.startswith("._") and path.is_file() and is_dicom(path):
+                    others.append(Other(path, None, "files whose names begin with a dot"))
+            elif path.is_symlink() and not path.exists():
+                strange.append((path, "broken links"))
+            elif path.is_file() and is_dicom(path):
+                found = read_header(path)
+                if isinstance(found, Other):
+                    others.append(found)
+                else:
+                    slices += found
+            elif path.is_file() and path.name != INDEX:
+                strange.append((path, _content(path)))
+        except OSError as error:
+            strange.append((path, f"no access ({error.strerror})"))
     endings = {item.path.suffix for item in slices}
     for path, why in strange:
         alike = path.suffix in endings
         if alike and why == "text":
             alike = path.suffix.lower() == ".dcm"
-        if alike or why in ("broken links", "empty files"):
+        if alike or why not in (_FOREIGN, "text"):
             others.append(Other(path, None, why, damaged=alike))
     return slices, others
 
@@ -167,7 +183,7 @@ def read_headers(paths: Iterable[Path]) -> tuple[list[Slice], list[Other]]:
 def _content(path: Path) -> str:
     with open(path, "rb") as file:
         head = file.read(1024)
-    return ("files that are not DICOM" if b"\0" in head else "text") if head else "empty files"
+    return (_FOREIGN if b"\0" in head else "text") if head else "empty files"
 
 
 def listing(others: Iterable[Other], root: Path) -> str:

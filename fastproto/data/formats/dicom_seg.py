@@ -39,7 +39,7 @@ def find_segmentation(path: Path) -> Path | None:
     """
     if path.is_dir():
         inside = [entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != "."]
-        files = [entry for entry in inside if dicom_header.is_dicom(entry)]
+        files, _ = dicom_header.dicom_files(inside)
         return find_segmentation(files[0]) if len(files) == 1 else None
     if not (path.is_file() and dicom_header.is_dicom(path)):
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.dicom import COLOUR, STRUCTURES, enhanced, new, pixels, save, write_slices
+from support.dicom import COLOUR, STRUCTURES, enhanced, new, pixels, refuse, save, write_slices
 
 from fastproto.data import read_volume
 from fastproto.errors import FastprotoWarning, GeometryError, VolumeError
@@ -115,6 +115,16 @@ class TestBroken:
             path.rename(path.with_suffix(".dcm"))
         last.with_suffix(".dcm").write_bytes(bytes(5000))
         with pytest.raises(VolumeError, match=r"IM05\.dcm: found files that are not DICOM"):
+            read_volume(folder)
+
+    def test_files_that_cannot_be_opened(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        """Only one named as the slices are may be one of them."""
+        (folder / "notes.txt").write_text("no slice")
+        refuse(monkeypatch, "notes.txt")
+        with pytest.warns(FastprotoWarning, match=r"no access \(Permission denied\) \(1: notes"):
+            np.testing.assert_array_equal(read_volume(folder).array, STACK)
+        refuse(monkeypatch, "IM05")
+        with pytest.raises(VolumeError, match=r"IM05: found no access \(Permission denied\)"):
             read_volume(folder)
 
     def test_what_cannot_have_been_one_is_named(self, folder: Path):

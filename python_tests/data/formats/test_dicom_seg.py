@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.dicom import compress, enhanced, save, segmentation, write_slices
+from support.dicom import compress, enhanced, refuse, save, segmentation, write_slices
 
 from fastproto.data import Volume, check_same_grid, read_label, read_volume
 from fastproto.data.dataset import labels_of
@@ -65,8 +65,12 @@ def test_binary(tmp_path: Path, scan: Volume, truth: np.ndarray):
     assert segment_names(path) == NAMES
 
 
-def test_a_folder_with_the_segmentation(tmp_path: Path, scan: Volume, truth: np.ndarray):
+def test_a_folder_with_the_segmentation(
+    tmp_path: Path, scan: Volume, truth: np.ndarray, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "seg").mkdir()
+    (tmp_path / "seg" / "notes").touch()
+    refuse(monkeypatch, "notes")
     save(segmentation(frames(truth), NAMES), tmp_path / "seg" / "1-1")
     np.testing.assert_array_equal(read_label(tmp_path / "seg", like=scan).array, truth)
 
