@@ -25,6 +25,7 @@ from fastproto.errors import DatasetError, FastprotoWarning, require
 Modality: TypeAlias = Literal["ct", "mr"]
 
 _MR_CHANNELS = ("mr", "t1", "t2", "flair", "pd", "dwi", "adc", "swi")
+_LABEL_FOLDERS = ("labels", "labelsTr", "labelsTs")
 _DESCRIPTION = "a dataset.json with modality, labels and cases"
 
 _require = partial(require, error=DatasetError)
@@ -166,13 +167,14 @@ def labels_of(label: Path) -> LabelTable | None:
         VolumeError: The label map cannot be read.
         DatasetError: The ``dataset.json`` cannot be read.
     """
-    label = label.absolute()
     with reading(label):
         if segmentation := find_segmentation(label):
             return LabelTable(segment_names(segmentation))
-    for root in label.parents[:2]:
+    named = [*label.parents[:2]]
+    label = label.absolute()
+    for root in [*named, *label.parents[len(named) : 2]]:
         file = root / "dataset.json"
-        near = label.parent == root or label.parent.name in ("labels", "labelsTr", "labelsTs")
+        near = label.parent == root.absolute() or label.parent.name in _LABEL_FOLDERS
         try:
             asked = file.is_file() and (near or label.name in file.read_text("utf-8", "replace"))
         except OSError as error:

@@ -218,11 +218,18 @@ def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tupl
     if suffix := volume_suffix(output):
         writable = suffix in WRITABLE and output.name.endswith(suffix)
         require(writable, "--output", found=str(output), allowed=", ".join(WRITABLE))
-        listed = ", ".join(scan.name for scan in scans[:3]) + ", ..." * (len(scans) > 3)
+        listed = ", ".join(
+            scan.name if scan == source else str(scan.relative_to(source)) for scan in scans[:3]
+        )
+        listed += ", ..." * (len(scans) > 3)
         found = f"the file {output} for the {len(scans)} scans of a folder ({listed})"
         require(len(scans) == 1, "--output", found=found, allowed="a folder")
         jobs = [(scans[0], output)]
     else:
+        like_a_file = output.name.lower().endswith((*CONVERT, ".dcm", ".gz", ".png", ".task"))
+        allowed = f"a folder, or a file ending in {', '.join(WRITABLE)}"
+        usable = output.is_dir() or not like_a_file
+        require(usable, "--output", found=str(output), allowed=allowed)
         names = scan_names(source, scans)
         jobs = [(scan, output / f"{name}.nii.gz") for scan, name in zip(scans, names, strict=True)]
     inputs = {os.path.realpath(scan) for scan in scans}
@@ -233,7 +240,8 @@ def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tupl
             "--output",
             found=f"that the result of {scan} would overwrite another file of this command",
             allowed="a name of its own for each result",
-            fix="Choose another output folder, or rename one of the scans.",
+            fix="Choose another output folder, rename one of the scans, or move results of an "
+            "earlier run away from the scans.",
         )
         taken.add(target)
     return jobs

@@ -107,6 +107,12 @@ def test_values_of_a_repeated_option_add_up(command, action):
         assert getattr(namespace, action.dest) == several  # and no default before them
 
 
+def test_an_option_with_one_value_is_given_once(capsys):
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["segment", "--task", "a", "-i", "b", "--input", "c", "-o", "d"])
+    assert "argument -i/--input: found twice; allowed: once" in capsys.readouterr().err
+
+
 def test_repeated_options_on_the_command_line():
     words = ["train", "--data", "a", "b", "--data", "c", "--out", "run"]
     words += ["--holdout-classes", "spleen", "--holdout-classes", "liver", "7"]

@@ -23,6 +23,12 @@ from fastproto.data.scans import find_scans, plan_outputs, stem
 from fastproto.errors import ArgumentError, FastprotoWarning, VolumeError
 
 
+@pytest.mark.parametrize("name", ["r.img", "r.DCM", "r.nii.bz2", "organs.task"])
+def test_a_name_of_a_file_makes_no_folder(tmp_path, name):
+    with pytest.raises(ArgumentError, match="a folder, or a file ending in"):
+        plan_outputs(tmp_path, [tmp_path / "a.nii"], tmp_path / name)
+
+
 def test_find_scans(tmp_path):
     for name in ("b.nii.gz", "a.NRRD", "c.mha", ".hidden.nii", "notes.txt"):
         (tmp_path / name).write_bytes(b"")

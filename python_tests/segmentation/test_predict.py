@@ -310,7 +310,7 @@ def test_numpy_memory_is_that_of_the_result(grey_model, task):
     peaks = []
     for slices in (150, 600):
         volume = Volume(np.zeros((slices, 128, 128), dtype=np.float32), spacing=(1.0, 1.0, 2.0))
-        volume.array[0, 0, 0] = 1  # a constant scan is refused
+        volume.array[0, 0, 0] = 0.5  # a constant scan is refused, and so is a label map
         tracemalloc.start()
         segment_volume(grey_model, task, volume)
         peaks.append(tracemalloc.get_traced_memory()[1])
