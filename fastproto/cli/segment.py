@@ -52,7 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_example_options(parser.add_argument_group("how to learn an example"))
     parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCAN",
         help="image file, DICOM series folder, multi-frame DICOM file, or folder of these, also "
-        "with a subfolder for each patient; files called mask, label or seg beside scans are left out")
+        "with a subfolder for each patient; what is called mask, label or seg beside scans is "
+        "left out")
     options.add_series_option(parser)
     options.add_force_option(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
