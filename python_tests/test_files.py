@@ -33,7 +33,9 @@ def living(body: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in the midst of ``body``, killed in the end."""
     code = "import time, pathlib\nfrom fastproto._files import alone_in, atomic_write\n"
     code += f"folder = pathlib.Path({str(folder)!r})\n"
-    process = subprocess.Popen([sys.executable, "-c", code + body], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + body], cwd=folder.parent, stdout=subprocess.PIPE
+    )
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"now\n"

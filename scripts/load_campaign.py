@@ -122,6 +122,7 @@ def segment(folder: Path) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "fastproto.cli", *command.split()],
+        cwd=folder,  # not the sources, whose package has no native library
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "kill_campaign.py"
 
 def test_killed_commands_go_on_as_if_nothing_had_been():
     """The other ways to end a command cost too much here: test_files.py, cli/test_process.py."""
-    command = [sys.executable, str(SCRIPT), "--moments", "2", "--others", "0"]
+    command = [sys.executable, str(SCRIPT), "--moments", "3", "--others", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"^(\w+), SIGKILL +3 tries, +(\d) ended early, 0 failed$", done.stdout, re.M)

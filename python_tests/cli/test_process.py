@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
@@ -24,15 +25,20 @@ from fastproto.segmentation import predict
 from .conftest import CHOSEN
 
 FOREIGN = "Größe-患者.nii.gz"  # what neither ASCII nor code page 1252 has
+ELSEWHERE = tempfile.gettempdir()  # not the sources, whose package has no native library
 HEAVY = ("torch._dynamo", "sympy", "scipy.signal", "scipy.spatial", "skimage", "matplotlib")
 
 
 def start(*arguments: object, code: str = "", encoding: str = "utf-8") -> subprocess.Popen[str]:
-    """The program in a process of its own, after ``code``."""
+    """The program in a process of its own, after ``code``; Ctrl-C counts, which nohup turns off."""
     code = f"import sys; from fastproto.cli import main\n{code}\nsys.exit(main())"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding=encoding
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ELSEWHERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding=encoding,
     )
 
 
@@ -67,7 +73,7 @@ def test_nothing_heavy_is_imported_that_is_not_used(program, phantom, tmp_path):
     source = phantom / "images" / "mr_001.nii.gz"
     arguments = segment(program, source, tmp_path / "out.nii.gz", *example)
     command = [sys.executable, "-c", code, "", str(program.model), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ELSEWHERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
