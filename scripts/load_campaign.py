@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="a record in benchmarks/results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
+        folder = Path(name).resolve()
         huge, broken = make_folder(folder, args.scans, tuple(args.large))
         found = segment(folder)
         record, faults = judge(folder, found, args.scans, huge, broken, math.prod(args.large))
