@@ -48,9 +48,17 @@ def main() -> int:
     found = {name: run(name, args) for name in args.formats}
     failed = sum(len(entry["failures"]) for entry in found.values())
     if args.write:
-        target = records.RESULTS / f"{records.today()}-fuzz-formats.json"
+        readers = ("numpy", "nibabel", "nrrd", "pydicom")
         seconds = round(time.perf_counter() - started)
-        records.write(target, seed=args.seed, pristine=PRISTINE, seconds=seconds, formats=found)
+        records.write_campaign(
+            "fuzz-formats",
+            readers,
+            seed=args.seed,
+            cases=args.cases,
+            pristine=PRISTINE,
+            seconds=seconds,
+            formats=found,
+        )
     return 1 if failed else 0
 
 

@@ -360,17 +360,7 @@ def main() -> None:
         for failure in row.get("failures", ()):
             print(f"  {failure}")
     if args.write:
-        from fastproto.evaluation.report import machine, versions
-
-        path = records.RESULTS / f"{records.today()}-kill.json"
-        records.write(
-            path,
-            command="python scripts/kill_campaign.py "
-            f"--moments {args.moments} --others {args.others} --seed {args.seed} --write",
-            machine=machine(),
-            versions=versions("fastproto", "torch", "safetensors", "python"),
-            **found,
-        )
+        path = records.write_campaign("kill", ("torch", "safetensors"), **found)
         print(f"Result: {path}")
     sys.exit(any("failures" in row for row in found["ends"].values()))
 

@@ -53,8 +53,7 @@ def main() -> int:
     for fault in faults:
         print(f"wrong: {fault}")
     if args.write:
-        target = records.RESULTS / f"{records.today()}-load.json"
-        records.write(target, command=" ".join(sys.argv), **record, wrong=faults)
+        records.write_campaign("load", ("torch", "numpy"), **record, wrong=faults)
     return 1 if faults else 0
 
 

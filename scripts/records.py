@@ -6,6 +6,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shlex
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,17 @@ def arguments(doc: str | None, **paths: str | None) -> argparse.ArgumentParser:
 def today() -> str:
     """Today's date, as it stands in records and their names."""
     return datetime.date.today().isoformat()
+
+
+def write_campaign(name: str, packages: Iterable[str], **content: Any) -> Path:
+    """A record of a campaign, with the command, the machine and the versions; returns its path."""
+    from fastproto.evaluation.report import machine, versions
+
+    path = RESULTS / f"{today()}-{name}.json"
+    command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    about = versions("fastproto", *packages, "python")
+    write(path, command=command, machine=machine(), versions=about, **content)
+    return path
 
 
 def write(path: Path, **content: Any) -> None:

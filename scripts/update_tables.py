@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -46,6 +47,37 @@ def every_record(results: Path) -> str:
         lines.append(f"`{record['command']}`" if "command" in record else "")
         blocks.append("\n\n".join(line for line in lines if line))
     return "\n\n".join(blocks) or NO_RECORD
+
+
+def robustness(results: Path) -> str:
+    """What the campaigns of mutated files, killed commands and many scans found, a line each."""
+    lines = []
+    for record in newest(results, "fuzz-formats"):
+        counts = sum((Counter(each["counts"]) for each in record["formats"].values()), Counter())
+        failed = sum(len(each["failures"]) for each in record["formats"].values())
+        lines.append(
+            f"* **Mutated files** (NIfTI, NRRD, MetaImage, DICOM): of {counts.total():,} "
+            f"{counts['refused']:,} were refused, {counts['equal']:,} read as an independent "
+            f"program reads them, {failed} wrongly. {provenance(record)}"
+        )
+    for record in newest(results, "kill"):
+        ends = record["ends"].values()
+        tries, early = (sum(row[name] for row in ends) for name in ("tries", "ended early"))
+        failed = sum(len(row.get("failures", ())) for row in ends)
+        lines.append(
+            f"* **Commands that end early** (killed, interrupted, on a full disk, two at once): of "
+            f"{tries} runs {early} ended before they were done; {failed} left half a result, or "
+            f"another one after they were resumed or repeated. {provenance(record)}"
+        )
+    for record in newest(results, "load"):
+        first, last = record["processor_seconds_per_scan"].values()
+        lines.append(
+            f"* **A folder of {record['scans']} scans**, one broken and one of "
+            f"{record['huge_mib'] / 1024:.1f} GiB: the others are segmented, the broken one is "
+            f"named. The last scans take {last:.2f} s, the first {first:.2f} s; at most "
+            f"{record['peak_mib'] / 1024:.1f} GiB of memory. {provenance(record)}"
+        )
+    return "\n".join(lines).replace("(provenance", "(docs/provenance") or NO_RECORD
 
 
 def of_each(records: str | Callable[[Path], list[Row]], blocks: Blocks) -> Table:
@@ -273,7 +305,7 @@ CPU: dict[str, Blocks] = {
     "overhead": single("one thread", "overhead", OVERHEAD),
 }
 PAGES: dict[str, dict[str, Table]] = {
-    "README.md": {"summary": summary, "promises": promises},
+    "README.md": {"summary": summary, "promises": promises, "robustness": robustness},
     "docs/provenance.md": {"records": every_record},
     "docs/results.md": {"results": crossval},
     "docs/training.md": {
