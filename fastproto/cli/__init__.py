@@ -133,23 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         subparser.add_argument(
             "-v", "--verbose", action="store_true", help="show the traceback of an error"
         )
-        for name in (None, "store"):
-            subparser.register("action", name, _StoreOnce)
         subparser.set_defaults(run=command.run)
         command.add_options(subparser)
     return parser
-
-
-class _StoreOnce(argparse._StoreAction):
-    """Of an option with one value: given again, the first would be lost without a word."""
-
-    given = False
-
-    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
-        if self.given:
-            raise argparse.ArgumentError(self, "found twice; allowed: once")
-        self.given = True
-        super().__call__(parser, *rest)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -24,9 +24,9 @@ EXAMPLE = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     # fmt: off
-    parser.add_argument("--prediction", type=Path, required=True, metavar="MASK",
+    parser.add_argument("--prediction", **options.ONE_FILE, metavar="MASK",
         help="label map, or a folder of them named as the cases")
-    parser.add_argument("--truth", type=Path, required=True, metavar="MASK",
+    parser.add_argument("--truth", **options.ONE_FILE, metavar="MASK",
         help="label map, folder of them, or data set")
     options.add_label_options(parser)
     parser.add_argument("--tolerance", type=float, default=NSD_TOLERANCE_MM, metavar="MM",

@@ -36,14 +36,14 @@ _ROW = "{:>7}  {:<24} {:>6} {:>10} {:>13} {:>13}"  # of the report on what was l
 # fmt: off
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
-    parser.add_argument("--image", type=Path, required=True, metavar="SCAN",
+    parser.add_argument("--image", **options.ONE_FILE, metavar="SCAN",
         help="image file, DICOM folder or multi-frame DICOM file")
-    parser.add_argument("--label", type=Path, required=True, metavar="MASK",
+    parser.add_argument("--label", **options.ONE_FILE, metavar="MASK",
         help="label map on the scan's grid, or its DICOM segmentation")
     add_example_options(parser)
     options.add_series_option(parser)
     options.add_force_option(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="TASK",
+    parser.add_argument("-o", "--output", **options.ONE_FILE, metavar="TASK",
         help="task file to write")
     options.add_runtime_options(parser)
 

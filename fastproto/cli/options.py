@@ -25,6 +25,21 @@ if TYPE_CHECKING:
 Options: TypeAlias = argparse._ActionsContainer  # a parser or a group of it
 
 
+class Once(argparse._StoreAction):
+    """Of a file to read or write: given again, the first would be lost without a word."""
+
+    given = False
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        if self.given:
+            raise argparse.ArgumentError(self, "found twice; allowed: once")
+        self.given = True
+        super().__call__(parser, *rest)
+
+
+ONE_FILE: dict[str, Any] = {"type": Path, "action": Once, "required": True}
+
+
 def add_fields(
     config: Any, groups: Mapping[str, Options], /, **types: Callable[[str], object]
 ) -> None:

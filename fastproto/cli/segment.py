@@ -50,13 +50,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--task", action="append", type=Path, metavar="TASK",
         help="task file of `fastproto learn`; can be given more than once as well")
     add_example_options(parser.add_argument_group("how to learn an example"))
-    parser.add_argument("-i", "--input", type=Path, required=True, metavar="SCAN",
+    parser.add_argument("-i", "--input", **options.ONE_FILE, metavar="SCAN",
         help="image file, DICOM series folder, multi-frame DICOM file, or folder of these, also "
         "with a subfolder for each patient; what is called mask, label or seg beside scans is "
         "left out")
     options.add_series_option(parser)
     options.add_force_option(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
+    parser.add_argument("-o", "--output", **options.ONE_FILE, metavar="OUT",
         help="label map to write (.nii.gz, .nii, .nrrd, .mha) or, for several scans, the folder "
         "for SCAN.nii.gz, or PATIENT.nii.gz of a scan in a subfolder; an older result is replaced "
         "only by a complete new one")
