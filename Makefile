@@ -37,7 +37,7 @@ demo: install
 
 # Two parts at a time, with one thread each: two threads in both would wait for each other's cores.
 # The Triton kernels are interpreted in a process of their own.
-WHOLE := $(addprefix python_tests/,training segmentation evaluation cli)
+WHOLE := $(addprefix python_tests/,data training segmentation evaluation cli)
 test: develop
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target \
 	  test-parts test-interpreted test-whole
