@@ -239,7 +239,8 @@ def _no_slice(dataset: Dataset) -> str | None:
     frames = int(dataset.get("NumberOfFrames") or 1)
     # Such a file says it, unless it is truncated.
     cut = any("Enhanced" in UID(uid).name for uid in sop_classes(dataset))
-    if frames > 1 and "PerFrameFunctionalGroupsSequence" not in dataset and not cut:
+    placed = "PerFrameFunctionalGroupsSequence" in dataset or "ImagePositionPatient" in dataset
+    if frames > 1 and not placed and not cut:
         return "multi-frame files that do not say where their frames lie"
     return None
 

@@ -271,6 +271,8 @@ def _units(path: Path, fields: dict[str, str], name: str, axes: Iterable[int]) -
         allowed=", ".join(unit for unit in _MM if unit),
         fix="Correct the header; distances cannot be guessed.",
     )
+    if text and "" in units:
+        warn(path, "its header names no unit of length: mm are assumed.")
     return np.array([_MM[unit] for unit in units])
 
 
