@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from support.dicom import COLOUR, STRUCTURES, enhanced, new, pixels, refuse, save, write_slices
 
@@ -100,6 +101,13 @@ class TestBroken:
         truncated(folder / "IM05", size)
         with pytest.raises(VolumeError, match=r"IM05.*damaged or truncated"):
             read_volume(folder, series=series)
+
+    def test_a_slice_that_claims_to_be_several_frames(self, folder: Path):
+        dataset = pydicom.dcmread(folder / "IM05")
+        dataset.NumberOfFrames = 5
+        save(dataset, folder / "IM05")
+        with pytest.raises(VolumeError, match=r"IM05.*0 positions for 5 frames"):
+            read_volume(folder)
 
     def test_a_file_that_may_have_been_a_slice(self, folder: Path):
         last = folder / "IM05"

@@ -149,6 +149,11 @@ class TestPlace:
         kind = VolumeError if words.endswith("-D") else GeometryError
         refused(write_nrrd(tmp_path / "v.nrrd", **fields), kind, words)
 
+    def test_units_without_a_name(self, tmp_path: Path):
+        path = write_nrrd(tmp_path / "v.nrrd", space_units='"" "" ""')
+        with pytest.warns(FastprotoWarning, match="names no unit of length: mm are assumed"):
+            check(path)
+
     def test_spacings_in_a_space(self, tmp_path: Path):
         fields = SPACINGS | {"space": "RAS", "space origin": "(11.5,-7.25,130)"}
         with pytest.warns(FastprotoWarning, match="place the voxels: ras axes are assumed"):
