@@ -42,6 +42,9 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         VolumeError: The file only points to its content, which Git has not fetched.
         OSError: It cannot be opened.
     """
+    special = path.exists() and not path.is_file()
+    allowed = "a file with the volume"
+    require_volume(not special, path, found="a device, pipe or folder", allowed=allowed)
     with open(path, "rb") as file:
         for start, (what, command) in _POINTERS.items():
             require_volume(

@@ -261,7 +261,8 @@ def _array(
 def _units(path: Path, fields: dict[str, str], name: str, axes: Iterable[int]) -> np.ndarray:
     """The millimetres in the unit of each axis; what has no unit is in mm."""
     text = fields.get(name, "")
-    words = re.findall(r'"([^"]*)"', text) or text.split()
+    quoted = re.fullmatch(r'("[^"]*"\s*)*', text)
+    words = re.findall(r'"([^"]*)"', text) if quoted else text.split()
     units = [words[axis].strip() if axis < len(words) else "" for axis in axes]
     unknown = [unit for unit in units if unit not in _MM]
     require_geometry(

@@ -73,6 +73,11 @@ class TestData:
         refused(write_nrrd(path, b"", datafile="headed.raw"), VolumeError, "19 bytes are too many")
         refused(write_nrrd(path, b"", datafile="none.raw"), VolumeError, "none.raw", "No such file")
 
+    def test_in_no_file(self, tmp_path: Path):
+        path = write_nrrd(tmp_path / "v.nrrd", b"", data_file="/dev/zero", line_skip="1")
+        with pytest.raises(VolumeError, match="/dev/zero: found a device, pipe or folder"):
+            read_volume(path)
+
     @pytest.mark.parametrize("extra", [348, 1, -1, -300])
     @pytest.mark.parametrize("encoding", ["raw", "gzip"])
     def test_of_another_size_are_refused(self, tmp_path: Path, extra: int, encoding: str):
@@ -126,6 +131,7 @@ class TestPlace:
 
     @pytest.mark.parametrize(("fields", "words"), [
         ({"space units": '"inch" "inch" "inch"'}, "lengths in 'inch'"),
+        ({"space units": '"mm" "mm" m"'}, "lengths in"),
         ({"space directions": None}, "no voxel sizes"),
         (SPACINGS | {"spacings": "nan 1 1"}, "spacing nan, 1, 1"),
         (SPACINGS | {"spacings": "1 1"}, "of 2 axes"),

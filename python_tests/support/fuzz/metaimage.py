@@ -164,7 +164,7 @@ def read(path: Path) -> Reading:
         raise Unreadable("several channels")
     assumed: list[str] = []
     order = ">" if _true(fields.get("BinaryDataByteOrderMSB", "False")) else "<"
-    dtype = np.dtype(order + _BYTES[fields["ElementType"]])
+    dtype = np.dtype(order + _BYTES[fields["ElementType"].removesuffix("_ARRAY")])
     name = fields["ElementDataFile"]
     body = data[start:] if name.upper() == "LOCAL" else (path.parent / name).read_bytes()
     array = np.frombuffer(_voxels(fields, body, math.prod(shape) * dtype.itemsize, assumed), dtype)

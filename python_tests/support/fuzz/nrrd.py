@@ -168,12 +168,17 @@ def _damage(rng: Rng, header: list[str]) -> list[str]:
     return [line]
 
 
+# Fields that change neither values nor place, whatever they say.
+_ABOUT_NOTHING = re.compile(r"(thicknesses|measurement frame|axis maxs|axismaxs):(?!=)")
+
+
 def read(path: Path) -> Reading:
     """Pynrrd's array and fields, put together as the format's definition says."""
     data = path.read_bytes()
     end = re.search(rb"\r?\n\r?\n", data)
     start = end.end() if end else len(data)
-    header = nrrd.read_header([_plain(line) for line in data[:start].decode("latin-1").split("\n")])
+    lines = [_plain(line) for line in data[:start].decode("latin-1").split("\n")]
+    header = nrrd.read_header([line for line in lines if not _ABOUT_NOTHING.match(line)])
     with open(path, "rb") as file:
         file.seek(start)
         array = nrrd.read_data(header, file, str(path), index_order="F")
@@ -252,10 +257,13 @@ def _place(header: Mapping[str, Any], dimensions: int) -> tuple[np.ndarray, list
         unknown = [word for word in words if word and word not in _MM]
         if unknown:
             raise Unreadable(f"units {unknown}")
-        factors = {_MM.get(word, 1.0) for word in words}
-        if len(factors) != 1:
+        factors = [_MM.get(word, 1.0) for word in words]
+        if "space directions" in header:  # of the axes of space
+            affine[:3] *= np.array((factors * 3)[:3])[:, None]
+        elif len(set(factors)) == 1:
+            affine[:3] *= factors[0]
+        else:
             raise Unreadable(f"units {words}")
-        affine[:3] *= factors.pop()
         if not all(words):
             assumed.append("a unit is missing")
     if not np.isfinite(affine).all():
