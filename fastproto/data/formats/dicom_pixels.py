@@ -80,14 +80,14 @@ def stored_frames(path: Path) -> Iterator[np.ndarray]:
         if not hasattr(dataset.file_meta, "TransferSyntaxUID"):  # the rules of old files
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
         syntax = dataset.file_meta.TransferSyntaxUID
-        if dataset.BitsAllocated == 1 and not syntax.is_encapsulated:
+        bits = dataset.BitsAllocated == 1 == dataset.BitsStored
+        if bits and not syntax.is_encapsulated:
             return _unpacked(path, np.frombuffer(dataset.PixelData, np.uint8), shape)
         array = (
             _decode(path, dataset, shape[0])
             if syntax.is_encapsulated and syntax != pydicom.uid.RLELossless
             else pixel_array(dataset, raw=True, correct_unused_bits=False)
         ).reshape(shape)
-        bits = dataset.BitsAllocated == 1
         return iter(array if bits else _significant_bits(path, array, dataset))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,12 @@ def read(path: Path) -> Reading:
             assumed.append(f"{file.name}: no slice, by its header")
         else:
             items.append(item)
-    if not items or len({str(item.get("SeriesInstanceUID")) for item in items}) != 1:
+    series = Counter(str(item.get("SeriesInstanceUID")) for item in items)
+    for item in [item for item in items if "ImagePositionPatient" not in item]:
+        if str(item.get("SeriesInstanceUID")) != series.most_common(1)[0][0]:
+            assumed.append("an image of another series, without a place")
+            items.remove(item)
+    if len({str(item.get("SeriesInstanceUID")) for item in items}) != 1:
         raise Unreadable("not one series")
     row, column = np.array(_numbers(items[0], "ImageOrientationPatient", 6)).reshape(2, 3)
     row = row / np.linalg.norm(row)
