@@ -21,7 +21,6 @@ from fastproto.data.formats.table import CONVERT
 from fastproto.data.volume import READABLE, WRITABLE, volume_suffix, without_suffix
 from fastproto.errors import FastprotoWarning, VolumeError, require
 
-_NOT_READ = (*CONVERT, ".img.gz", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst")
 _LABEL_MAP = re.compile(r"(.*[\W_])?(masks?|labels?(tr|ts)?|segs?|segmentations?)", re.IGNORECASE)
 _DATA_SETS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
@@ -114,7 +113,7 @@ class _Search:
             broken = item.is_symlink() and not item.exists()
             if broken and (volume_suffix(item) or not slices):  # or else `read_volume` names it
                 self._leave(item, "broken links")
-            elif item.name.lower().endswith(_NOT_READ):
+            elif item.name.lower().endswith(tuple(CONVERT)):
                 self._leave(item, "files of a format that is not read")
         if why := self._no_scans(slices, depth):
             for item in images:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,8 @@ def read(path: Path) -> Voxels:
         check_size(path, sizes)
         place = _place(path, fields, len(sizes))
         name = fields["ElementDataFile"]
-        if name.upper() == "LOCAL":
-            return Voxels(_array(path, file, fields, sizes), *place)
-        with opened(data_file(path, name)) as data:
+        local = name.upper() == "LOCAL"
+        with nullcontext(file) if local else opened(data_file(path, name)) as data:
             return Voxels(_array(path, data, fields, sizes), *place)
 
 

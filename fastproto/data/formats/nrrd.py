@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +95,7 @@ def read(path: Path) -> Voxels:
         _check_sizes(path, fields, sizes, spatial)
         shape = tuple(sizes[axis] for axis in reversed(spatial))
         name = fields.get("datafile")
-        if name is None:
-            return Voxels(_array(path, file, fields, shape), *place)
-        with opened(data_file(path, name)) as data:
+        with nullcontext(file) if name is None else opened(data_file(path, name)) as data:
             return Voxels(_array(path, data, fields, shape), *place)
 
 
