@@ -27,8 +27,14 @@ def test_a_container_may_have_less_than_its_machine(limit, expected, tmp_path, m
     (RuntimeError("CUDA error: out of memory"), "memory on the GPU: more was wanted; allowed"),
     (MemoryError("Unable to allocate 3.00 GiB for an array"),
      "memory: 3.00 GiB were wanted beyond the "),
+    (RuntimeError("could not create a primitive"), "memory: more was wanted beyond the "),
 ])  # fmt: skip
 def test_what_the_machine_has_is_said_of_its_own_memory(error: Exception, said: str) -> None:
     with pytest.raises(ResourceError) as caught, _memory.enough_memory("scan"):
         raise error
     assert f"scan: found too little {said}" in str(caught.value)
+
+
+def test_another_error_is_left_alone() -> None:
+    with pytest.raises(RuntimeError, match="descriptor"), _memory.enough_memory("scan"):
+        raise RuntimeError("could not create a primitive descriptor for a convolution")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastproto._memory import is_lack_of_memory
 from fastproto.data.geometry import canonical
 from fastproto.data.volume import Volume, check_same_grid
 from fastproto.defaults import PLANE
@@ -262,6 +263,8 @@ def locate(atlas: Atlas, volume: Volume, kind: str | None = None) -> Prior:
         try:
             alignment, quality = _align(atlas, seen, body, alignment, kind)
         except RuntimeError as error:
+            if is_lack_of_memory(error):
+                raise
             kind, fallback = "box", str(error).splitlines()[-1]
     empty = np.broadcast_to(np.uint8(0), volume.array.shape)
     grid = Volume(empty, volume.spacing, volume.origin, volume.direction)
@@ -277,7 +280,7 @@ def _align(
     whole, detail = atlas.pictures
     query = make_picture(seen, atlas.modality, body, _BODY_VOXELS, whole.step)
     found: list[tuple[float, Alignment, Picture]] = []
-    problems: list[RuntimeError] = []
+    problems: list[str] = []  # not the errors, whose traceback would keep the scan in memory
 
     def consider(moved: Picture, still: Picture, start: Alignment, across: bool) -> None:
         try:
@@ -285,7 +288,9 @@ def _align(
             around = _surroundings(atlas, seen, alignment)
             found.append((unlikeness(around, detail, alignment), alignment, around))
         except RuntimeError as error:  # other starts may do
-            problems.append(error)
+            if is_lack_of_memory(error):
+                raise
+            problems.append(str(error))
 
     for start in good_starts(query, whole, boxes):
         stretch = start.matrix[0, 0]  # far from 1 it cannot be right as it is
@@ -294,7 +299,7 @@ def _align(
     for _, alignment, around in found[:_REFINED]:
         consider(around, detail, alignment, across=False)
     if not found:
-        raise problems[0]
+        raise RuntimeError(problems[0])
     _, alignment, around = min(found, key=lambda candidate: candidate[0])
     if kind == "deformable":
         alignment = align_deformable(around, detail, alignment)

@@ -115,35 +115,38 @@ def test_a_name_that_the_terminal_cannot_show_stops_nothing(
 def test_a_scan_that_memory_does_not_hold_is_told_and_the_next_goes_on(
     program, task_file, phantom, tmp_path
 ):
-    """The limit comes after the imports, so that it is the scan that meets it."""
+    """The limit comes with the second scan: 64 GB of zeros, none of which are on the disk."""
     scans, out = tmp_path / "scans", tmp_path / "out"
     scans.mkdir()
-    small = read_volume(phantom / "images" / "mr_001.nii.gz")
-    large = dataclasses.replace(small, array=np.tile(small.array, (16, 8, 8)))
-    write_volume(scans / "a.nii.gz", large.array, like=large)
-    write_volume(scans / "b.nii.gz", small.array, like=small)
+    for name in ("a.nii.gz", "c.nii.gz"):
+        shutil.copy(phantom / "images" / "mr_001.nii.gz", scans / name)
+    large = scans / "b.nii"
+    small = read_volume(scans / "a.nii.gz")
+    write_volume(large, small.array, like=small)
+    with large.open("r+b") as file:
+        file.seek(42)
+        file.write(np.array([4000, 4000, 2000], "<i2").tobytes())  # NIfTI-1's dim
+        file.truncate(352 + 4000 * 4000 * 2000 * small.array.itemsize)
     limit = (
-        "import torch; torch.set_num_threads(1)\n"
-        "import fastproto.segmentation.task as task\n"
-        "load = task.Task.load\n"
-        "def limited(path):\n"
+        "import fastproto.data.volume as volume\n"
+        "read = volume.read_volume\n"
+        "def limited(path, **options):\n"
         "    import resource\n"
-        "    pages = int(open('/proc/self/statm').read().split()[0])\n"
-        "    room = pages * resource.getpagesize() + 350_000_000\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (room, room))\n"
-        "    return load(path)\n"
-        "task.Task.load = limited\n"
+        "    if path.name == 'b.nii':\n"
+        "        resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))\n"
+        "    return read(path, **options)\n"
+        "volume.read_volume = limited\n"
     )
     arguments = segment(program, scans, out, "--task", task_file, "--no-overlay", "--threads", 1)
     status, said, errors = finish(start(*arguments, code=limit))
     assert status == 2, errors
     assert "Traceback" not in errors
     first, last = errors.splitlines()
-    assert "a.nii.gz: found too little memory: " in first
+    assert "b.nii: found too little memory: " in first
     assert " GB in use" in first
-    assert last == "fastproto: 1 of 2 scans failed"
-    assert [path.name for path in out.iterdir()] == ["b.nii.gz"]
-    assert f"{scans / 'b.nii.gz'} -> " in said
+    assert last == "fastproto: 1 of 3 scans failed"
+    assert {path.name for path in out.iterdir()} == {"a.nii.gz", "c.nii.gz"}
+    assert f"{scans / 'c.nii.gz'} -> " in said
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import tracemalloc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -140,6 +142,32 @@ def test_starts_that_fail_do_not_end_the_search(atlas, monkeypatch):
     failing[:] = range(1, 99)
     prior = locate(atlas, image, "affine")
     assert (prior.kind, prior.fallback) == ("box", "start 1 fails")
+
+
+def test_failed_starts_do_not_keep_the_scan_in_memory(atlas, monkeypatch):
+    def align(*_, across):
+        raise RuntimeError("fails")
+
+    monkeypatch.setattr("fastproto.segmentation.prior.align_affine", align)
+    image, _ = scan(**CHANGED)
+    held = weakref.ref(image.array)
+    gc.disable()
+    try:
+        locate(atlas, image, "affine")
+        del image
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("step", ["align_affine", "align_deformable"])
+def test_a_lack_of_memory_is_no_failed_registration(atlas, monkeypatch, step):
+    def align(*_, **__):
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(f"fastproto.segmentation.prior.{step}", align)
+    with pytest.raises(RuntimeError, match="bad_alloc"):
+        locate(atlas, scan(**CHANGED)[0])
 
 
 def test_across_leaves_the_slices_axis_alone(atlas):
