@@ -68,7 +68,7 @@ def read_dicom(path: Path, series: str | None = None) -> Voxels:
     normal = axes[:, 2]
     slices.sort(key=lambda item: float(item.position @ normal))
     step = _step(path, slices, normal)
-    _check_unit(path, slices)
+    _check_rescaling(path, slices)
     return Voxels(
         read_pixels(slices),
         *grid(np.array([*slices[0].pixel_spacing, step]), slices[0].position, axes),
@@ -127,8 +127,16 @@ def _choose_series(
     return found[str(chosen)]
 
 
-def _check_unit(path: Path, slices: Sequence[Slice]) -> None:
-    """Warns where a CT says that its values are no Hounsfield units, as dual-energy maps are."""
+def _check_rescaling(path: Path, slices: Sequence[Slice]) -> None:
+    """All slices are rescaled or none is; warns of a CT whose values are not HU."""
+    without = next((item for item in slices if not item.rescaled), None)
+    require_volume(
+        without is None or not any(item.rescaled for item in slices),
+        path,
+        found=lambda: f"slices with a rescale slope and intercept and without ({without.name})",
+        allowed="the same for all slices",
+        fix=EXPORT_AGAIN,
+    )
     units = {item.unit for item in slices if item.modality == "CT"} - {"", "HU", "US"}
     if units:
         text = f"{path}: RescaleType {', '.join(sorted(units))}: the values are not HU."

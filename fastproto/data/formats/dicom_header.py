@@ -45,6 +45,7 @@ class Slice(NamedTuple):
         axes: [2, 3], where columns and rows grow (ImageOrientationPatient).
         pixel_spacing: (x, y) in mm.
         slope, intercept: A value is slope * stored + intercept.
+        rescaled: Whether the file says so; without, they are 1 and 0.
         limits: Least and largest number that its bits can store.
         unit: RescaleType, "" where it is absent.
     """
@@ -61,6 +62,7 @@ class Slice(NamedTuple):
     thickness: float
     slope: float
     intercept: float
+    rescaled: bool
     limits: tuple[int, int]
     unit: str
 
@@ -284,12 +286,8 @@ def _slices(path: Path, dataset: Dataset) -> list[Slice]:
             allowed="RescaleSlope and RescaleIntercept",
             fix="Convert the series to NIfTI first.",
         )
-        slope, intercept = (
-            float(numbers(rescaling, keyword, 1)[0])
-            for keyword in ("RescaleSlope", "RescaleIntercept")
-        )
-        if rescaling.get("RescaleSlope") is None and rescaling.get("RescaleIntercept") is None:
-            slope, intercept = 1.0, 0.0
+        names = ("RescaleSlope", "RescaleIntercept")
+        rescaled = any(rescaling.get(name) is not None for name in names)
         slices.append(
             Slice(
                 path=path,
@@ -303,8 +301,9 @@ def _slices(path: Path, dataset: Dataset) -> list[Slice]:
                 # DICOM gives the distance of rows (y) first.
                 pixel_spacing=numbers(measures, "PixelSpacing", 2)[::-1],
                 thickness=float(numbers(measures, "SliceThickness", 1)[0]),
-                slope=slope,
-                intercept=intercept,
+                slope=float(numbers(rescaling, names[0], 1)[0]) if rescaled else 1.0,
+                intercept=float(numbers(rescaling, names[1], 1)[0]) if rescaled else 0.0,
+                rescaled=rescaled,
                 limits=(-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1),
                 unit=_text(rescaling, "RescaleType"),
             )

@@ -52,14 +52,22 @@ def segment_names(path: Path) -> dict[int, str]:
     """Segment number -> SegmentLabel; those that occur twice get their number as well.
 
     Raises:
-        VolumeError: A damaged file.
+        VolumeError: A damaged file, segments of one number.
     """
     dataset = _read_header(path)
     with pydicom_reading(path):
-        names = {
-            int(item.SegmentNumber): " ".join(str(item.get("SegmentLabel") or "segment").split())
+        segments = [
+            (int(item.SegmentNumber), " ".join(str(item.get("SegmentLabel") or "segment").split()))
             for item in dataset.get("SegmentSequence") or []
-        }
+        ]
+        names = dict(segments)
+        require_volume(
+            len(names) == len(segments) and min(names, default=0) > 0,
+            path,
+            found=f"segments numbered {', '.join(str(number) for number, _ in segments) or 'none at all'}",
+            allowed="a SegmentSequence of different numbers above 0",
+            fix=EXPORT_AGAIN,
+        )
         counts = Counter({"segment": 1})  # which alone is no name
         counts.update(name.casefold() for name in names.values())
         return {
@@ -84,6 +92,7 @@ def read_segmentation(path: Path, like: Volume) -> np.ndarray:
         LabelError: Segments that overlap.
     """
     dataset = _read_header(path)
+    known = segment_names(path)
     labels = np.zeros(like.array.shape, np.uint16)
     partly = False
     with pydicom_reading(path):
@@ -112,7 +121,18 @@ def read_segmentation(path: Path, like: Volume) -> np.ndarray:
             if kind != "LABELMAP":
                 partly |= bool(((pixels > 0) & (pixels < most)).any())
                 segment = functional_group(where, dataset, "SegmentIdentificationSequence")
-                pixels = (pixels >= most / 2) * np.uint16(segment.ReferencedSegmentNumber)
+                number = segment.ReferencedSegmentNumber
+                used = {int(number)}
+                pixels = (pixels >= most / 2) * np.uint16(number)
+            else:
+                used = set(np.unique(pixels).tolist()) - {0}
+            require_volume(
+                used <= known.keys(),
+                name,
+                found=f"segment {min(used - known.keys(), default=0)}, which nothing describes",
+                allowed=f"those of the SegmentSequence: {', '.join(map(str, known))}",
+                fix=EXPORT_AGAIN,
+            )
             clash = (seen > 0) & (pixels > 0) & (seen != pixels)
             if clash.any():
                 both = f"both segment {seen[clash][0]} and segment {pixels[clash][0]}"
@@ -142,12 +162,12 @@ def _kind(path: Path, dataset: Dataset) -> tuple[str, int]:
     most = {
         "BINARY": 1,
         "LABELMAP": np.iinfo(np.uint16).max,
-        "FRACTIONAL": int(dataset.get("MaximumFractionalValue") or 255),
+        "FRACTIONAL": int(dataset.get("MaximumFractionalValue") or 0),
     }
     require_volume(
-        kind in most,
+        most.get(kind, 0) > 0,
         path,
-        found=f"SegmentationType {kind}",
+        found=f"SegmentationType {kind}" + " without a maximum" * (kind == "FRACTIONAL"),
         allowed=", ".join(most),
         fix="Export the segmentation as NIfTI.",
     )

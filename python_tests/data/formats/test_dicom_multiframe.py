@@ -81,6 +81,15 @@ def test_refused(tmp_path: Path, positions: list, options: dict, kind: type, wor
         read_volume(path)
 
 
+def test_a_frame_that_lost_its_rescaling(tmp_path: Path):
+    """Its values would be wrong by the intercept."""
+    scan = enhanced(STACK[:4], UPWARDS[:4], rescaling=[(1, -1024)] * 4)
+    del scan.PerFrameFunctionalGroupsSequence[2].PixelValueTransformationSequence
+    path = save(scan, tmp_path / "scan")
+    with pytest.raises(VolumeError, match=r"rescale slope and intercept and without \(scan frame 3\)"):
+        read_volume(path)
+
+
 def test_one_slice_is_no_scan(tmp_path: Path):
     write_slices(tmp_path, STACK, range(5))
     with pytest.raises(VolumeError, match=r"single slice.*Name the folder"):

@@ -189,6 +189,28 @@ def test_an_unknown_type_is_not_taken_for_a_binary_one(
         read_label(save(dataset, tmp_path / "seg.dcm"), like=scan)
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ({}, r"frame \d+: found segment 3, which nothing describes; allowed: .*: 2, 9"),
+    ({"SegmentSequence": None}, "segments numbered none at all; .*different numbers above 0"),
+    ({"SegmentationType": "FRACTIONAL"}, "SegmentationType FRACTIONAL without a maximum"),
+])  # fmt: skip
+def test_what_nothing_describes(
+    tmp_path: Path, scan: Volume, truth: np.ndarray, change: dict, words: str
+):
+    """Numbers of segments without a name, or a scale without its end, may be damage."""
+    drawn = [(3 if value == max(NAMES) else value, *rest) for value, *rest in frames(truth)]
+    dataset = segmentation(drawn, {2: "liver", 9: "dot"}, **change)
+    with pytest.raises(VolumeError, match=words):
+        read_label(save(dataset, tmp_path / "seg.dcm"), like=scan)
+
+
+def test_segments_of_one_number(tmp_path: Path, scan: Volume, truth: np.ndarray):
+    dataset = segmentation(frames(truth), NAMES)
+    dataset.SegmentSequence[1].SegmentNumber = dataset.SegmentSequence[0].SegmentNumber
+    with pytest.raises(VolumeError, match=r"segments numbered (\d+), \1"):
+        read_label(save(dataset, tmp_path / "seg.dcm"), like=scan)
+
+
 @pytest.mark.parametrize(("kind", "stored", "most"), [
     ("BINARY", "FRACTIONAL", 1), ("FRACTIONAL", "FRACTIONAL", 6), ("LABELMAP", "LABELMAP", 65535),
 ])  # fmt: skip

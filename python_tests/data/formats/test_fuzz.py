@@ -68,33 +68,33 @@ class TestTheHarness:
     def test_another_place(self, wrong: dict):
         assert compare(replace(self.volume(), **wrong), self.GOOD)[0] == "other place"
 
-    def fake(self, monkeypatch: pytest.MonkeyPatch, read, **reading) -> str:
-        monkeypatch.setattr("support.fuzz.judge.read_volume", read)
+    def fake(self, ours, **reading) -> str:
         theirs = replace(self.GOOD, **reading)
-        return judge(Case({}, "", ["x"]), FORMATS["nii"]._replace(read=lambda _: theirs), Path())[0]
+        format_ = FORMATS["nii"]._replace(read=lambda _: theirs, ours=ours)
+        return judge(Case({}, "", ["x"]), format_, Path())[0]
 
-    def test_a_foreign_exception(self, monkeypatch):
+    def test_a_foreign_exception(self):
         def read(path):
             raise KeyError(path)
 
-        assert self.fake(monkeypatch, read) == "foreign exception"
+        assert self.fake(read) == "foreign exception"
 
-    def test_a_size_that_memory_does_not_hold(self, monkeypatch):
+    def test_a_size_that_memory_does_not_hold(self):
         def read(path):
             raise ResourceError(path, found="too little memory", allowed="less")
 
-        assert self.fake(monkeypatch, read) == "refused"
+        assert self.fake(read) == "refused"
 
-    def test_an_assumption_without_a_warning(self, monkeypatch):
-        assert self.fake(monkeypatch, lambda _: self.volume()) == "equal"
-        assert self.fake(monkeypatch, lambda _: self.volume(), assumed=["x"]) == "no warning"
+    def test_an_assumption_without_a_warning(self):
+        assert self.fake(lambda _: self.volume()) == "equal"
+        assert self.fake(lambda _: self.volume(), assumed=["x"]) == "no warning"
 
-    def test_read_where_the_other_refuses(self, monkeypatch):
+    def test_read_where_the_other_refuses(self):
         def refuse(path):
             raise Unreadable("x")
 
-        monkeypatch.setattr("support.fuzz.judge.read_volume", lambda _: self.volume())
-        verdict = judge(Case({}, "", ["x"]), FORMATS["nii"]._replace(read=refuse), Path())
+        format_ = FORMATS["nii"]._replace(read=refuse, ours=lambda _: self.volume())
+        verdict = judge(Case({}, "", ["x"]), format_, Path())
         assert verdict.kind == "read what the other refuses"
 
 

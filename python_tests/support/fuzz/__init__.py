@@ -7,7 +7,7 @@ from its specification. ``judge.py`` compares, ``campaign.py`` runs many cases i
 die.
 """
 
-from support.fuzz import dicom, metaimage, nifti, nrrd
+from support.fuzz import dicom, dicom_frames, metaimage, nifti, nrrd
 from support.fuzz.judge import Format
 
 FORMATS: dict[str, Format] = {
@@ -18,4 +18,6 @@ FORMATS: dict[str, Format] = {
     "mha": Format(metaimage.local, metaimage.read),
     "mhd": Format(metaimage.detached, metaimage.read),
     "dicom": Format(dicom.series, dicom.read),
+    "multi-frame": Format(dicom_frames.scan, dicom_frames.read_scan),
+    "seg": Format(dicom_frames.segmentation, dicom_frames.read_labels, dicom_frames.read_as_learn),
 }

@@ -57,7 +57,7 @@ _DECIMALS: tuple[Any, ...] = (
 )
 _WORDS: tuple[Any, ...] = (0, 1, 2, 3, 7, 8, 12, 15, 16, 32, 64, 255, 65535)
 # Keyword: edge values.
-_ELEMENTS: dict[str, tuple[Any, ...]] = {
+ELEMENTS: dict[str, tuple[Any, ...]] = {
     "Rows": _WORDS,
     "Columns": _WORDS,
     "BitsAllocated": _WORDS,
@@ -109,6 +109,11 @@ _ELEMENTS: dict[str, tuple[Any, ...]] = {
     "BurnedInAnnotation": ("YES",),
     "SpecificCharacterSet": ("ISO_IR 192", "ISO_IR 100", "nonsense"),
     "PatientName": ("Ünlü^Ä", "", "x" * 100),
+    "SegmentationType": ("BINARY", "FRACTIONAL", "LABELMAP", ""),
+    "MaximumFractionalValue": _WORDS,
+    "ReferencedSegmentNumber": _WORDS,
+    "SegmentNumber": _WORDS,
+    "SegmentLabel": ("", "Liver", " liver\t", "Ünlü"),
 }
 _NOT_NUMBERS = ("RGB", "PALETTE COLOR", "YBR_FULL")
 _NUDGED = (
@@ -150,11 +155,8 @@ def series(rng: Rng) -> Case:
 
 
 def _slices(rng: Rng) -> list[FileDataset]:
-    array, affine = voxels(rng, ("u2", "i2", "u2", "i2", "u1")), LPS_TO_RAS @ grid(rng)
-    if np.linalg.det(affine) < 0:  # the normal is the cross product of row and column
-        affine[:, 2] *= -1
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    axes = affine[:3, :3] / spacing
+    array = voxels(rng, ("u2", "i2", "u2", "i2", "u1"))
+    affine, axes, spacing = placed(rng)
     bits = 8 * array.dtype.itemsize
     syntax, storage = pick(rng, _SYNTAXES), pick(rng, (CTImageStorage, MRImageStorage))
     rescale = pick(rng, ((1, 0), (1, -1024), (0.25, 3.5), (2, 7), None))
@@ -171,10 +173,9 @@ def _slices(rng: Rng) -> list[FileDataset]:
         d.PatientName, d.PatientID, d.StudyInstanceUID = "Fuzz", "F", _UID + "1"
         d.SeriesInstanceUID, d.FrameOfReferenceUID = _UID + "2", _UID + "4"
         d.InstanceNumber, d.Columns, d.Rows = k + 1, array.shape[0], array.shape[1]
-        d.PixelSpacing = [float(f"{spacing[1]:.6f}"), float(f"{spacing[0]:.6f}")]
-        d.SliceThickness = float(f"{spacing[2]:.6f}")
-        d.ImagePositionPatient = [float(f"{x:.6f}") for x in affine[:3, 3] + k * affine[:3, 2]]
-        d.ImageOrientationPatient = [float(f"{x:.9f}") for x in axes[:, :2].T.ravel()]
+        d.PixelSpacing, d.SliceThickness = decimals(spacing[[1, 0]]), decimals(spacing)[2]
+        d.ImagePositionPatient = decimals(affine[:3, 3] + k * affine[:3, 2])
+        d.ImageOrientationPatient = decimals(axes[:, :2].T, 9)
         d.SamplesPerPixel, d.PhotometricInterpretation = 1, photometric
         d.BitsAllocated, d.BitsStored, d.HighBit = bits, bits, bits - 1
         d.PixelRepresentation = int(array.dtype.kind == "i")
@@ -191,31 +192,26 @@ def _slices(rng: Rng) -> list[FileDataset]:
     return slices
 
 
+def placed(rng: Rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A grid in LPS whose slices follow the normal: affine [4, 4], unit axes [3, 3], spacing."""
+    affine = LPS_TO_RAS @ grid(rng)
+    if np.linalg.det(affine) < 0:  # the normal is the cross product of row and column
+        affine[:, 2] *= -1
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return affine, affine[:3, :3] / spacing, spacing
+
+
+def decimals(values: np.ndarray, digits: int = 6) -> list[float]:
+    """Numbers as a decimal string (DS) holds them."""
+    return [float(f"{value:.{digits}f}") for value in values.ravel()]
+
+
 def _edit(rng: Rng, slices: list[FileDataset], chosen: Sequence[Dataset]) -> str:
     """One change to the elements of the chosen files, or to which files there are."""
-    kind = pick(
-        rng, ("set", "set", "set", "delete", "nudge", "nudge", "syntax", "files", "bits", "class")
-    )
+    kind = pick(rng, ("element",) * 6 + ("syntax", "files", "bits", "class"))
     whom = "all" if len(chosen) > 1 else "one"
-    name = pick(rng, _NUDGED if kind == "nudge" else tuple(_ELEMENTS))
-    if kind == "set":
-        value = pick(rng, _ELEMENTS[name])
-        with pydicom.config.disable_value_validation():
-            for item in chosen:
-                _set(item, name, value)
-        return f"{name} of {whom} = {value!r}"
-    if kind == "delete":
-        for item in chosen:
-            if name in item:
-                del item[name]
-        return f"{name} of {whom} deleted"
-    if kind == "nudge":
-        size = pick(rng, (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1, -2))
-        for item in chosen:
-            if name in item and (numbers := np.atleast_1d(item[name].value).astype(float)).size:
-                numbers[int(rng.integers(numbers.size))] += size
-                _set(item, name, "\\".join(f"{x:.10g}"[:16] for x in numbers))
-        return f"{name} of {whom} + {size}"
+    if kind == "element":
+        return f"{edit_element(rng, chosen, tuple(ELEMENTS))} of {whom}"
     if kind == "syntax":
         others = (DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, "1.2.3")
         syntax = pick(rng, (*_SYNTAXES, *others))
@@ -233,6 +229,34 @@ def _edit(rng: Rng, slices: list[FileDataset], chosen: Sequence[Dataset]) -> str
     for item in chosen:
         item.BitsStored, item.HighBit = stored, stored - 1
     return f"{stored} bits stored of {whom}"
+
+
+def edit_element(rng: Rng, chosen: Sequence[Dataset], names: Sequence[str]) -> str:
+    """Set, delete or nudge one of the elements ``names`` in all the chosen data sets."""
+    kind = pick(rng, ("set", "set", "set", "delete", "nudge", "nudge"))
+    nudged = [name for name in names if name in _NUDGED]
+    name = pick(rng, nudged if kind == "nudge" and nudged else names)
+    if kind == "set" or (kind == "nudge" and not nudged):
+        value = pick(rng, ELEMENTS[name])
+        with pydicom.config.disable_value_validation():
+            for item in chosen:
+                _set(item, name, value)
+        return f"{name} = {value!r}"
+    if kind == "delete":
+        for item in chosen:
+            if name in item:
+                del item[name]
+        return f"{name} deleted"
+    size = pick(rng, (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1, -2))
+    for item in chosen:
+        try:
+            values = np.atleast_1d(item[name].value).astype(float)
+        except (KeyError, ValueError):  # deleted or no number since an earlier round
+            continue
+        if values.size:
+            values[int(rng.integers(values.size))] += size
+            _set(item, name, "\\".join(f"{x:.10g}"[:16] for x in values))
+    return f"{name} + {size}"
 
 
 def _set(item: Dataset, name: str, value: Any) -> None:
@@ -292,47 +316,71 @@ def read(path: Path) -> Reading:
             items.remove(item)
     if len({str(item.get("SeriesInstanceUID")) for item in items}) != 1:
         raise Unreadable("not one series")
-    row, column = np.array(_numbers(items[0], "ImageOrientationPatient", 6)).reshape(2, 3)
-    row = row / np.linalg.norm(row)
-    column = column - (column @ row) * row
-    column = column / np.linalg.norm(column)
-    normal = np.cross(row, column)
-    places = np.array([_numbers(item, "ImagePositionPatient", 3) for item in items])
+    row, column, normal = axes_of(numbers(items[0], "ImageOrientationPatient", 6))
+    places = np.array([numbers(item, "ImagePositionPatient", 3) for item in items])
     order = np.argsort(places @ normal, kind="stable")
     items, places = [items[i] for i in order], places[order]
     planes, intercepts = [], [0.0]
     for item in items:
         if int(item.get("NumberOfFrames") or 1) != 1:
             raise Unreadable("no single slices")
-        item.SamplesPerPixel = 1
-        if "TransferSyntaxUID" not in item.file_meta:  # what pydicom has found the elements to be
-            implicit = item.original_encoding == (True, True)
-            syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-            item.file_meta.TransferSyntaxUID = syntax
-        item.PhotometricInterpretation = "MONOCHROME2"  # which is for displays
         slope = float(item.get("RescaleSlope", 1))
         intercept = float(item.get("RescaleIntercept", 0))
-        pixels = item.pixel_array
+        pixels = stored(item)
         if (slope, intercept) != (1, 0):
             pixels = pixels * slope + intercept
         intercepts.append(abs(intercept))
         if pixels.ndim != 2:
             raise Unreadable("no single slices")
-        if item.get("HighBit", item.BitsStored - 1) != item.BitsStored - 1:
-            raise Unverified("bits at another place, which pydicom does not look at")
         planes.append(pixels.T)
-    y, x = _numbers(items[0], "PixelSpacing", 2)
+    spacing = numbers(items[0], "PixelSpacing", 2)
+    affine = stacked(places, (row, column, normal), spacing, items[0].get("SliceThickness"))
+    return Reading(np.stack(planes, axis=2), affine, max(intercepts), assumed)
+
+
+def stored(item: Dataset) -> np.ndarray:
+    """Pydicom's pixels [.., rows, columns], whatever the file says of how to display them."""
+    item.SamplesPerPixel = 1
+    if "TransferSyntaxUID" not in item.file_meta:  # what pydicom has found the elements to be
+        implicit = item.original_encoding == (True, True)
+        syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        item.file_meta.TransferSyntaxUID = syntax
+    item.PhotometricInterpretation = "MONOCHROME2"
+    pixels = item.pixel_array
+    if item.get("HighBit", item.BitsStored - 1) != item.BitsStored - 1:
+        raise Unverified("bits at another place, which pydicom does not look at")
+    return pixels
+
+
+def axes_of(orientation: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where columns and rows of pixels grow, at right angles, and the normal."""
+    row, column = np.array(orientation).reshape(2, 3)
+    row = row / np.linalg.norm(row)
+    column = column - (column @ row) * row
+    column = column / np.linalg.norm(column)
+    return row, column, np.cross(row, column)
+
+
+def stacked(
+    places: np.ndarray,
+    axes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    spacing: Sequence[float],
+    thickness: Any,
+) -> np.ndarray:
+    """The affine, in RAS, of slices that lie at the sorted ``places``."""
+    row, column, normal = axes
+    y, x = spacing
     steps = np.diff(places @ normal)
-    step = float(steps.mean()) if len(items) > 1 else float(items[0].SliceThickness)
-    if len(items) > 1 and (steps.min() <= 0 or np.ptp(steps) > 0.2 * step):
+    step = float(steps.mean()) if len(places) > 1 else float(thickness)
+    if len(places) > 1 and (steps.min() <= 0 or np.ptp(steps) > 0.2 * step):
         raise Unreadable("unequal steps")
     affine = np.eye(4)
     affine[:3, :3] = np.stack([row * x, column * y, normal * step], axis=1)
     affine[:3, 3] = places[0]
-    return Reading(np.stack(planes, axis=2), LPS_TO_RAS @ affine, max(intercepts), assumed)
+    return LPS_TO_RAS @ affine
 
 
-def _numbers(item: Dataset, name: str, count: int) -> list[float]:
+def numbers(item: Dataset, name: str, count: int) -> list[float]:
     value = item.get(name)
     found = [float(number) for number in (value if value is not None else ())]
     if len(found) != count:

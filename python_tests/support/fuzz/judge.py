@@ -49,10 +49,11 @@ class Reading:
 
 
 class Format(NamedTuple):
-    """How the cases of a format are made, and read by others."""
+    """How the cases of a format are made, read by others, and by fastproto."""
 
     make: Callable[[Rng], Case]
     read: Callable[[Path], Reading]
+    ours: Callable[[Path], Volume] = read_volume
 
 
 class Verdict(NamedTuple):
@@ -72,7 +73,7 @@ def judge(case: Case, format_: Format, folder: Path) -> Verdict:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            ours = read_volume(path)
+            ours = format_.ours(path)
         said = [str(item.message) for item in caught]
     except (InputError, ResourceError) as error:
         if case.done:
