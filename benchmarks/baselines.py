@@ -21,15 +21,14 @@ from support.problems import Problem
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastproto import proto_attention
+from fastproto import defaults, proto_attention
 from fastproto.errors import ArgumentError
 from fastproto.op import backends
 
 Bounds = tuple[int, ...]
 Op = Callable[[Tensor, Tensor, Bounds], Tensor]
 Call = Callable[[], list[Tensor]]
-TEMPERATURE = 0.05
-EPS = 1e-6
+TEMPERATURE, EPS = defaults.TEMPERATURE, defaults.EPS
 # Largest distance from the float32 formula, as a fraction of its norm. Loose: it asks whether
 # the same thing is computed; python_tests asks how well.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 5e-3}

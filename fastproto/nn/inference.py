@@ -64,14 +64,18 @@ def folded(model: Model, dtype: torch.dtype) -> Model:
 
 
 def _fold_convolutions(module: nn.Module) -> None:
-    """``bn1`` into ``conv1``, and each ``nn.BatchNorm2d`` of a sequence into the layer before."""
-    for name, child in module.named_children():
+    """``bn1`` into the ``conv1`` just before, and that of a sequence into the convolution before.
+
+    Any other ``nn.BatchNorm2d`` stays: that it normalises what the layer before gives is not said.
+    """
+    before, convolution = "", None
+    for name, child in [*module.named_children()]:
         _fold_convolutions(child)
-        if not isinstance(child, nn.BatchNorm2d):
-            continue
-        before = str(int(name) - 1) if name.isdigit() else name.replace("bn", "conv")
-        setattr(module, before, fuse_conv_bn_eval(getattr(module, before), child))
-        setattr(module, name, nn.Identity().eval())
+        follows = isinstance(module, nn.Sequential) or name == before.replace("conv", "bn")
+        if isinstance(child, nn.BatchNorm2d) and convolution is not None and follows:
+            setattr(module, before, fuse_conv_bn_eval(convolution, child))
+            setattr(module, name, nn.Identity().eval())
+        before, convolution = name, child if isinstance(child, nn.Conv2d) else None
 
 
 def _fold_decoder(decoder: UNetDecoder) -> None:

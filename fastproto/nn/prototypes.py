@@ -147,7 +147,7 @@ def extract_prototypes(
     features: Tensor,  # [E, S, D, h, w]
     masks: Tensor,  # [E, S, K, H, W]
     *,
-    threshold: float = 0.5,
+    threshold: float = defaults.MASK_THRESHOLD,
     append_global: bool = False,
 ) -> Prototypes:
     """Prototypes of every class: the features of the cells that the class fills.

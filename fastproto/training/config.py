@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -165,7 +165,8 @@ class TrainConfig:
         help="slices to learn from; with axial ones, those of the other planes as well")
     crop: bool = _option(True, _SWITCH, help="crop to the body's bounding box before resampling")
     encoder: str = _option("auto", _ENCODER, "--encoder NAME",
-        auto=(defaults.ENCODER, "resnet18"), network=True, help="resnet18, 34, 50, 101 or auto")
+        auto=(defaults.ENCODER, "resnet18"), network=True,
+        help="a name such as resnet34, or auto; an unknown name lists them all")
     output_stride: Stride = _option(8, _one_of(Stride), network=True,
         help="pixels of a cell at the bottleneck; small organs need small cells")
     weights: str | None = _option(None, _TEXT, "--weights FILE",
@@ -283,16 +284,21 @@ class TrainConfig:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What makes this another run than ``other``, a ``to_dict``: "name: old -> new".
 
-        A longer run is none.
+        A longer run is none, nor is an option that ``other`` did not have yet and is not used.
         """
         free = {option.name for option in fields(self) if option.metadata["free"]}
         free |= set(NETWORK if self.start is not None else ())
+        other = {**replace(self, **_defaults()).to_dict(), **other}
         return [
             f"{name}: {other.get(name)!r} -> {value!r}"
             for name, value in self.to_dict().items()
             if name not in free and other.get(name) != value
             if not (name in LENGTH and other.get(name) and value and value > other[name])
         ]
+
+
+def _defaults() -> dict[str, Any]:
+    return {each.name: each.default for each in fields(TrainConfig) if each.default is not MISSING}
 
 
 def describe(option: Field[Any]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastproto.errors import ArgumentError
 from fastproto.nn import FewShotUNet, PrototypeNet, Prototypes, base, inference
+from fastproto.nn.inference import _fold_convolutions
 
 
 def trained(kind: type, encoder: str = "resnet18", output_stride: int = 16) -> nn.Module:
@@ -55,6 +56,45 @@ def test_folding_changes_nothing(kind: type, encoder: str, output_stride: int) -
     assert (got - want).abs().max() < 1e-8 * want.abs().max()
     left = [name for name, part in fast.named_modules() if isinstance(part, nn.BatchNorm2d)]
     assert all("norm_skip" in name for name in left)
+
+
+class Named(nn.Module):
+    """``layers`` one after the other, under their names."""
+
+    def __init__(self, layers: str) -> None:
+        super().__init__()
+        for name in layers.split():
+            layer = nn.BatchNorm2d(4) if name[0] in "bn" else nn.Conv2d(4, 4, 3, padding=1)
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layers", "left"),
+    [
+        ("conv1 bn1 conv2 bn2", 0),
+        ("bn1 conv1 bn2 conv2", 2),  # each belongs to the convolution after it
+        ("conv norm", 1),
+        ("conv1 conv2 bn1", 1),
+        ("bn", 1),
+    ],
+)
+@torch.no_grad()
+def test_only_what_follows_its_convolution_is_folded(layers: str, left: int) -> None:
+    module = Named(layers).eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.running_mean)
+            nn.init.uniform_(part.running_var, 0.5, 2)
+    images = torch.randn(1, 4, 8, 8)
+    want = module(images)
+    _fold_convolutions(module)
+    torch.testing.assert_close(module(images), want)
+    assert sum(isinstance(part, nn.BatchNorm2d) for part in module.modules()) == left
 
 
 def test_bfloat16_is_near_and_the_network_itself_untouched() -> None:

@@ -85,6 +85,15 @@ def test_differences_name_what_changes_the_numbers():
     assert old.differences(json.loads(json.dumps(old.to_dict()))) == []
 
 
+def test_an_option_that_an_older_run_did_not_have_is_none_where_it_is_not_used():
+    older = TrainConfig(data="d", output="o").to_dict()
+    del older["align"], older["encoder"]
+    assert TrainConfig(data="d", output="o").differences(older) == []
+    assert TrainConfig(data="d", output="o", encoder="resnet18").differences(older) == [
+        "encoder: 'auto' -> 'resnet18'"
+    ]
+
+
 def test_a_model_to_go_on_from_decides_on_the_network():
     old = TrainConfig(data="d", output="o", start="base")
     new = TrainConfig(data="d", output="o", start="base", encoder="resnet50", image_size=64)

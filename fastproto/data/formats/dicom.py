@@ -129,11 +129,11 @@ def _choose_series(
 
 def _check_rescaling(path: Path, slices: Sequence[Slice]) -> None:
     """All slices are rescaled or none is; warns of a CT whose values are not HU."""
-    without = next((item for item in slices if not item.rescaled), None)
+    without = [item.name for item in slices if not item.rescaled]
     require_volume(
-        without is None or not any(item.rescaled for item in slices),
+        len(without) in (0, len(slices)),
         path,
-        found=lambda: f"slices with a rescale slope and intercept and without ({without.name})",
+        found=lambda: f"slices with a rescale slope and intercept and without ({without[0]})",
         allowed="the same for all slices",
         fix=EXPORT_AGAIN,
     )

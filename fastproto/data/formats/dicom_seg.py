@@ -61,10 +61,11 @@ def segment_names(path: Path) -> dict[int, str]:
             for item in dataset.get("SegmentSequence") or []
         ]
         names = dict(segments)
+        listed = ", ".join(str(number) for number, _ in segments)
         require_volume(
             len(names) == len(segments) and min(names, default=0) > 0,
             path,
-            found=f"segments numbered {', '.join(str(number) for number, _ in segments) or 'none at all'}",
+            found=f"segments numbered {listed or 'none at all'}",
             allowed="a SegmentSequence of different numbers above 0",
             fix=EXPORT_AGAIN,
         )

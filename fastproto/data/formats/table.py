@@ -17,7 +17,8 @@ class Format(NamedTuple):
     Attributes:
         read: Reads a file and checks what ``check_voxels`` cannot; raises VolumeError,
             GeometryError, or what ``reading`` turns into one.
-        write: Writes a file completely or raises OSError.
+        write: Writes a file completely or raises OSError; gets [Z, Y, X] or [C, Z, Y, X] of u1, u2,
+            i2, i4 or f4.
     """
 
     read: Callable[[Path], Voxels]

@@ -86,7 +86,9 @@ def test_a_frame_that_lost_its_rescaling(tmp_path: Path):
     scan = enhanced(STACK[:4], UPWARDS[:4], rescaling=[(1, -1024)] * 4)
     del scan.PerFrameFunctionalGroupsSequence[2].PixelValueTransformationSequence
     path = save(scan, tmp_path / "scan")
-    with pytest.raises(VolumeError, match=r"rescale slope and intercept and without \(scan frame 3\)"):
+    with pytest.raises(
+        VolumeError, match=r"rescale slope and intercept and without \(scan frame 3\)"
+    ):
         read_volume(path)
 
 

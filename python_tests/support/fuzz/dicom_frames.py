@@ -46,9 +46,7 @@ def scan(rng: Rng) -> Case:
             {"ImagePositionPatient": dicom.decimals(affine[:3, 3] + k * affine[:3, 2])}
             for k in order
         ],
-        "PlaneOrientationSequence": [
-            {"ImageOrientationPatient": dicom.decimals(axes[:, :2].T, 9)}
-        ],
+        "PlaneOrientationSequence": [{"ImageOrientationPatient": dicom.decimals(axes[:, :2].T, 9)}],
         "PixelMeasuresSequence": [
             {
                 "PixelSpacing": dicom.decimals(spacing[[1, 0]]),
@@ -80,7 +78,7 @@ def segmentation(rng: Rng) -> Case:
     across, down, along = rng.permutation(3)
     turned = [axis for axis in (across, down) if rng.random() < 0.5]
     start = np.array([array.shape[axis] - 1 if axis in turned else 0 for axis in range(3)])
-    seen = np.flip(labels, turned).transpose(along, down, across)
+    seen = np.flip(labels, tuple(turned)).transpose(along, down, across)
     most = pick(rng, (1, 100, 255)) if kind == "FRACTIONAL" else 1
     frames, places, segments = [], [], []
     for k in rng.permutation(len(seen)):
@@ -207,9 +205,10 @@ def _edit(rng: Rng, dataset: FileDataset, top: Sequence[str]) -> str:
         name, where, sequence = pick(rng, inside)
         words = ("one", "all") if where == _EACH else ("one",)
         whom = pick(rng, words)
+        groups = dataset[where].value
         elements = [
             items[0]
-            for group in (dataset[where].value if whom == "all" else [pick(rng, dataset[where].value)])
+            for group in (groups if whom == "all" else [pick(rng, groups)])
             if (items := group.get(sequence))
         ]
         if elements:
@@ -282,7 +281,7 @@ def read_scan(path: Path) -> Reading:
 
 def read_labels(path: Path) -> Reading:
     """Every pixel of pydicom's frames put where its position in the patient says."""
-    image = nibabel.load(path.parent / _SCAN)
+    image: Any = nibabel.load(path.parent / _SCAN)
     dataset = pydicom.dcmread(path)
     kind = dataset.SegmentationType
     numbers = [int(item.SegmentNumber) for item in dataset.SegmentSequence]
@@ -306,9 +305,9 @@ def read_labels(path: Path) -> Reading:
             raise Unreadable("a segment that is not described")
         axes = np.array(dicom.numbers(item, "ImageOrientationPatient", 6)).reshape(2, 3)
         y, x = dicom.numbers(item, "PixelSpacing", 2)
-        rows, columns = np.indices(drawn.shape)
+        rows, columns = (index[..., None] for index in np.array(np.indices(drawn.shape)))
         place = np.array(dicom.numbers(item, "ImagePositionPatient", 3))
-        place = place + columns[..., None] * axes[0] * x + rows[..., None] * axes[1] * y
+        place = place + columns * axes[0] * x + rows * axes[1] * y
         place = np.concatenate([place, np.ones((*drawn.shape, 1))], axis=-1)
         index = place @ (np.linalg.inv(image.affine) @ LPS_TO_RAS).T
         whole = np.rint(index).astype(int)[..., :3]
