@@ -10,11 +10,10 @@ import shutil
 import socket
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastproto.errors import FastprotoWarning, OutputError, require
+from fastproto.errors import OutputError, require, warn
 
 try:
     import fcntl
@@ -118,8 +117,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             lock = _hold(held)
             free = lock is not None
         except NotImplementedError as error:
-            text = f"{folder}: it cannot be locked ({error}); let no other process write there."
-            warnings.warn(text, FastprotoWarning, stacklevel=3)
+            warn(folder, f"it cannot be locked ({error}); let no other process write there.")
             free = True
     require(
         free,

@@ -7,6 +7,7 @@ The command line prints the message without a traceback and exits with status 2.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -40,6 +41,11 @@ class FastprotoError(Exception):
 
 class FastprotoWarning(UserWarning):
     """Something read, mended or left out that the user should know; the result can be used."""
+
+
+def warn(subject: object, text: object) -> None:
+    """Tell the user what was found in a file or argument and what was done about it."""
+    warnings.warn(f"{subject}: {text}", FastprotoWarning, stacklevel=3)
 
 
 class InputError(FastprotoError, ValueError):

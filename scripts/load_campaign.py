@@ -120,7 +120,7 @@ def segment(folder: Path) -> dict[str, Any]:
     command += f" -i {folder}/scans -o {folder}/results --no-overlay"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastproto.cli", *command.split()],
+        [sys.executable, "-m", "fastproto", *command.split()],
         cwd=folder,  # not the sources, whose package has no native library
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -55,6 +55,7 @@ def main() -> None:
         read_label(case.label),
         labels=dataset.labels,
         classes=values,
+        ignore=dataset.ignore,
         preprocessing=learn.model_preprocessing(model, dataset.modality),
     )
     found: dict[str, list[float]] = {}

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastproto._files import check_writable
 from fastproto._memory import enough_memory
 from fastproto.cli import options
-from fastproto.errors import FastprotoWarning, LabelError, require
+from fastproto.errors import LabelError, require, warn
 
 if TYPE_CHECKING:
     from fastproto.nn.base import FewShotModel
@@ -147,9 +146,9 @@ def learn_example(
         print(_ROW.format(*row))
     for organ in task.organs:
         if organ.expected_dice is not None and organ.expected_dice < POOR_DICE:
-            text = (
-                f"{organ.name}: the network could not learn this organ from this scan (Dice "
-                f"{organ.expected_dice:.2f} in slices left out); expect poor results"
+            warn(
+                organ.name,
+                "the network could not learn this organ from this scan (Dice "
+                f"{organ.expected_dice:.2f} in slices left out); expect poor results",
             )
-            warnings.warn(text, FastprotoWarning, stacklevel=2)
     return task

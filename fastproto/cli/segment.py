@@ -9,7 +9,6 @@ import math
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from fastproto._files import check_writable
 from fastproto._memory import enough_memory
 from fastproto.cli import options
 from fastproto.cli.learn import add_example_options, add_model_option, learn_example
-from fastproto.errors import FastprotoError, FastprotoWarning, require
+from fastproto.errors import FastprotoError, require, warn
 
 if TYPE_CHECKING:
     from fastproto.segmentation import Segmentation, Task
@@ -37,7 +36,8 @@ EXAMPLE = """\
 
 EXIT_SOME_FAILED = 2
 
-_EXAMPLE_OPTIONS = ("labels", "classes", "slices", "adapt")  # which a task file has decided on
+# Which a task file has decided on.
+_EXAMPLE_OPTIONS = ("example-series", "labels", "classes", "slices", "adapt")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "examples count alike")
     source.add_argument("--task", action="append", type=Path, metavar="TASK",
         help="task file of `fastproto learn`; can be given more than once as well")
-    add_example_options(parser.add_argument_group("how to learn an example"))
+    learning = parser.add_argument_group("how to learn an example")
+    learning.add_argument("--example-series", metavar="UID",
+        help="SeriesInstanceUID, where the annotated DICOM folder holds several series")
+    add_example_options(learning)
     parser.add_argument("-i", "--input", **options.ONE_FILE, metavar="SCAN",
         help="image file, DICOM series folder, multi-frame DICOM file, or folder of these, also "
         "with a subfolder for each patient; what is called mask, label or seg beside scans is "
@@ -88,15 +91,24 @@ def run(args: argparse.Namespace) -> int:
             model = load_model(args.model, backend=args.backend).to(device)
         fingerprint = model.fingerprint()  # nothing below changes the weights
         if args.task:
-            tasks = [Task.load(path) for path in args.task]
-            for task, path in zip(tasks, args.task, strict=True):
+            files = [*{path.resolve(): path for path in args.task}.values()]  # each counts once
+            tasks = [Task.load(path) for path in files]
+            for task, path in zip(tasks, files, strict=True):
                 task.check_model(model, name=path, fingerprint=fingerprint)
         else:
             tasks = []
             for image, label in args.example:
                 with enough_memory(image):
-                    task = learn_example(model, image, label, args, fingerprint=fingerprint)
-                tasks.append(task)
+                    tasks.append(
+                        learn_example(
+                            model,
+                            image,
+                            label,
+                            args,
+                            series=args.example_series,
+                            fingerprint=fingerprint,
+                        )
+                    )
         segment = partial(
             segment_volume,
             model,
@@ -164,7 +176,7 @@ def _segment_scan(
     if result.prior.fallback:
         doubts.append(f"not registered, only body boxes were compared ({result.prior.fallback})")
     for doubt in doubts:
-        warnings.warn(f"{scan}: {doubt}", FastprotoWarning, stacklevel=2)
+        warn(scan, doubt)
 
 
 def _check_source(args: argparse.Namespace) -> None:
@@ -175,10 +187,11 @@ def _check_source(args: argparse.Namespace) -> None:
         found="task files and annotated scans" if args.task else "nothing to find",
         allowed="--example SCAN MASK, or --task TASK",
     )
-    given = [f"--{name}" for name in _EXAMPLE_OPTIONS if getattr(args, name) is not None]
+    values = {name: getattr(args, name.replace("-", "_")) for name in _EXAMPLE_OPTIONS}
+    given = [f"--{name}" for name, value in values.items() if value is not None]
     require(
         not (args.task and given),
         ", ".join(given),
-        found="that it is given with --task",
-        allowed="it with --example; a task file has learned already",
+        found="options of an example together with --task",
+        allowed="them with --example; a task file has learned already",
     )

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from fastproto.data.intensity import guess_modality
 from fastproto.data.label_table import LabelTable, find_labels, label_table, read_json
 from fastproto.data.scans import find_scans, scan_names
 from fastproto.data.volume import READABLE, read_volume, volume_suffix, without_suffix
-from fastproto.errors import DatasetError, FastprotoWarning, require
+from fastproto.errors import DatasetError, require, warn
 
 Modality: TypeAlias = Literal["ct", "mr"]
 
@@ -29,7 +28,6 @@ _LABEL_FOLDERS = ("labels", "labelsTr", "labelsTs")
 _DESCRIPTION = "a dataset.json with modality, labels and cases"
 
 _require = partial(require, error=DatasetError)
-_warn = partial(warnings.warn, category=FastprotoWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ def _nnunet_cases(root: Path, file: Path, fields: Mapping[str, Any]) -> list[Cas
     _check_unique(file, field or "imagesTr", cases)
     expected = fields.get("numTraining", len(cases))
     if expected != len(cases):
-        _warn(f"{file}: numTraining = {expected}, but there are {len(cases)} images; all are used.")
+        warn(file, f"numTraining = {expected}, but there are {len(cases)} images; all are used.")
     return cases
 
 
@@ -312,7 +310,7 @@ def _listed_cases(file: Path, field: str, listed: Any) -> list[Case]:
         cases.append(Case(id_, path, found(label, "") if label else None))
     if mended:
         paths = f"paths that lead to no file as written ({len(mended)})"
-        _warn(f"{file}: {paths} are read otherwise, such as {mended[0]}.")
+        warn(file, f"{paths} are read otherwise, such as {mended[0]}.")
     return cases
 
 

@@ -10,7 +10,6 @@ a CT in other numbers (shifted, scaled) from an MR.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Literal
 
@@ -18,7 +17,7 @@ import numpy as np
 import scipy.ndimage
 
 from fastproto.data.volume import Volume, blocks
-from fastproto.errors import FastprotoWarning, VolumeError
+from fastproto.errors import VolumeError, warn
 
 CT_WINDOW = (-125.0, 275.0)
 MR_CLIPPED_FRACTION = 0.005
@@ -93,8 +92,7 @@ def check_intensities(volume: Volume, modality: str, *, force: bool = False) -> 
         return
     if not force:
         raise VolumeError(volume.name, found=found, allowed=_ALLOWED[modality], fix=_FIX[modality])
-    text = f"{volume.name}: found {found}; used all the same, as forced."
-    warnings.warn(text, FastprotoWarning, stacklevel=2)
+    warn(volume.name, f"found {found}; used all the same, as forced.")
 
 
 def _mismatch(volume: Volume, modality: str) -> str | None:

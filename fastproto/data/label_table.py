@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastproto.errors import FastprotoError, FastprotoWarning, LabelError, require
+from fastproto.errors import FastprotoError, LabelError, require, warn
 
 MAX_LABEL = 2**16 - 1  # as in `read_label`
 _IGNORE = "ignore"  # nnU-Net's name of it
@@ -83,11 +82,8 @@ def label_table(
     names = _with_parts(plain, regions, ignore, subject)
     background = names.pop(0, "background")
     if background.strip().casefold() not in _BACKGROUND:
-        warnings.warn(
-            f"{subject}: value 0 is background, whatever it is called: {background} is no organ.",
-            FastprotoWarning,
-            stacklevel=3,
-        )
+        text = f"value 0 is background, whatever it is called: {background} is no organ."
+        warn(subject, text)
     return LabelTable(names, ignore)
 
 
@@ -116,6 +112,7 @@ def find_labels(
         subject,
         found=f"no label {', '.join(unknown)}",
         allowed=", ".join(f"{value} {name}" for value, name in sorted(labels.items())),
+        fix="What is called ignore is no organ." if "'ignore'" in unknown else None,
         error=LabelError,
     )
     return [value for value in values if value is not None]
@@ -150,10 +147,6 @@ def _with_parts(
     dropped = [name for name in regions if name not in names.values()]
     if dropped:
         parts = ", ".join(f"{value} {name}" for value, name in sorted(names.items()) if value)
-        warnings.warn(
-            f"{subject}: regions of several values ({', '.join(dropped)}) are read as their parts: "
-            f"{parts}.",
-            FastprotoWarning,
-            stacklevel=4,
-        )
+        found = f"regions of several values ({', '.join(dropped)})"
+        warn(subject, f"{found} are read as their parts: {parts}.")
     return names

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from fastproto.data.formats.dicom_header import (
 )
 from fastproto.data.formats.table import CONVERT
 from fastproto.data.volume import READABLE, WRITABLE, volume_suffix, without_suffix
-from fastproto.errors import FastprotoWarning, VolumeError, require
+from fastproto.errors import VolumeError, require, warn
 
 _LABEL_MAP = re.compile(r"(.*[\W_])?(masks?|labels?(tr|ts)?|segs?|segmentations?)", re.IGNORECASE)
 _DATA_SETS = (("images", "labels"), ("imagesTr", "labelsTr"))
@@ -73,7 +72,7 @@ def find_scans(
         error=VolumeError,
     )
     if left := listing([item for item in search.left if item.image], path):
-        warnings.warn(f"{path}: left out {left}.", FastprotoWarning, stacklevel=2)
+        warn(path, f"left out {left}.")
     return scans
 
 

@@ -12,7 +12,6 @@ import datetime
 import functools
 import itertools
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,7 @@ from fastproto._memory import enough_memory
 from fastproto.data.dataset import Case, Dataset, open_datasets
 from fastproto.data.volume import Volume, check_labels, read_label, read_volume
 from fastproto.defaults import PLANE
-from fastproto.errors import (
-    CheckpointError,
-    DatasetError,
-    FastprotoWarning,
-    LabelError,
-    require,
-)
+from fastproto.errors import CheckpointError, DatasetError, LabelError, require, warn
 from fastproto.evaluation.measure import evaluate_case
 from fastproto.evaluation.methods import Example, Learned, LearnedNetwork, make_method
 from fastproto.evaluation.metrics import dice
@@ -92,7 +85,7 @@ def crossval(config: CrossValidation, command: str = "") -> dict[str, Any]:
     model = given.extra.get("name", Path(str(config.model)).name) if given else config.model
     with alone_in(Path(config.output)):
         results = ResultFile(Path(config.output) / "results.jsonl", settings)
-        with tqdm(total=total, unit="scan", disable=not config.progress) as bar:
+        with tqdm(total=total, unit="scan", disable=None if config.progress else True) as bar:
             for round_, case, queries in work:
                 teacher = _Teacher(round_, case)
                 for query in queries:
@@ -239,12 +232,8 @@ class _Teacher:
         organs = {value: name for value, name in self.round.organs.items() if value in found}
         missing = ", ".join(self.round.organs[value] for value in self.round.organs.keys() - organs)
         if organs and missing and (self.round.config.classes or self.round.config.groups):
-            warnings.warn(
-                f"{label.name}: it does not show {missing}; nothing is measured of that with this "
-                "case annotated.",
-                FastprotoWarning,
-                stacklevel=2,
-            )
+            text = f"it does not show {missing}; nothing is measured of that with this annotation."
+            warn(label.name, text)
         require(
             organs,
             label.name,

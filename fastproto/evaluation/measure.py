@@ -15,6 +15,7 @@ from scipy.ndimage import find_objects
 
 from fastproto._memory import enough_memory
 from fastproto.data.dataset import labels_of, open_dataset
+from fastproto.data.formats.dicom_seg import find_segmentation
 from fastproto.data.formats.reading import reading
 from fastproto.data.geometry import canonical
 from fastproto.data.label_table import LabelTable
@@ -149,7 +150,7 @@ def evaluate_folder(
             nnU-Net writes; what else lies there does not matter.
         truth: A label map, a folder of them, or a data set (a folder with ``dataset.json``, and
             the label maps in a folder of their own). Two single files are compared whatever their
-            names.
+            names; one of them may be a DICOM segmentation.
         labels: Labels to measure and their names. None: those of the ``dataset.json`` in
             ``truth`` or beside it, else every value that occurs in the truth.
         nsd_tolerance: As in :func:`evaluate_case`.
@@ -203,14 +204,14 @@ def evaluate_folder(
     rows: list[dict[str, Any]] = []
     spacing: dict[str, tuple[float, ...]] = {}
     unknown: dict[str, list[int]] = {}
+    seen: set[int] = set()
     options: Any = {"nsd_tolerance": nsd_tolerance, "z_margin": z_margin}
     for case in cases if known else ():
         if case in failed:
             continue
         with _noted(failed, case):
-            predicted_map, true_map = (
-                read_label(files[case]) for files in (predicted_files, true_files)
-            )
+            predicted_map, true_map = _read_both(predicted_files[case], true_files[case])
+            seen.update(check_labels(true_map, needed=False))
             measured = evaluate_case(predicted_map, true_map, known, ignore=ignore, **options)
             rows += [{"case": case} | row for row in measured]
             spacing[case] = tuple(float(step) for step in true_map.spacing)
@@ -222,8 +223,8 @@ def evaluate_folder(
     require(
         any(row["status"] != "absent" for row in rows),
         "labels",
-        found=f"that none of {', '.join(map(str, known))} occurs in {truth}",
-        allowed="labels that some patient has",
+        found="no voxel of " + ", ".join(f"{value} {name}" for value, name in known.items()),
+        allowed=f"labels of {truth}: {', '.join(map(str, sorted(seen))) or 'none occurs'}",
         error=LabelError,
     )
     return Report(
@@ -237,6 +238,15 @@ def evaluate_folder(
         ],
         not_compared=[case for case in predicted_files if case not in true_files],
     )
+
+
+def _read_both(prediction: Path, truth: Path) -> tuple[Volume, Volume]:
+    """Two label maps; a DICOM segmentation has the grid of the other one."""
+    if find_segmentation(prediction):
+        true_map = read_label(truth)
+        return read_label(prediction, like=true_map), true_map
+    predicted_map = read_label(prediction)
+    return predicted_map, read_label(truth, like=predicted_map)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastproto.errors import warn
 from fastproto.nn.decoder import UNetDecoder
 from fastproto.nn.prototypes import Prototypes
 from fastproto.nn.winograd import keep_filters
@@ -140,7 +140,7 @@ class Graphs:
                 except RuntimeError as error:
                     torch.cuda.set_stream(stream)  # capturing may have failed to give it back
                     self._eager.add(key)
-                    warnings.warn(f"no CUDA graph, so slower: {error}", stacklevel=4)
+                    warn("no CUDA graph, so slower", error)
                     return None
             return graph.replay(images, prototypes)
 

@@ -9,7 +9,6 @@ mean of those by each.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from fastproto.data.geometry import FieldOfView
 from fastproto.data.intensity import check_intensities
 from fastproto.data.preprocessing import PreparedVolume
 from fastproto.data.volume import Volume
-from fastproto.errors import FastprotoWarning, LabelError, require
+from fastproto.errors import LabelError, require, warn
 from fastproto.nn.base import FewShotModel
 from fastproto.segmentation.correction import correction
 from fastproto.segmentation.fusion import FUSIONS, Claim, Evidence, Fusion, average, weigh
@@ -210,8 +209,7 @@ def gather(
 def _shrink(batch_size: int) -> int:
     """Half a batch, after the GPU had too little memory for it; says so and frees what it can."""
     smaller = max(1, batch_size // 2)
-    text = f"{batch_size} slices at once are too many for the GPU's memory; going on with {smaller}"
-    warnings.warn(text, FastprotoWarning, stacklevel=2)
+    warn("batch_size", f"{batch_size} are too many for the GPU's memory; going on with {smaller}.")
     torch.cuda.empty_cache()
     return smaller
 

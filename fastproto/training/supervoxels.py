@@ -189,8 +189,9 @@ def all_supervoxels(
             for case, volume in volumes.items()
         }
         done = concurrent.futures.as_completed(cases)
+        hidden = None if progress else True  # None: shown on a terminal
         for future in tqdm(
-            done, "supervoxels", len(cases), unit="scan", leave=False, disable=not progress
+            done, "supervoxels", len(cases), unit="scan", leave=False, disable=hidden
         ):
             try:
                 found[cases[future]] = future.result()

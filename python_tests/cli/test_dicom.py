@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom import dcmread
 from support.dicom import enhanced, save, segmentation, write_slices
 
 from fastproto.cli import main
@@ -48,6 +50,32 @@ def test_a_segmentation_names_the_organs(program, example, tmp_path, capsys):
     result = read_label(out)
     check_same_grid(read_volume(series), result)
     assert set(np.unique(result.array)) <= {0, 5}
+    capsys.readouterr()
+    scores = tmp_path / "scores.json"
+    for order in ((out, label), (label, out)):
+        pair = ["--prediction", str(order[0]), "--truth", str(order[1])]
+        assert main(["evaluate", *pair, "--json", str(scores)]) == 0
+        rows = {row["organ"]: row for row in json.loads(scores.read_text())["rows"]}
+        assert rows["Spinal column"]["dice"] > 0
+
+
+def test_the_annotated_folder_may_hold_several_series(
+    program, example, task_file, tmp_path, capsys
+):
+    series, label = example
+    for path in [*series.iterdir()]:
+        other = dcmread(path)
+        other.SeriesInstanceUID, other.PixelData = "1.2.4", bytes(len(other.PixelData))
+        other.save_as(series / f"other-{path.name}")
+    more = ["--example", series, label, *QUICK, "--classes", "spinal column", "--no-overlay"]
+    out = tmp_path / "out.nii.gz"
+    assert program.segment(series, out, "--series", "1.2.3", *more) == 2
+    assert "found 2 series" in capsys.readouterr().err
+    both = ["--series", "1.2.3", "--example-series", "1.2.3"]
+    assert program.segment(series, out, *both, *more) == 0
+    assert read_label(out).array.any()
+    assert program.segment(series, out, *both, "--task", task_file) == 2
+    assert "--example-series: found options of an example" in capsys.readouterr().err
 
 
 def test_one_scan_in_a_folder_may_have_a_file_as_its_result(program, example, tmp_path, task_file):

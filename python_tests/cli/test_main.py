@@ -48,7 +48,7 @@ def test_help_appears_at_once():
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        assert run_python("-m", "fastproto.cli", "segment", "--help").returncode == 0
+        assert run_python("-m", "fastproto", "segment", "--help").returncode == 0
         times.append(time.perf_counter() - started)
     assert min(times) < 0.3, f"--help took {min(times):.2f} s at best"
 
@@ -80,7 +80,7 @@ def test_version_and_no_command(arguments, status, said, capsys):
 
 def test_input_error_prints_one_line_and_exits_with_2(tmp_path, capsys):
     arguments = ["evaluate", "--prediction", str(tmp_path / "no.nii"), "--truth", str(tmp_path)]
-    done = run_python("-m", "fastproto.cli", *arguments)
+    done = run_python("-m", "fastproto", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("fastproto: error: ")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -101,6 +102,14 @@ def test_examples_are_learned_on_the_spot_as_by_learn(
     assert not np.array_equal(a, read_volume(results[0] / name).array)  # of one task
 
 
+def test_a_task_given_twice_counts_once(program, task_file, results, scan, tmp_path, monkeypatch):
+    monkeypatch.chdir(task_file.parent)
+    options = ["--task", task_file, "--task", task_file.name, "--no-overlay"]
+    with mock.patch.object(Task, "load", wraps=Task.load) as load:
+        assert program.segment(scan, tmp_path / "out.nii.gz", *options) == 0
+    assert load.call_count == 1
+
+
 def test_doubts_about_organs_and_registration_are_told(
     program, phantom, scan, tmp_path, monkeypatch, capsys
 ):
@@ -152,7 +161,10 @@ def test_a_failing_scan_stops_neither_the_folder_nor_loses_an_old_result(
     [
         ([], "nothing to find"),
         (["--task", "t", "--example", "a.nii", "b.nii"], "task files and annotated scans"),
-        (["--task", "t", "--labels", "liver=1"], "--labels: found that it is given with --task"),
+        (
+            ["--task", "t", "--labels", "liver=1"],
+            "--labels: found options of an example together with --task",
+        ),
         (["--task", "t", "--adapt", "5", "--slices", "3"], "--slices, --adapt: found"),
     ],
 )

@@ -231,9 +231,9 @@ def test_a_case_that_memory_does_not_hold_is_named(folders, monkeypatch):
     assert "7.00 GiB were wanted" in evaluate_folder(*folders).failed["a"]
     monkeypatch.undo()
 
-    def read(path):
+    def read(path, like=None):
         with enough_memory(path):
-            return short(read_label(path))
+            return short(read_label(path, like=like))
 
     monkeypatch.setattr(measure, "read_label", read)
     report = evaluate_folder(*folders)
@@ -373,6 +373,12 @@ def test_a_data_set_names_its_organs(tmp_path):
     chosen = evaluate_folder(tmp_path / "predicted", root, labels={2: "spleen"})
     assert {row["organ"] for row in chosen.rows} == {"spleen"}
     assert not chosen.unknown_labels
+
+
+def test_labels_that_nobody_has_are_named_beside_those_there_are(folders):
+    words = r"found no voxel of 9 gallbladder; allowed: labels of .*truth: 1, 2\."
+    with pytest.raises(errors.LabelError, match=words):
+        evaluate_folder(*folders, labels={9: "gallbladder"})
 
 
 def test_nothing_to_compare_is_an_error(folders, tmp_path):

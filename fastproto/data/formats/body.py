@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastproto.data.formats.checks import blocks, check_bytes, require_volume, warn
+from fastproto.data.formats.checks import blocks, check_bytes, require_volume
+from fastproto.errors import warn
 
 GZIP, ZLIB = 31, 15  # zlib's numbers for the two kinds of streams
 _EITHER = 47

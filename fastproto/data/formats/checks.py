@@ -6,14 +6,13 @@ They raise VolumeError, or GeometryError about the place of the voxels. Sizes ar
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from fastproto.errors import FastprotoWarning, GeometryError, VolumeError, require
+from fastproto.errors import GeometryError, VolumeError, require
 
 Numbers = tuple[float, ...]
 Grid = tuple[Numbers, Numbers, Numbers]  # spacing, origin, direction
@@ -152,8 +151,3 @@ def parsed(text: str) -> list[float]:
     if "_" in text or not text.isascii():
         raise ValueError(text)
     return [float(word) for word in text.split()]
-
-
-def warn(path: object, text: str) -> None:
-    """Tell the user what was found in a file and what was done about it, in a full sentence."""
-    warnings.warn(f"{path}: {text}", FastprotoWarning, stacklevel=3)

@@ -7,7 +7,6 @@ thickness says nothing about the step between slices, and a missing slice shows 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from fastproto.data.formats.dicom_header import (
     read_headers,
 )
 from fastproto.data.formats.dicom_pixels import read_pixels
-from fastproto.errors import FastprotoWarning
+from fastproto.errors import warn
 
 _ORIENTATION_TOLERANCE = 1e-3
 _STEP_TOLERANCE = 0.05
@@ -122,8 +121,7 @@ def _choose_series(
     left = [Other(item.path, uid, why) for uid in beside for item in found[uid]]
     left += [item for item in others if item.image and (series is None or item.series is None)]
     if left:
-        text = f"{path}: left out {listing(left, root)}."
-        warnings.warn(text, FastprotoWarning, stacklevel=3)
+        warn(path, f"left out {listing(left, root)}.")
     return found[str(chosen)]
 
 
@@ -139,8 +137,7 @@ def _check_rescaling(path: Path, slices: Sequence[Slice]) -> None:
     )
     units = {item.unit for item in slices if item.modality == "CT"} - {"", "HU", "US"}
     if units:
-        text = f"{path}: RescaleType {', '.join(sorted(units))}: the values are not HU."
-        warnings.warn(text, FastprotoWarning, stacklevel=2)
+        warn(path, f"RescaleType {', '.join(sorted(units))}: the values are not HU.")
 
 
 def _common_axes(folder: Path, slices: Sequence[Slice]) -> np.ndarray:

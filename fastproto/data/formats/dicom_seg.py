@@ -7,7 +7,6 @@ how many slices there are. Segment numbers are the values (PS3.3 C.8.20).
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from fastproto.data.formats.dicom_header import (
     pydicom_reading,
 )
 from fastproto.data.formats.dicom_pixels import stored_frames
-from fastproto.errors import FastprotoWarning, LabelError
+from fastproto.errors import LabelError, warn
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -145,8 +144,7 @@ def read_segmentation(path: Path, like: Volume) -> np.ndarray:
                 )
             np.maximum(seen, pixels, out=seen, casting="unsafe")
     if partly:
-        text = f"{path}: a fractional segmentation: half of a voxel or more counts as drawn."
-        warnings.warn(text, FastprotoWarning, stacklevel=2)
+        warn(path, "a fractional segmentation: half of a voxel or more counts as drawn.")
     return labels
 
 

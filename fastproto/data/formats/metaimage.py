@@ -36,9 +36,8 @@ from fastproto.data.formats.checks import (
     parsed,
     require_geometry,
     require_volume,
-    warn,
 )
-from fastproto.errors import VolumeError
+from fastproto.errors import VolumeError, warn
 
 _DTYPES = {
     "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4",

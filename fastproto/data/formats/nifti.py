@@ -29,8 +29,8 @@ from fastproto.data.formats.checks import (
     grid,
     require_geometry,
     require_volume,
-    warn,
 )
+from fastproto.errors import warn
 
 _DTYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",

@@ -37,9 +37,8 @@ from fastproto.data.formats.checks import (
     parsed,
     require_geometry,
     require_volume,
-    warn,
 )
-from fastproto.errors import GeometryError, VolumeError
+from fastproto.errors import GeometryError, VolumeError, warn
 
 _NAMES = {
     "i1": "signed char, int8, int8_t",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fastproto.cli``: the program where its script is not on the path."""
+"""``python -m fastproto``: the program where its script is not on the path."""
 
 from __future__ import annotations
 
