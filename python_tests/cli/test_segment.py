@@ -163,7 +163,7 @@ def test_a_failing_scan_stops_neither_the_folder_nor_loses_an_old_result(
         (["--task", "t", "--example", "a.nii", "b.nii"], "task files and annotated scans"),
         (
             ["--task", "t", "--labels", "liver=1"],
-            "--labels: found options of an example together with --task",
+            "--labels: found options of an example",
         ),
         (["--task", "t", "--adapt", "5", "--slices", "3"], "--slices, --adapt: found"),
     ],
