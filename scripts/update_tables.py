@@ -56,8 +56,8 @@ def robustness(results: Path) -> str:
         counts = sum((Counter(each["counts"]) for each in record["formats"].values()), Counter())
         failed = sum(len(each["failures"]) for each in record["formats"].values())
         lines.append(
-            f"* **Mutated files** (NIfTI, NRRD, MetaImage, DICOM with its segmentations): of {counts.total():,} "
-            f"{counts['refused']:,} were refused, {counts['equal']:,} read as an independent "
+            "* **Mutated files** (NIfTI, NRRD, MetaImage, DICOM with its segmentations): of "
+            f"{counts.total():,} {counts['refused']:,} were refused, {counts['equal']:,} read as an independent "
             f"program reads them, {failed} wrongly. {provenance(record)}"
         )
     for record in newest(results, "kill"):

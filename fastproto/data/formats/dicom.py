@@ -89,7 +89,8 @@ def _choose_series(
     placed = [uid for uid, items in found.items() if any(item.placed for item in items)] or [*found]
     chosen = placed[0] if series is None and len(placed) == 1 else series
     for other in others:
-        suspect = chosen is not None and other.series in (chosen, None)
+        # A file may be cut off within its UID.
+        suspect = chosen is not None and chosen.startswith(other.series or "")
         require_volume(
             not (other.damaged and (suspect or not slices)),
             other.path,

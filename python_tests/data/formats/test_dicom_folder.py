@@ -102,6 +102,13 @@ class TestBroken:
         with pytest.raises(VolumeError, match=r"IM05.*damaged or truncated"):
             read_volume(folder, series=series)
 
+    def test_a_slice_that_is_cut_off_within_its_uid(self, folder: Path):
+        last = folder / "IM05"
+        content = last.read_bytes()
+        last.write_bytes(content[: content.index(b"1.2.3", content.index(b"\x20\x00\x0e\x00")) + 3])
+        with pytest.raises(VolumeError, match=r"IM05.*damaged or truncated"):
+            read_volume(folder)
+
     def test_a_slice_that_claims_to_be_several_frames(self, folder: Path):
         dataset = pydicom.dcmread(folder / "IM05")
         dataset.NumberOfFrames = 5

@@ -324,8 +324,7 @@ def read(path: Path) -> Reading:
     for item in items:
         if int(item.get("NumberOfFrames") or 1) != 1:
             raise Unreadable("no single slices")
-        slope = float(item.get("RescaleSlope", 1))
-        intercept = float(item.get("RescaleIntercept", 0))
+        slope, intercept = rescaling(item)
         pixels = stored(item)
         if (slope, intercept) != (1, 0):
             pixels = pixels * slope + intercept
@@ -336,6 +335,12 @@ def read(path: Path) -> Reading:
     spacing = numbers(items[0], "PixelSpacing", 2)
     affine = stacked(places, (row, column, normal), spacing, items[0].get("SliceThickness"))
     return Reading(np.stack(planes, axis=2), affine, max(intercepts), assumed)
+
+
+def rescaling(item: Dataset) -> tuple[float, float]:
+    """Slope and intercept; an empty element is an absent one, where both are."""
+    values = item.get("RescaleSlope"), item.get("RescaleIntercept")
+    return (1.0, 0.0) if values == (None, None) else (float(values[0]), float(values[1]))
 
 
 def stored(item: Dataset) -> np.ndarray:

@@ -269,8 +269,7 @@ def read_scan(path: Path) -> Reading:
                 raise Unreadable(f"frames of different {name}")
     planes, intercepts = [], []
     for item, pixels in frames:
-        slope = float(item.get("RescaleSlope", 1))
-        intercept = float(item.get("RescaleIntercept", 0))
+        slope, intercept = dicom.rescaling(item)
         planes.append((pixels if (slope, intercept) == (1, 0) else pixels * slope + intercept).T)
         intercepts.append(abs(intercept))
     order = np.argsort(places @ normal, kind="stable")
