@@ -57,8 +57,8 @@ def robustness(results: Path) -> str:
         failed = sum(len(each["failures"]) for each in record["formats"].values())
         lines.append(
             "* **Mutated files** (NIfTI, NRRD, MetaImage, DICOM with its segmentations): of "
-            f"{counts.total():,} {counts['refused']:,} were refused, {counts['equal']:,} read as an independent "
-            f"program reads them, {failed} wrongly. {provenance(record)}"
+            f"{counts.total():,} {counts['refused']:,} were refused, {counts['equal']:,} read as "
+            f"an independent program reads them, {failed} wrongly. {provenance(record)}"
         )
     for record in newest(results, "kill"):
         ends = record["ends"].values()

@@ -25,6 +25,14 @@ _FILE, _SCAN = "frames.dcm", "scan.nii"
 _MR = "1.2.840.10008.5.1.4.1.1.4.1"
 _LABELMAPS = "1.2.840.10008.5.1.4.1.1.66.7"
 _SHARED, _EACH = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
+_GROUPS = (
+    *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
+    *("PixelValueTransformationSequence", "SegmentIdentificationSequence"),
+)
+_PLACES = (
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
+    *("RescaleSlope", "RescaleIntercept", "ReferencedSegmentNumber"),
+)
 # In the data set itself; those of functional groups are changed where they stand.
 _TOP = (
     *("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
@@ -333,12 +341,11 @@ def _frames(dataset: FileDataset) -> Iterator[tuple[Dataset, np.ndarray]]:
     for group, plane in zip(each, pixels.reshape(count, *pixels.shape[-2:]), strict=True):
         elements = Dataset()
         for source in (dataset, *(dataset.get(_SHARED) or [])[:1], group):
-            for element in source:
-                if element.VR == "SQ" and source is not dataset:
-                    for inner in element.value[0] if element.value else ():
-                        elements[inner.tag] = inner
-                elif source is dataset and element.VR != "SQ" and element.keyword != "PixelData":
-                    elements[element.tag] = element
+            inner = [(source.get(name) or [Dataset()])[0] for name in _GROUPS]
+            for item in (source, *inner) if source is dataset else inner:
+                for name in _PLACES:
+                    if name in item:
+                        elements[item[name].tag] = item[name]
         yield elements, plane
 
 
