@@ -2,6 +2,7 @@
 """Mutated files of every image format: refused by an InputError, or read as others read them.
 
     python scripts/fuzz_formats.py --write                     # 10 000 of each, in an hour
+    python scripts/fuzz_formats.py --formats seg --write       # anew in the record of today
     python scripts/fuzz_formats.py --formats nrrd --only 1234  # one case again, its files kept
 
 Every case is named by the seed, the format and its index. Whatever is neither refused nor equal to
@@ -12,6 +13,7 @@ failure: other values, another place, a foreign exception, a crash, more than te
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -49,15 +51,18 @@ def main() -> int:
     failed = sum(len(entry["failures"]) for entry in found.values())
     if args.write:
         readers = ("numpy", "nibabel", "nrrd", "pydicom")
+        settings = {"seed": args.seed, "cases": args.cases, "pristine": PRISTINE}
+        before = records.RESULTS / f"{records.today()}-fuzz-formats.json"
+        record = json.loads(before.read_text("utf-8")) if before.exists() else {}
+        kept = record["formats"] if settings.items() <= record.items() else {}
         seconds = round(time.perf_counter() - started)
         records.write_campaign(
             "fuzz-formats",
             readers,
-            seed=args.seed,
-            cases=args.cases,
-            pristine=PRISTINE,
+            **settings,
             seconds=seconds,
-            formats=found,
+            of_an_earlier_run=[name for name in kept if name not in found],
+            formats={name: {**kept, **found}[name] for name in FORMATS if name in {*kept, *found}},
         )
     return 1 if failed else 0
 
