@@ -84,6 +84,8 @@ def source_images(like: Volume) -> list[Dataset]:
         with pydicom_reading(path):
             header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
             missing = [keyword for keyword in _NEEDED if not header.get(keyword)]
+            header.decode()
+            header.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, which has the letters of any name
             for keyword in _MAY_BE_EMPTY:
                 if keyword not in header:
                     setattr(header, keyword, "")

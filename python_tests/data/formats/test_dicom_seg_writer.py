@@ -61,13 +61,14 @@ def frames(dataset: Dataset) -> list[tuple[int, tuple[float, ...], np.ndarray, l
                 group.SegmentIdentificationSequence[0].ReferencedSegmentNumber,
                 tuple(group.PlanePositionSequence[0].ImagePositionPatient),
                 pixels,
-                [
-                    f"{item.ReferencedSOPInstanceUID} {item.get('ReferencedFrameNumber', '')}".strip()
-                    for item in sources
-                ],
+                [_reference(item) for item in sources],
             )
         )
     return found
+
+
+def _reference(item: Dataset) -> str:
+    return f"{item.ReferencedSOPInstanceUID} {item.get('ReferencedFrameNumber', '')}".strip()
 
 
 def test_what_pydicom_reads(tmp_path: Path, labels: np.ndarray):
@@ -189,6 +190,21 @@ def test_many_organs_and_long_names(tmp_path: Path, labels: np.ndarray):
     write_label(path, array, scan, names)
     np.testing.assert_array_equal(read_label(path, like=scan).array, array)
     assert segment_names(path)[300].startswith("organ 300 x/x/")
+
+
+@pytest.mark.parametrize("source", [None, "ISO_IR 100", "ISO_IR 192", ["", "ISO 2022 IR 87"]])
+def test_names_of_any_language(tmp_path: Path, labels: np.ndarray, source: str | None):
+    patient = (
+        {None: "Muller^Anna", "ISO_IR 100": "Müller^Anna"}.get(source, "山田^Anna")
+        if not isinstance(source, list)
+        else "Yamada^Taro=山田^太郎"
+    )
+    scan = scan_of_slices(tmp_path / "ct", SpecificCharacterSet=source, PatientName=patient)
+    path = tmp_path / "ct.dcm"
+    write_label(path, labels, scan, {3: "Größe 肝", 5: "Liver"})
+    dataset = dcmread(path)
+    assert str(dataset.PatientName) == patient
+    assert segment_names(path) == {1: "Größe 肝", 2: "Liver"}
 
 
 def test_headers_without_what_may_be_empty(tmp_path: Path, labels: np.ndarray):
