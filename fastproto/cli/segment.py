@@ -35,6 +35,7 @@ EXAMPLE = """\
   fastproto segment --task organs.task -i phantom-ct/images/ct_007.nii.gz -o ct_007.nii.gz"""
 
 EXIT_SOME_FAILED = 2
+FORMATS = ("nii.gz", "nii", "nrrd", "mha", "seg.nrrd", "dcm")
 
 # Which a task file has decided on.
 _EXAMPLE_OPTIONS = ("example-series", "labels", "classes", "slices", "adapt")
@@ -60,9 +61,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_series_option(parser)
     options.add_force_option(parser)
     parser.add_argument("-o", "--output", **options.ONE_FILE, metavar="OUT",
-        help="label map to write (.nii.gz, .nii, .nrrd, .mha) or, for several scans, the folder "
-        "for SCAN.nii.gz, or PATIENT.nii.gz of a scan in a subfolder; an older result is replaced "
-        "only by a complete new one")
+        help="label map to write (.nii.gz, .nii, .nrrd, .mha; with names and colours .seg.nrrd, "
+        "for 3D Slicer, and .dcm, a DICOM segmentation of a DICOM scan) or, for several scans, the "
+        "folder for SCAN.nii.gz, or PATIENT.nii.gz of a scan in a subfolder; an older result is "
+        "replaced only by a complete new one")
+    parser.add_argument("--format", choices=FORMATS, metavar="ENDING",
+        help=f"how the files in a folder OUT end: {', '.join(FORMATS)} (default: nii.gz)")
     parser.add_argument("--probabilities", action="store_true",
         help="also write OUT-probabilities/VALUE-ORGAN.nii.gz, one float32 volume per organ: "
         "3-D files open in every viewer, and only one organ at a time needs to be loaded")
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check_source(args)
     scans = find_scans(args.input, series=args.series, output=args.output)
-    jobs = plan_outputs(args.input, scans, args.output)
+    jobs = plan_outputs(args.input, scans, args.output, args.format)
     check_writable(jobs[0][1])
     with options.runtime(args) as device:
         fix = "Close other programs, or take --device cpu."
@@ -144,16 +148,17 @@ def _segment_scan(
 ) -> None:
     """Segment one scan, write what was asked for and report on it."""
     from fastproto.data.scans import stem
-    from fastproto.data.volume import read_volume, write_volume
+    from fastproto.data.volume import check_label_output, read_volume, write_label, write_volume
     from fastproto.segmentation import write_overlay
     from fastproto.segmentation.postprocess import uncertainty
 
     started = time.perf_counter()
     names = {value: name for task in tasks for value, name in task.labels.items()}
     volume = read_volume(scan, series=args.series)
+    check_label_output(output, volume)
     with options.progress_bar(stem(scan), "slice") as advance:
         result = segment(volume, progress=advance)
-    write_volume(output, result.labels, like=volume)
+    write_label(output, result.labels, volume, names)
     base = output.parent / stem(output)
     probabilities = result.probabilities or {}
     if args.probabilities:

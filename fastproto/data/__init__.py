@@ -11,6 +11,7 @@ from fastproto.data.volume import (
     check_same_grid,
     read_label,
     read_volume,
+    write_label,
     write_volume,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "open_dataset",
     "read_label",
     "read_volume",
+    "write_label",
     "write_volume",
 ]

@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from fastproto.data.formats import nrrd
 from fastproto.data.formats.dicom_seg import find_segmentation, segment_names
 from fastproto.data.formats.reading import reading
 from fastproto.data.intensity import guess_modality
@@ -156,9 +157,9 @@ def open_datasets(
 
 
 def labels_of(label: Path) -> LabelTable | None:
-    """The names in a DICOM segmentation, or in the ``dataset.json`` of a label map; else None.
+    """The names in a segmentation of DICOM or 3D Slicer, or in a ``dataset.json``; else None.
 
-    It lies beside the label map, or beside its folder, which is ``labels``, ``labelsTr`` or
+    That lies beside the label map, or beside its folder, which is ``labels``, ``labelsTr`` or
     ``labelsTs``, or which it lists.
 
     Raises:
@@ -168,6 +169,9 @@ def labels_of(label: Path) -> LabelTable | None:
     with reading(label):
         if segmentation := find_segmentation(label):
             return LabelTable(segment_names(segmentation))
+        slicer = label.name.lower().endswith(".seg.nrrd")
+        if slicer and (names := nrrd.segment_names(label)):
+            return LabelTable(names)
     named = [*label.parents[:2]]
     label = label.absolute()
     for root in [*named, *label.parents[len(named) : 2]]:

@@ -16,8 +16,15 @@ from fastproto.data.formats.dicom_header import (
     read_header,
     read_headers,
 )
+from fastproto.data.formats.dicom_seg_writer import require_highdicom
 from fastproto.data.formats.table import CONVERT
-from fastproto.data.volume import READABLE, WRITABLE, volume_suffix, without_suffix
+from fastproto.data.volume import (
+    LABELS_WRITABLE,
+    READABLE,
+    label_suffix,
+    volume_suffix,
+    without_suffix,
+)
 from fastproto.errors import VolumeError, require, warn
 
 _LABEL_MAP = re.compile(r"(.*[\W_])?(masks?|labels?(tr|ts)?|segs?|segmentations?)", re.IGNORECASE)
@@ -118,7 +125,11 @@ class _Search:
             for item in images:
                 self._leave(item, why)
             images = []
-        maps = [item for item in entries if _LABEL_MAP.fullmatch(without_suffix(item.name))]
+        maps = [
+            item
+            for item in entries
+            if _LABEL_MAP.fullmatch(without_suffix(item.name)) or volume_suffix(item) == ".seg.nrrd"
+        ]
         scans += [item for item in images if item not in maps]
         scans += self._below([item for item in entries if item not in maps], depth)
         labels = [item for item in images if item in maps] + self._below(maps, depth)
@@ -178,7 +189,7 @@ class _Search:
 
 def _results(output: Path) -> set[str]:
     """Where the results of `segment -o OUTPUT` lie: there, or beside a file also what it adds."""
-    added = ("-uncertainty.nii.gz", "-probabilities") if volume_suffix(output) else ()
+    added = ("-uncertainty.nii.gz", "-probabilities") if label_suffix(output) else ()
     beside = [output.parent / f"{stem(output)}{ending}" for ending in added]
     return {os.path.realpath(path) for path in (output, *beside)}
 
@@ -204,18 +215,33 @@ def scan_names(source: Path, scans: Sequence[Path]) -> list[str]:
     return names
 
 
-def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+def plan_outputs(
+    source: Path, scans: Sequence[Path], output: Path, format_: str | None = None
+) -> list[tuple[Path, Path]]:
     """Pair every scan found at ``source`` with the label map to write for it.
 
     Where there is one scan, ``output`` may be a file.
 
+    Args:
+        source: Where the scans were found.
+        scans: They.
+        output: A folder, or a file.
+        format_: How the names in a folder end, without the dot; None is "nii.gz". A file has its
+            ending already.
+
     Raises:
         ArgumentError: Several scans for one file, two scans of one name, a result that would
-            overwrite a scan, or a format that is not written.
+            overwrite a scan, a format that is not written, or not of these scans or here.
     """
-    if suffix := volume_suffix(output):
-        writable = suffix in WRITABLE and output.name.endswith(suffix)
-        require(writable, "--output", found=str(output), allowed=", ".join(WRITABLE))
+    suffix = label_suffix(output)
+    if volume_suffix(output) or (suffix and not output.is_dir()):
+        require(suffix, "--output", found=str(output), allowed=", ".join(LABELS_WRITABLE))
+        require(
+            format_ is None or suffix == f".{format_}",
+            "--format",
+            found=f"{format_} for the file {output}",
+            allowed="it for a folder of results; the name of a file says its format",
+        )
         listed = ", ".join(
             scan.name if scan == source else str(scan.relative_to(source)) for scan in scans[:3]
         )
@@ -225,11 +251,22 @@ def plan_outputs(source: Path, scans: Sequence[Path], output: Path) -> list[tupl
         jobs = [(scans[0], output)]
     else:
         like_a_file = output.name.lower().endswith((*CONVERT, ".dcm", ".gz", ".png", ".task"))
-        allowed = f"a folder, or a file ending in {', '.join(WRITABLE)}"
+        allowed = f"a folder, or a file ending in {', '.join(LABELS_WRITABLE)}"
         usable = output.is_dir() or not like_a_file
         require(usable, "--output", found=str(output), allowed=allowed)
         names = scan_names(source, scans)
-        jobs = [(scan, output / f"{name}.nii.gz") for scan, name in zip(scans, names, strict=True)]
+        suffix = f".{format_ or 'nii.gz'}"
+        jobs = [(scan, output / f"{name}{suffix}") for scan, name in zip(scans, names, strict=True)]
+    if suffix == ".dcm":
+        require_highdicom()
+        images = [scan for scan in scans if volume_suffix(scan) and scan.is_file()]
+        require(
+            len(images) < len(scans),
+            images[0] if images else source,
+            found="a scan that is no DICOM series",
+            allowed="one, for a DICOM segmentation (.dcm), which refers to it",
+            fix="Write the result as .seg.nrrd or .nii.gz.",
+        )
     inputs = {os.path.realpath(scan) for scan in scans}
     taken: set[Path] = set()
     for scan, target in jobs:
@@ -249,5 +286,5 @@ def stem(path: Path) -> str:
     """A file's name without its image suffix, of a link its own; a folder's whole name."""
     if path.name in ("", ".."):
         return path.resolve().name
-    dicom = path.suffix.lower() == ".dcm" and path.is_file()
+    dicom = path.suffix.lower() == ".dcm" and not path.is_dir()
     return path.stem if dicom else without_suffix(path.name)

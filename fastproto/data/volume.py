@@ -25,11 +25,14 @@ from fastproto.data.formats.checks import (
 from fastproto.data.formats.dicom import read_dicom
 from fastproto.data.formats.dicom_header import is_dicom
 from fastproto.data.formats.dicom_seg import find_segmentation, read_segmentation
+from fastproto.data.formats.dicom_seg_writer import source_images, write_segmentation
+from fastproto.data.formats.nrrd import write_segments
 from fastproto.data.formats.reading import reading
 from fastproto.data.formats.table import CONVERT, FORMATS, READABLE, WRITABLE
 from fastproto.data.label_table import MAX_LABEL
 from fastproto.errors import ArgumentError, GeometryError, LabelError, VolumeError, require
 
+LABELS_WRITABLE = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".dcm")
 _LABEL_TOLERANCE = 1e-3
 
 
@@ -46,6 +49,7 @@ class Volume:
         nifti: Of a NIfTI file, the fields of its header that place the voxels: a result on the
             same grid gets both forms and their codes as they were.
         modality: DICOM's, such as "CT", "MR" or "PT"; None where nothing says it.
+        slices: Of a DICOM series, the file of every slice and its frame there, from 0.
     """
 
     array: np.ndarray
@@ -55,6 +59,7 @@ class Volume:
     path: Path | None = None
     nifti: np.void | None = None
     modality: str | None = None
+    slices: tuple[tuple[Path, int], ...] | None = None
 
     @property
     def name(self) -> str:
@@ -112,7 +117,7 @@ def read_volume(path: str | os.PathLike[str], *, series: str | None = None) -> V
         named = suffix and path.is_file()
         voxels = FORMATS[suffix or ""].read(path) if named else read_dicom(path, series)
     check_voxels(path, voxels)
-    return Volume(*voxels[:4], path=path, nifti=voxels.nifti, modality=voxels.modality)
+    return Volume(*voxels[:4], path, *voxels[4:])
 
 
 def read_label(
@@ -231,15 +236,76 @@ def write_volume(path: str | os.PathLike[str], array: np.ndarray, like: Volume) 
         found=f"shape {tuple(array.shape)}",
         allowed=f"{like.array.shape}, or that with leading channels",
     )
-    voxels = Voxels(
+    with atomic_write(path) as temporary:
+        WRITABLE[suffix](temporary, _voxels(array, like))
+
+
+def label_suffix(path: str | os.PathLike[str]) -> str | None:
+    """The ending of a file that `write_label` writes; None for any other."""
+    return next((suffix for suffix in LABELS_WRITABLE if Path(path).name.endswith(suffix)), None)
+
+
+def check_label_output(path: str | os.PathLike[str], like: Volume) -> None:
+    """Find out before a long computation whether `write_label` can write of this scan.
+
+    Raises:
+        VolumeError, ArgumentError: As there.
+    """
+    suffix = label_suffix(path)
+    require(suffix, path, found="a file of another name", allowed=", ".join(LABELS_WRITABLE))
+    if suffix == ".dcm":
+        source_images(like)
+
+
+def write_label(
+    path: str | os.PathLike[str],
+    array: np.ndarray,
+    like: Volume,
+    names: Mapping[int, str] | None = None,
+) -> None:
+    """Write a label map on the grid of ``like``, in the format that the file's name ends in.
+
+    Args:
+        path: As in ``write_volume``; or .seg.nrrd, 3D Slicer's segmentation, or .dcm, a DICOM
+            segmentation (SEG), in which the values have names, colours and codes.
+        array: [Z, Y, X], integers from 0 to 65535.
+        like: Gives the grid. Of a .dcm also the patient, the study and the slices: it must have
+            been read from DICOM. Its segments are numbered from 1 in the order of the values.
+        names: Of the values; others are called ``label 3``.
+
+    Raises:
+        ArgumentError: Unknown ending, other shape, or highdicom is missing for a .dcm.
+        LabelError: Other numbers.
+        VolumeError: A .dcm of a scan that is not DICOM, or of slices to which it cannot refer.
+        OutputError: As in ``write_volume``.
+    """
+    path = Path(path)
+    check_label_output(path, like)
+    found, allowed = f"shape {tuple(array.shape)}", f"{like.array.shape}"
+    require(array.shape == like.array.shape, "array", found=found, allowed=allowed)
+    if label_suffix(path) in WRITABLE:
+        return write_volume(path, array, like)
+    label = replace(like, array=array, path=None)
+    label = replace(label, array=_integer_labels(label))
+    present = check_labels(label, needed=False)
+    names = {**{value: f"label {value}" for value in present}, **(names or {})}
+    fix = "Name the organs, or write .nii.gz."
+    require(names, path, found="a label map without any label", allowed="one at least", fix=fix)
+    with atomic_write(path) as temporary:
+        if label_suffix(path) == ".dcm":
+            write_segmentation(temporary, label.array, names, like)
+        else:
+            write_segments(temporary, _voxels(label.array, like), names)
+
+
+def _voxels(array: np.ndarray, like: Volume) -> Voxels:
+    return Voxels(
         _storable(array),
         tuple(map(float, like.spacing)),
         tuple(map(float, like.origin)),
         tuple(map(float, like.direction)),
         like.nifti,
     )
-    with atomic_write(path) as temporary:
-        WRITABLE[suffix](temporary, voxels)
 
 
 def _integer_labels(volume: Volume) -> np.ndarray:

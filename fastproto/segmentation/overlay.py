@@ -11,13 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastproto._files import atomic_write
+from fastproto.data.anatomy import organ_colours
 from fastproto.data.preprocessing import Preprocessing
 from fastproto.data.volume import Volume
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, with a violet for their dark
-# blue, which on bone looks as the light one does elsewhere; then lighter and darker ones.
-_HEX = "E69F00 56B4E9 009E73 F0E442 D55E00 CC79A7 7828C8 B2DF8A FB9A99 CAB2D6 A65628 8DD3C7"
-COLOURS = tuple(tuple(bytes.fromhex(digits)) for digits in _HEX.split())
 OPACITY = 0.45
 TILE = 256  # pixels per slice
 LINE = 22  # height of a line of text in pixels
@@ -66,7 +63,7 @@ def draw_overlay(
     prepared = preprocessing.prepare(image)
     label_map = prepared.labels(label).numpy()
     shown = _spread(label_map, slices)
-    colours = {value: COLOURS[index % len(COLOURS)] for index, value in enumerate(names)}
+    colours = organ_colours(names)
 
     columns = min(columns, len(shown))
     rows = -(-len(shown) // columns)

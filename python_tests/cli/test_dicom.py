@@ -13,6 +13,7 @@ from support.dicom import enhanced, save, segmentation, write_slices
 
 from fastproto.cli import main
 from fastproto.data import read_label, read_volume
+from fastproto.data.dataset import labels_of
 from fastproto.data.volume import check_same_grid
 from fastproto.segmentation import Task
 
@@ -90,3 +91,40 @@ def test_one_scan_in_a_folder_may_have_a_file_as_its_result(program, example, tm
         out = tmp_path / f"{source.name}.nii.gz"
         assert program.segment(source, out, "--task", task_file, "--no-overlay") == 0
         check_same_grid(read_volume(read), read_label(out))
+
+
+def test_the_result_is_a_segmentation_of_the_series(program, example, tmp_path, task_file, capsys):
+    pytest.importorskip("highdicom")
+    series, _ = example
+    for path in series.iterdir():
+        header = dcmread(path)
+        header.FrameOfReferenceUID, header.PatientID = "1.2.77", "p7"
+        header.save_as(path)
+    plain, out = tmp_path / "plain.nii.gz", tmp_path / "out.dcm"
+    options = ["--task", task_file, "--uncertainty"]
+    assert program.segment(series, plain, *options) == 0
+    assert program.segment(series, out, *options) == 0
+    names = ("out.dcm", "out.png", "out-uncertainty.nii.gz", "plain.nii.gz")
+    assert all((tmp_path / name).is_file() for name in names)
+    assert labels_of(out).names == {1: "liver", 2: "spine"}  # 1 and 5 of the task
+    found, expected = read_label(out, like=read_volume(series)).array, read_label(plain).array
+    assert set(np.unique(expected)) <= {0, 1, 5}
+    assert expected.any()
+    np.testing.assert_array_equal(found, np.where(expected == 5, 2, expected))
+    dataset = dcmread(out)
+    assert (dataset.PatientID, dataset.FrameOfReferenceUID) == ("p7", "1.2.77")
+    # It lies beside the scans, and is none.
+    above = tmp_path / "example"
+    assert program.segment(above, above / "out", *options, "--format", "dcm") == 0
+    assert [path.name for path in (above / "out").glob("*.dcm")] == ["series.dcm"]
+    dataset.save_as(series / "seg.dcm")
+    capsys.readouterr()
+    assert program.segment(series, tmp_path / "again.dcm", *options) == 0
+
+
+def test_a_series_to_which_no_segmentation_can_refer(program, example, tmp_path, task_file, capsys):
+    pytest.importorskip("highdicom")
+    out = tmp_path / "out.dcm"
+    assert program.segment(example[0], out, "--task", task_file) == 2
+    assert "found no FrameOfReferenceUID" in capsys.readouterr().err
+    assert not out.exists()

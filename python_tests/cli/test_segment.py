@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from fastproto.cli import main
+from fastproto.cli.segment import FORMATS
 from fastproto.data import read_label, read_volume
 from fastproto.data.phantom import make_patient
-from fastproto.data.volume import check_same_grid, write_volume
+from fastproto.data.volume import LABELS_WRITABLE, check_same_grid, write_volume
 from fastproto.nn import FewShotUNet
 from fastproto.segmentation import Task
 from fastproto.segmentation.postprocess import uncertainty
@@ -223,3 +224,43 @@ def test_a_dicom_series_with_a_nifti_annotation_in_other_axes(program, test_data
     result = read_label(out)
     check_same_grid(read_volume(series), result)
     assert set(np.unique(result.array)) <= {0, value}
+
+
+def test_results_for_3d_slicer_teach_again(program, task_file, phantom, tmp_path, capsys):
+    """A folder of .seg.nrrd; one of them, as an annotation, names the organs."""
+    options = ["--task", task_file, "--no-overlay"]
+    assert program.segment(phantom / "images", tmp_path, *options, "--format", "seg.nrrd") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"mr_00{number}.seg.nrrd" for number in range(3)
+    ]
+    result = tmp_path / "mr_000.seg.nrrd"
+    plain = tmp_path / "plain" / "mr_000.nii.gz"
+    assert program.segment(phantom / "images" / "mr_000.nii.gz", plain, *options) == 0
+    np.testing.assert_array_equal(read_label(result).array, read_label(plain).array)
+    task = tmp_path / "again.task"
+    assert program.learn(task, *QUICK, label=result) == 0
+    assert Task.load(task).labels == {1: "liver", 5: "spine"}
+    assert main(["evaluate", "--prediction", str(tmp_path), "--truth", str(phantom)]) == 0
+    assert "liver" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("r.dcm", [], "found a scan that is no DICOM series"),
+        ("r", ["--format", "dcm"], "found a scan that is no DICOM series"),
+        ("r.nii.gz", ["--format", "seg.nrrd"], "--format: found seg.nrrd for the file"),
+        ("r.seg.nrrd.gz", [], "a folder, or a file ending in"),
+    ],
+)
+def test_formats_that_do_not_go_together(
+    program, task_file, phantom, tmp_path, capsys, output, options, message
+):
+    scan = phantom / "images" / "mr_000.nii.gz"
+    assert program.segment(scan, tmp_path / output, "--task", task_file, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_format_of_label_maps_can_be_chosen():
+    assert {f".{ending}" for ending in FORMATS} == set(LABELS_WRITABLE)

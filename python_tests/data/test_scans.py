@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,31 @@ def test_plan_outputs(tmp_path):
     ):
         with pytest.raises(ArgumentError, match=message):
             plan_outputs(source, scans, output)
+
+
+def test_plan_outputs_of_other_formats(tmp_path, monkeypatch):
+    pytest.importorskip("highdicom")
+    scan, series = tmp_path / "scan.nii.gz", tmp_path / "series.1"
+    folder = tmp_path / "out"
+    both = [scan, series]
+    assert [file.name for _, file in plan_outputs(tmp_path, both, folder, "seg.nrrd")] == [
+        "scan.seg.nrrd", "series.1.seg.nrrd",
+    ]  # fmt: skip
+    for name in ("a.seg.nrrd", "a.dcm"):
+        assert plan_outputs(series, [series], tmp_path / name) == [(series, tmp_path / name)]
+        assert stem(tmp_path / name) == "a"
+    scan.touch()
+    with pytest.raises(ArgumentError, match=r"scan\.nii\.gz: found a scan that is no DICOM"):
+        plan_outputs(scan, [scan], tmp_path / "a.dcm")
+    assert len(plan_outputs(tmp_path, both, folder, "dcm")) == 2  # `segment` names the first
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(ArgumentError, match=r"pip install 'fastproto\[dicom-seg\]'"):
+        plan_outputs(series, [series], tmp_path / "a.dcm")
+    with pytest.raises(ArgumentError, match="nrrd for the file"):
+        plan_outputs(series, [series], tmp_path / "a.nii.gz", "seg.nrrd")
+    (tmp_path / "folder.dcm").mkdir()
+    jobs = plan_outputs(series, [series], tmp_path / "folder.dcm")
+    assert jobs == [(series, tmp_path / "folder.dcm" / "series.1.nii.gz")]
 
 
 def test_results_are_named_as_scans_not_as_what_they_link_to(tmp_path):
@@ -197,7 +223,7 @@ class TestFolders:
         """By the last word of their names, files and folders."""
         root = tmp_path / "scans"
         touch(root, "p1/scan.nii.gz", "p1/mask.nii.gz", "p2/ct.nrrd", "p2/ct-Seg.nrrd",
-              "p3/unmask.nii.gz", "p3/label_of_mr.nii.gz", "p4/a_label.nii.gz",
+              "p2/organs.seg.nrrd", "p3/unmask.nii.gz", "p3/label_of_mr.nii.gz", "p4/a_label.nii.gz",
               "p4/b_label.nii.gz")  # fmt: skip
         series(root / "p5")
         touch(root, "p5/segmentation.mha")
@@ -210,7 +236,10 @@ class TestFolders:
             "p4/b_label.nii.gz": "p4-b_label.nii.gz",
             "p5": "p5.nii.gz",
         }
-        assert "label maps, by their names (2: p1/mask.nii.gz, p2/ct-Seg.nrrd)" in self.texts()
+        assert (
+            "label maps, by their names (3: p1/mask.nii.gz, p2/ct-Seg.nrrd, p2/organs.seg.nrrd)"
+            in self.texts()
+        )
         patient = tmp_path / "patient"
         touch(
             patient, "ct.nii.gz", "segmentations/liver.nii.gz", "imagesTs/a.nii", "labelsTs/a.nii"

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastproto.data.anatomy import COLOURS, organ
 from fastproto.errors import OutputError
 from fastproto.segmentation import draw_overlay, write_overlay
-from fastproto.segmentation.overlay import COLOURS, LINE, OPACITY, TILE, _spread, _tile
+from fastproto.segmentation.overlay import LINE, OPACITY, TILE, _spread, _tile
 
 NAMES = {7: "spleen", 300: "tumour"}
 
@@ -22,7 +23,7 @@ def test_montage_has_a_tile_per_slice_and_a_legend(scan, preprocessing):
     assert 2 * TILE < picture.height < 2.5 * TILE
     pixels = np.asarray(picture)
     legend = pixels[2 * TILE :].reshape(-1, 3)
-    for colour in COLOURS[:2]:
+    for colour in (organ("spleen").colour, organ("tumour").colour):
         assert (legend == colour).all(axis=1).any()
     tiles = pixels[: 2 * TILE].astype(int)
     assert (np.ptp(tiles, axis=2) > 50).any(), "no organ is coloured"

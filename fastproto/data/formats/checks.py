@@ -6,8 +6,10 @@ They raise VolumeError, or GeometryError about the place of the voxels. Sizes ar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +34,7 @@ class Voxels(NamedTuple):
     direction: Numbers
     nifti: np.void | None = None
     modality: str | None = None
+    slices: tuple[tuple[Path, int], ...] | None = None
 
 
 require_volume = partial(require, error=VolumeError)
@@ -151,3 +154,14 @@ def parsed(text: str) -> list[float]:
     if "_" in text or not text.isascii():
         raise ValueError(text)
     return [float(word) for word in text.split()]
+
+
+def unique_names(segments: Iterable[tuple[int, str]]) -> dict[int, str]:
+    """Value -> name on one line; names that occur twice, or say nothing, get their value too."""
+    names = {value: " ".join(name.split()) or "segment" for value, name in segments}
+    counts = Counter({"segment": 1})  # which alone is no name
+    counts.update(name.casefold() for name in names.values())
+    return {
+        value: name if counts[name.casefold()] == 1 else f"{name} {value}"
+        for value, name in names.items()
+    }

@@ -46,7 +46,8 @@ def read_dicom(path: Path, series: str | None = None) -> Voxels:
 
     Returns:
         array [Z, Y, X] in the scanner's units (HU for CT: rescale slope and intercept applied),
-        spacing (x, y, z) in mm, origin, direction (9, row by row); and the modality.
+        spacing (x, y, z) in mm, origin, direction (9, row by row); the modality; the files of
+        the slices.
 
     Raises:
         VolumeError: No or several series, a damaged file, a missing or doubled slice, slices of
@@ -72,6 +73,7 @@ def read_dicom(path: Path, series: str | None = None) -> Voxels:
         read_pixels(slices),
         *grid(np.array([*slices[0].pixel_spacing, step]), slices[0].position, axes),
         modality=slices[0].modality or None,
+        slices=tuple((item.path, item.frame) for item in slices),
     )
 
 

@@ -7,14 +7,18 @@ how many slices there are. Segment numbers are the values (PS3.3 C.8.20).
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastproto.data.formats import dicom_header
-from fastproto.data.formats.checks import GRID_TOLERANCE, require_geometry, require_volume
+from fastproto.data.formats.checks import (
+    GRID_TOLERANCE,
+    require_geometry,
+    require_volume,
+    unique_names,
+)
 from fastproto.data.formats.dicom_header import (
     EXPORT_AGAIN,
     functional_group,
@@ -56,24 +60,20 @@ def segment_names(path: Path) -> dict[int, str]:
     dataset = _read_header(path)
     with pydicom_reading(path):
         segments = [
-            (int(item.SegmentNumber), " ".join(str(item.get("SegmentLabel") or "segment").split()))
+            (int(item.SegmentNumber), str(item.get("SegmentLabel") or ""))
             for item in dataset.get("SegmentSequence") or []
         ]
-        names = dict(segments)
-        listed = ", ".join(str(number) for number, _ in segments)
+        if dataset.get("SegmentationType") == "LABELMAP":  # whose background may be described too
+            segments = [item for item in segments if item[0] != 0]
+        given = [number for number, _ in segments]
         require_volume(
-            len(names) == len(segments) and min(names, default=0) > 0,
+            len({*given}) == len(given) and min(given, default=0) > 0,
             path,
-            found=f"segments numbered {listed or 'none at all'}",
+            found=f"segments numbered {', '.join(map(str, given)) or 'none at all'}",
             allowed="a SegmentSequence of different numbers above 0",
             fix=EXPORT_AGAIN,
         )
-        counts = Counter({"segment": 1})  # which alone is no name
-        counts.update(name.casefold() for name in names.values())
-        return {
-            number: name if counts[name.casefold()] == 1 else f"{name} {number}"
-            for number, name in names.items()
-        }
+        return unique_names(segments)
 
 
 def read_segmentation(path: Path, like: Volume) -> np.ndarray:

@@ -28,6 +28,7 @@ class Format(NamedTuple):
 FORMATS = {
     ".nii.gz": Format(nifti.read, nifti.write),
     ".nii": Format(nifti.read, nifti.write),
+    ".seg.nrrd": Format(nrrd.read),  # 3D Slicer's segmentations, see `write_label`
     ".nrrd": Format(nrrd.read, nrrd.write),
     ".nhdr": Format(nrrd.read),
     ".mha": Format(metaimage.read, metaimage.write),
