@@ -95,6 +95,7 @@ def two(settings: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_process_does(
     two: Path, settings: Configure, tmp_path: Path
 ) -> None:
@@ -109,9 +110,10 @@ def test_two_ranks_compute_what_one_process_does(
     found, want = (read_safetensors(run / "state.safetensors")[0] for run in (two, one))
     assert found.keys() == want.keys()
     for name, tensor in want.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_of_a_rank_ends_all_and_the_run_goes_on(
     two: Path, settings: Configure, tmp_path: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_kill_minus_nine_of_a_rank_ends_all_and_the_run_goes_on(
         assert found == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_rank_stops_all(
     two: Path, settings: Configure, tmp_path: Path
 ) -> None:
@@ -169,6 +172,7 @@ def test_a_loss_that_is_not_finite_in_one_rank_stops_all(
     assert f"{run}: found a training run" in said
 
 
+@pytest.mark.slow
 def test_the_program_ends_all_ranks_when_the_minutes_of_the_first_are_up(
     phantom: Path, tmp_path: Path
 ) -> None:
