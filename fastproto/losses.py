@@ -16,7 +16,7 @@ has nothing it could be recognised by and is ignored; a loss without any pixel i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -30,6 +30,7 @@ from fastproto.nn.baseline import upsample_scores
 from fastproto.nn.prototypes import Prototypes, prototype_scores
 
 PARTS = ("ce", "align", "cycle")
+MeanWeight = Callable[[Tensor], Tensor]
 
 
 class EpisodeLike(Protocol):
@@ -43,13 +44,18 @@ class EpisodeLike(Protocol):
 
 
 def segmentation_loss(
-    logits: Tensor, target: Tensor, class_weights: Sequence[float] | Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    class_weights: Sequence[float] | Tensor | None = None,
+    mean_weight: MeanWeight | None = None,
 ) -> Tensor:
     """Cross entropy of ``logits`` ``[E, Q, K, H, W]``, weighted by the class of each pixel.
 
     ``sum(w[y] * -log softmax(logits)[y]) / sum(w[y])`` over the pixels of ``target``
     ``[E, Q, H, W]`` that are not ``IGNORE``; 0, with a zero gradient, if there are none. The K
-    ``class_weights`` are at least 0; None weighs all classes the same.
+    ``class_weights`` are at least 0; None weighs all classes the same. Where a batch is spread over
+    processes, ``mean_weight`` puts the mean of their denominators in place of this one's: the mean
+    of their losses is then that of the whole batch.
 
     Raises:
         ArgumentError: Shapes that do not fit, or another number of weights.
@@ -74,7 +80,8 @@ def segmentation_loss(
     nll = F.cross_entropy(
         logits.flatten(0, 1), target.flatten(0, 1), ignore_index=IGNORE, reduction="none"
     ).view_as(weight)
-    return (nll * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    total = weight.sum() if mean_weight is None else mean_weight(weight.sum())
+    return (nll * weight).sum() / total.clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def alignment_loss(
@@ -83,15 +90,17 @@ def alignment_loss(
     support_masks: Tensor,
     query_prototypes: Prototypes,
     class_weights: Sequence[float] | Tensor | None = None,
+    mean_weight: MeanWeight | None = None,
 ) -> Tensor:
     """The encoded support, segmented by scores of the query's prototypes, against its true masks.
 
     ``support_masks`` are integer labels ``[E, S, H, W]``, ``query_prototypes`` those of
-    :func:`predicted_prototypes`, ``class_weights`` as in :func:`segmentation_loss`.
+    :func:`predicted_prototypes`, the other two as in :func:`segmentation_loss`.
     """
     scores = prototype_scores(support.bottleneck, query_prototypes, temperature=model.temperature)
     logits = upsample_scores(scores, model.encoder.output_stride, support.size)
-    return segmentation_loss(logits, _known(support_masks, query_prototypes), class_weights)
+    known = _known(support_masks, query_prototypes)
+    return segmentation_loss(logits, known, class_weights, mean_weight)
 
 
 def cycle_loss(
@@ -100,10 +109,12 @@ def cycle_loss(
     support_masks: Tensor,
     query_prototypes: Prototypes,
     class_weights: Sequence[float] | Tensor | None = None,
+    mean_weight: MeanWeight | None = None,
 ) -> Tensor:
     """As :func:`alignment_loss`, but segmented by the full network."""
     logits = model.decode(support, query_prototypes)
-    return segmentation_loss(logits, _known(support_masks, query_prototypes), class_weights)
+    known = _known(support_masks, query_prototypes)
+    return segmentation_loss(logits, known, class_weights, mean_weight)
 
 
 def predicted_prototypes(
@@ -125,7 +136,7 @@ class EpisodeLoss:
     """``total = ce * CE + align * alignment + cycle * cycle`` of one batch of episodes.
 
     CE is the cross entropy of the query. A weight of 0 leaves a loss out, and its work with it. All
-    three weigh the classes by ``class_weights``.
+    three take ``class_weights`` and ``mean_weight`` as :func:`segmentation_loss` does.
 
     Raises:
         ArgumentError: A weight below 0, or none above it.
@@ -135,6 +146,7 @@ class EpisodeLoss:
     align: float = 1.0
     cycle: float = 1.0
     class_weights: Sequence[float] | Tensor | None = None
+    mean_weight: MeanWeight | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in PARTS}
@@ -160,16 +172,16 @@ class EpisodeLoss:
         check_labels(episode.query_masks, query_shape, classes, name="query_masks")
         logits = model.decode(query, model.extract(support, masks, classes))
 
-        losses = {}
+        losses, weighing = {}, (self.class_weights, self.mean_weight)
         if self.ce:
-            losses["ce"] = segmentation_loss(logits, episode.query_masks, self.class_weights)
+            losses["ce"] = segmentation_loss(logits, episode.query_masks, *weighing)
         if self.align or self.cycle:
             ignored = episode.query_masks == IGNORE
             turned = model, support, masks, predicted_prototypes(model, query, logits, ignored)
             if self.align:
-                losses["align"] = alignment_loss(*turned, self.class_weights)
+                losses["align"] = alignment_loss(*turned, *weighing)
             if self.cycle:
-                losses["cycle"] = cycle_loss(*turned, self.class_weights)
+                losses["cycle"] = cycle_loss(*turned, *weighing)
         total = torch.stack([getattr(self, name) * loss for name, loss in losses.items()]).sum()
         zero = total.new_zeros(())
         return total, {name: losses.get(name, zero).detach() for name in PARTS}, logits

@@ -204,5 +204,16 @@ def whole_number(allowed: str, least: int = 0, **words: Any) -> Callable[[str], 
     return parse
 
 
+def shard(text: str) -> tuple[int, int]:
+    """``I/N``, part I of N, counted from 1, for argparse."""
+    part, slash, parts = text.partition("/")
+    numbers = part.isdigit() and parts.isdigit()
+    if not slash or not numbers or not 1 <= int(part) <= int(parts):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}; allowed: I/N with I from 1 to N, such as 1/8 to 8/8"
+        )
+    return int(part), int(parts)
+
+
 positive = whole_number("a whole number above 0", 1)
 steps = whole_number("auto, or a number from 0", auto="auto")

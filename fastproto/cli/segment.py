@@ -67,6 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "replaced only by a complete new one")
     parser.add_argument("--format", choices=FORMATS, metavar="ENDING",
         help=f"how the files in a folder OUT end: {', '.join(FORMATS)} (default: nii.gz)")
+    parser.add_argument("--shard", type=options.shard, default=(1, 1), metavar="I/N",
+        help="only part I of N of the scans, counted from 1: every Nth from the Ith by name, for "
+        "jobs that share the work. Results are called as in one run over all, whatever N is")
     parser.add_argument("--probabilities", action="store_true",
         help="also write OUT-probabilities/VALUE-ORGAN.nii.gz, one float32 volume per organ: "
         "3-D files open in every viewer, and only one organ at a time needs to be loaded")
@@ -88,6 +91,11 @@ def run(args: argparse.Namespace) -> int:
     _check_source(args)
     scans = find_scans(args.input, series=args.series, output=args.output)
     jobs = plan_outputs(args.input, scans, args.output, args.format)
+    part, parts = args.shard
+    whole, jobs = len(jobs), jobs[part - 1 :: parts]
+    if not jobs:
+        print(f"{args.input}: no scan for part {part} of {parts}, as there are {whole}")
+        return 0
     check_writable(jobs[0][1])
     with options.runtime(args) as device:
         fix = "Close other programs, or take --device cpu."

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ EXAMPLE = """\
   fastproto phantom --out phantom-ct --patients 8
   fastproto train --data phantom-ct --holdout-classes spleen gallbladder \\
       --holdout-cases ct_006 ct_007 --minutes 5 --out run
-  fastproto train --out run --resume"""
+  fastproto train --out run --resume
+  torchrun --nproc-per-node 4 -m fastproto train --data scans --out run  # on 4 GPUs"""
 
 _UNLIMITED = 10**9  # steps, where minutes decide
 
@@ -62,5 +64,6 @@ def run(args: argparse.Namespace) -> int:
     require("data" in values, "--data", found="nothing", allowed="folders of scans")
     with options.runtime(args):
         folder = train(TrainConfig.from_dict(values), resume=args.resume)
-    print(f"{folder}: model.safetensors, log.jsonl")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print(f"{folder}: model.safetensors, log.jsonl")
     return 0

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastproto import defaults
 from fastproto._memory import machine_memory
+from fastproto.nn.batch_norm import SyncBatchNorm2d, over_ranks, update_running
 from fastproto.nn.winograd import Conv3x3, conv3x3
 
 WIDTHS = (256, 128, 64, 32)
@@ -162,18 +163,16 @@ def _double_norm_relu_conv(
 
     def compute(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         mean, var, centred = _doubled_statistics(x)
+        if isinstance(norm, SyncBatchNorm2d):
+            own = mean
+            mean, var = over_ranks(own, var)
+            centred = centred + (own - mean)
         scale = scale[:, None, None] * (var + norm.eps).rsqrt()
         normed = torch.addcmul(shift[:, None, None], centred, scale).to(x.dtype)
         return _double_relu_conv(normed, weight, recompute), mean, var
 
     out, mean, var = _call(compute, recompute, x, norm.weight, norm.bias, weight)
-    count = out[:, 0].numel()
-    assert norm.momentum is not None
-    with torch.no_grad():
-        unbiased = var.flatten() * count / max(1, count - 1)
-        norm.get_buffer("running_mean").lerp_(mean.flatten(), norm.momentum)
-        norm.get_buffer("running_var").lerp_(unbiased, norm.momentum)
-        norm.get_buffer("num_batches_tracked").add_(1)
+    update_running(norm, mean, var, out[:, 0].numel())
     return out
 
 

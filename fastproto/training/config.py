@@ -152,7 +152,8 @@ class TrainConfig:
     ways: int = _option(1, _COUNT, help="foreground classes in an episode")
     shots: int = _option(1, _COUNT, "--shots N", help="support slices of each class")
     queries: int = _option(1, _COUNT, help="query slices in an episode")
-    batch: int = _option(8, _COUNT, "--batch N", help="episodes in a step")
+    batch: int = _option(8, _COUNT, "--batch N",
+        help="episodes in a step, of each process that torchrun starts")
     min_pixels: int = _option(30, _COUNT,
         help="pixels of the prepared slice that a class must cover for the slice to count")
     augment: bool = _option(True, _SWITCH,
@@ -206,7 +207,11 @@ class TrainConfig:
         help="compute the decoder's largest maps again in the backward pass, somewhat slower, "
         "instead of keeping them: on, off or auto, where they exceed 1/16 of the device's memory")
     cuda_graph: bool = _option(True, _SWITCH, free=True,
-        help="on a GPU capture a whole step as one CUDA graph, which does not wait for the host")
+        help="on a GPU capture a whole step as one CUDA graph, which does not wait for the host; "
+        "not where several processes train together")
+    sync_batch_norm: bool = _option(False, _SWITCH,
+        help="where several processes train together (torchrun), normalise over the batches of "
+        "all; else each over its own")
     device: str = _option("auto", _TEXT, help="auto (the GPU if there is one), cpu, cuda:1, ...")
     workers: int | Literal["auto"] = _option("auto", _WORKERS, free=True,
         help="processes that prepare the next steps' episodes meanwhile; auto: one for each core, "

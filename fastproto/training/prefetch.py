@@ -17,9 +17,16 @@ _AHEAD = 3  # batches that each process keeps ready
 
 
 def prefetch(
-    source: EpisodeSource, size: int, steps: Sequence[int], workers: int
+    source: EpisodeSource,
+    size: int,
+    steps: Sequence[int],
+    workers: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Generator[Episode]:
     """The batches of some steps in their order: step n has the episodes (n - 1) size to n size - 1.
+
+    Several ranks share out those of one with batches of ``ranks * size``.
 
     Closing it ends the processes.
 
@@ -29,6 +36,8 @@ def prefetch(
         steps: Numbers of the steps, from 1.
         workers: Processes, forked, so that the scans are in memory once; 0 for none, and every
             batch is made when its turn comes.
+        rank: Which of them this is, from 0.
+        ranks: How many there are.
 
     Raises:
         FastprotoError: What the source raised, in whichever process.
@@ -36,7 +45,8 @@ def prefetch(
 
     def batch_of(step: Any) -> Episode | FastprotoError:
         try:
-            return source.batch(range((step - 1) * size, step * size))
+            begin = ((step - 1) * ranks + rank) * size
+            return source.batch(range(begin, begin + size))
         except FastprotoError as error:  # raised here, it would reach the reader as a RuntimeError
             return error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Step:
         clip_norm: Largest 2-norm of all gradients together.
         autocast: Makes the context of the forward pass.
         capture: Whether to capture; for a model on a GPU.
+        average: Puts the mean over all processes that train together into tensors.
     """
 
     model: FewShotModel
@@ -43,6 +44,7 @@ class Step:
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     _: KW_ONLY
     capture: bool
+    average: Callable[[Sequence[Tensor]], None] = lambda tensors: None
 
     def __post_init__(self) -> None:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -85,6 +87,9 @@ class Step:
         with self.autocast():
             total, parts, _ = self.loss(self.model, episode)
         total.backward()
+        total = total.detach()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self.average([*gradients, total, *parts.values()])
         norm = clip_grad_norm_(self._parameters, self.clip_norm)
         self._names = ["loss", "grad_norm", *parts]
         numbers = [total, norm, *parts.values()]

@@ -8,10 +8,11 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,16 +21,19 @@ from tqdm import tqdm
 from fastproto._files import alone_in, write_text
 from fastproto._memory import enough_memory, return_large_buffers
 from fastproto.defaults import IGNORE
-from fastproto.errors import ArgumentError, CheckpointError, OutputError, TrainingError, require
+from fastproto.errors import FastprotoWarning, TrainingError
 from fastproto.losses import PARTS, EpisodeLoss
 from fastproto.nn import FewShotUNet
+from fastproto.nn.batch_norm import synchronise_norms
 from fastproto.nn.inference import computes_bfloat16
 from fastproto.segmentation.task import known_preprocessing, load_model
-from fastproto.training.checkpoint import load_metadata, load_state, save_state
+from fastproto.training.checkpoint import load_state, save_state
 from fastproto.training.config import NETWORK, TrainConfig
 from fastproto.training.episodes import Episode
 from fastproto.training.log import RunLog
 from fastproto.training.prefetch import ahead, prefetch
+from fastproto.training.ranks import Ranks, join
+from fastproto.training.resume import require_same_slices, saved_run
 from fastproto.training.schedule import Schedule, learning_rate
 from fastproto.training.sources import TrainingData, read_training_data
 from fastproto.training.step import Step
@@ -55,6 +59,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     (``torch.use_deterministic_algorithms``). With more ``steps`` or ``minutes`` than before it is
     lengthened: warm-up and fall of the learning rate begin anew at its checkpoint.
 
+    Started by torchrun in N processes (*ranks*) it trains in all of them, each with a batch of its
+    own, on the episodes that one process has with a batch N times as large. Rank 0 writes and
+    says what there is to say; the others read data and output folder too. What makes another rank
+    end, other than an error of its own, is told by one of them.
+
     Args:
         config: See ``TrainConfig``.
         resume: Carry on from the last checkpoint in ``config.output``. A run that was killed before
@@ -68,49 +77,53 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             it cannot be written.
         ResourceError: There is too little memory.
         CheckpointError: Nothing to resume, a damaged state, or one of another configuration.
-        TrainingError: The loss or its gradient is not finite; the last checkpoint stays as it was.
+        TrainingError: The loss or its gradient is not finite, or another rank ended; the last
+            checkpoint stays as it was.
         InputError: Data or options that cannot be used.
     """
     return_large_buffers()
     folder = Path(config.output)
-    state = folder / "state.safetensors"
-    device = _device(config.device)
+    ranks = join()
+    device = ranks.device(config.device)
     chosen = any(getattr(config, name) == "auto" for name in NETWORK)
     config = config.resolved(gpu=device.type == "cuda")
-    with alone_in(folder), enough_memory(folder, _LESS_MEMORY):
-        saved = _saved_run(config, folder, state, resume)
-        start = None
-        preprocessing = None
-        if saved is not None:
-            config = replace(config, **{name: saved["config"][name] for name in NETWORK})
-            preprocessing = saved["preprocessing"]
-        elif config.start is not None:
-            start = load_model(config.start)
-            known = known_preprocessing(start)
-            preprocessing = {modality: each.to_dict() for modality, each in known.items()}
-            first = next(iter(known.values()))
-            network = {**start.config, "image_size": first.image_size, "plane": first.plane}
-            config = replace(config, **network)
-        data = read_training_data(config, preprocessing)
-        schedule = Schedule.of(config, saved)
-        if config.progress:
-            _introduce(config, data, schedule, device)
-            if saved is None and start is None and device.type == "cpu" and chosen:
-                print(
-                    "fastproto: a network and images small enough for a CPU were chosen; encoder "
-                    "and image_size choose others",
-                    file=sys.stderr,
-                )
-        require(
-            saved is None or saved["slices"] == data.slices,
-            state,
-            found="a run on other cases or slices",
-            allowed="the data set that the run began with",
-            fix=f"Restore the data set in {config.data}, or start a new run in another folder.",
-            error=CheckpointError,
-        )
-        write_text(folder / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
-        _train(config, data, start, saved, schedule, device)
+    with contextlib.ExitStack() as stack:
+        if not ranks.first:  # rank 0 shows and warns
+            config = replace(config, progress=False)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", FastprotoWarning)
+        with ranks.in_turn():
+            if ranks.first:
+                stack.enter_context(alone_in(folder))
+            stack.enter_context(enough_memory(folder, _LESS_MEMORY))
+            saved = saved_run(config, folder, resume, ranks.count)
+            start = None
+            preprocessing = None
+            if saved is not None:
+                config = replace(config, **{name: saved["config"][name] for name in NETWORK})
+                preprocessing = saved["preprocessing"]
+            elif config.start is not None:
+                start = load_model(config.start)
+                known = known_preprocessing(start)
+                preprocessing = {modality: each.to_dict() for modality, each in known.items()}
+                first = next(iter(known.values()))
+                network = {**start.config, "image_size": first.image_size, "plane": first.plane}
+                config = replace(config, **network)
+            data = read_training_data(config, preprocessing)
+            schedule = Schedule.of(config, saved)
+            if config.progress:
+                _introduce(config, data, schedule, device, ranks)
+                if saved is None and start is None and device.type == "cpu" and chosen:
+                    print(
+                        "fastproto: a network and images small enough for a CPU were chosen; "
+                        "encoder and image_size choose others",
+                        file=sys.stderr,
+                    )
+            require_same_slices(config, folder, data.slices, saved, ranks)
+            if ranks.first:
+                write_text(folder / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+        stack.enter_context(ranks.connected(device))
+        _train(config, data, start, saved, schedule, device, ranks)
     return folder
 
 
@@ -121,6 +134,7 @@ def _train(
     saved: dict[str, Any] | None,
     schedule: Schedule,
     device: torch.device,
+    ranks: Ranks,
 ) -> None:
     """Train from the beginning, from a model or from a checkpoint."""
     folder = Path(config.output)
@@ -133,6 +147,8 @@ def _train(
         model.decoder.recompute = config.recompute
         # Channels last: a third faster on CPUs, and what tensor cores want.
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.sync_batch_norm and ranks.count > 1:
+            synchronise_norms(model)
         optimizer = torch.optim.AdamW(
             model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -140,21 +156,26 @@ def _train(
         if saved is not None:
             load_state(folder / "state.safetensors", model, optimizer)
             step, seconds = saved["step"], saved["seconds"]
-        with RunLog(folder, step, tensorboard=config.tensorboard) as log:
-            _Run(config, data, model, optimizer, log, seconds, schedule).go(step)
+        ranks.share(model)
+        with contextlib.ExitStack() as stack:
+            log = None
+            if ranks.first:
+                log = stack.enter_context(RunLog(folder, step, tensorboard=config.tensorboard))
+            _Run(config, data, model, optimizer, log, seconds, schedule, ranks).go(step)
 
 
 def _introduce(
-    config: TrainConfig, data: TrainingData, schedule: Schedule, device: torch.device
+    config: TrainConfig, data: TrainingData, schedule: Schedule, device: torch.device, ranks: Ranks
 ) -> None:
     """Say what is trained on what, and until when."""
     until = f"{config.steps} steps" if config.minutes is None else f"{config.minutes:g} minutes"
     if schedule.step:
         until += f" in all, warm-up and schedule anew from step {schedule.step},"
+    where = str(device) if ranks.count == 1 else f"{ranks.count} times {device.type}"
     print(
         f"fastproto: {data.summary}; {config.encoder}, output stride {config.output_stride}, "
-        f"images of {config.image_size} pixels, {config.batch} episodes a step, {until} "
-        f"on {device}",
+        f"images of {config.image_size} pixels, {ranks.count * config.batch} episodes a step, "
+        f"{until} on {where}",
         file=sys.stderr,
     )
 
@@ -182,15 +203,19 @@ def _mean(numbers: list[float]) -> float:
 
 @dataclass
 class _Run:
-    """The loop and what it needs; ``seconds`` are those of all steps so far."""
+    """The loop and what it needs; ``seconds`` are those of all steps so far.
+
+    The log is None in a rank that writes nothing.
+    """
 
     config: TrainConfig
     data: TrainingData
     model: FewShotUNet
     optimizer: torch.optim.Optimizer
-    log: RunLog
+    log: RunLog | None
     seconds: float
     schedule: Schedule
+    ranks: Ranks
 
     def __post_init__(self) -> None:
         config = self.config
@@ -198,6 +223,7 @@ class _Run:
         self.low_precision = config.precision == "bfloat16"
         if config.precision == "auto":
             self.low_precision = computes_bfloat16(self.device)
+        alone = self.ranks.count == 1
         weights = torch.tensor([config.background_weight] + [1.0] * config.ways)
         self.take_step = Step(
             self.model,
@@ -205,10 +231,12 @@ class _Run:
             EpisodeLoss(
                 **{name: getattr(config, name) for name in PARTS},
                 class_weights=weights.to(self.device),
+                mean_weight=None if alone else self.ranks.mean,
             ),
             config.clip_norm,
             self.autocast,
-            capture=config.cuda_graph and self.device.type == "cuda",
+            capture=config.cuda_graph and self.device.type == "cuda" and alone,
+            average=self.ranks.average,
         )
         self.validation_dice = math.nan
         self.saved_step = 0
@@ -222,10 +250,12 @@ class _Run:
         else:
             self.save_model(step)  # the process may have died between the state and the model
         self.model.train()
-        auto = min(8, cores()) if self.device.type == "cuda" else 0
+        auto = min(8, cores() // self.ranks.local_count) if self.device.type == "cuda" else 0
         workers = auto if config.workers == "auto" else config.workers
         steps = range(step + 1, config.steps + 1)
-        episodes = ahead(prefetch(self.data.training, config.batch, steps, workers), self.device)
+        place = self.ranks.number, self.ranks.count
+        batches = prefetch(self.data.training, config.batch, steps, workers, *place)
+        episodes = ahead(batches, self.device)
         with (
             contextlib.closing(episodes) as self.episodes,
             tqdm(
@@ -265,28 +295,35 @@ class _Run:
         rate = learning_rate(self.config, self.progress(step))
         record = self.take_step(episode, rate)
         loss, norm = record["loss"], record["grad_norm"]
-        require(  # a bad step has not touched the weights
-            math.isfinite(loss) and math.isfinite(norm),
+        if not (math.isfinite(loss) and math.isfinite(norm)):  # all ranks have the same numbers
+            self.stop(step, f"loss {loss}, gradient norm {norm}", episode.description)
+        seconds = self.ranks.of_first(time.perf_counter() - began, self.device)
+        self.seconds += seconds
+        if self.log is not None:
+            if step == self.schedule.step + 1 > 1:
+                self.log.write(step, schedule_from=self.schedule.step, steps=self.config.steps)
+            self.log.write(step, **record, learning_rate=rate, seconds=round(seconds, 4))
+        return loss
+
+    def stop(self, step: int, numbers: str, description: str) -> NoReturn:
+        """End the run after a step that has not touched the weights."""
+        described = "; ".join(self.ranks.told_by_all(f"step {step}", description))
+        if not self.ranks.first:
+            self.ranks.leave()
+        raise TrainingError(
             f"step {step}",
-            found=f"loss {loss}, gradient norm {norm} in {episode.description}",
+            found=f"{numbers} in {described}",
             allowed="finite numbers",
             fix=f"The weights of step {self.saved_step} are in {self.file('model')}, and "
             f"{self.file('state')} can be resumed. Look at the slices named; a lower learning rate "
             "or clip_norm, or precision float32, may help.",
-            error=TrainingError,
         )
-        seconds = time.perf_counter() - began
-        self.seconds += seconds
-        if step == self.schedule.step + 1 > 1:
-            self.log.write(step, schedule_from=self.schedule.step, steps=self.config.steps)
-        self.log.write(step, **record, learning_rate=rate, seconds=round(seconds, 4))
-        return loss
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
         """Log the mean Dice over the fixed validation episodes, if there are any."""
         source = self.data.validation
-        if source is None:
+        if source is None or self.log is None:
             return
         self.model.eval()
         scores = []
@@ -306,9 +343,12 @@ class _Run:
 
     def checkpoint(self, step: int) -> None:
         """Write the state, then the model made from it; only the state is read on resume."""
+        if self.log is None:
+            return
         self.log.sync()
         metadata = {
             "step": step,
+            "ranks": self.ranks.count,
             "seconds": self.seconds,
             "schedule": self.schedule,
             "config": self.config.to_dict(),
@@ -320,6 +360,8 @@ class _Run:
 
     def save_model(self, step: int) -> None:
         """Write the weights to use, with what is needed to use them."""
+        if self.log is None:
+            return
         self.model.save(self.file("model"), {**self.data.extra, "step": step})
         self.saved_step = step
 
@@ -329,52 +371,3 @@ class _Run:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Bfloat16 where it is wanted."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
-
-
-def _saved_run(
-    config: TrainConfig, folder: Path, state: Path, resume: bool
-) -> dict[str, Any] | None:
-    """The metadata of the checkpoint to carry on from; None to begin at step 0."""
-    written = folder / "config.json"
-    require(
-        resume or not state.exists(),
-        folder,
-        found="a training run",
-        allowed="a new or empty folder",
-        fix="Resume it, or choose another output folder.",
-        error=OutputError,
-    )
-    require(
-        not resume or state.exists() or written.exists(),
-        folder,
-        found="no training run",
-        allowed="the output folder of an earlier run",
-        fix="Check the path, or start without resuming.",
-        error=CheckpointError,
-    )
-    if not state.exists():
-        return None
-    saved = load_metadata(state)
-    differences = config.differences(saved["config"])
-    require(
-        not differences,
-        state,
-        found=f"a run with another configuration ({'; '.join(differences)})",
-        allowed="the configuration that the run began with",
-        fix=f"Take it from {written}, or start a new run in another folder.",
-        error=CheckpointError,
-    )
-    return saved
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(
-            "device",
-            found=f"{name!r} ({str(error).splitlines()[0]})",
-            allowed="auto, cpu, or a GPU that this PyTorch can use",
-        ) from error

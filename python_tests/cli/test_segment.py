@@ -157,6 +157,39 @@ def test_a_failing_scan_stops_neither_the_folder_nor_loses_an_old_result(
     assert errors.endswith("fastproto: 1 of 3 scans failed\n")
 
 
+def test_shards_share_a_folder_and_write_what_one_run_does(
+    program, task_file, results, phantom, tmp_path, capsys
+):
+    """Also where the scans' names decide on each other's, and with more parts than scans."""
+    scans, out = tmp_path / "scans", tmp_path / "results"
+    scans.mkdir()
+    for number in range(3):
+        name = f"mr_00{number}"
+        shutil.copy(phantom / "images" / f"{name}.nii.gz", scans / f"{name}_0000.nii.gz")
+    written = []
+    for part in (2, 1, 3, 4):
+        options = ["--task", task_file, "--no-overlay", "--shard", f"{part}/4"]
+        assert program.segment(scans, out, *options) == 0
+        written.append(len(list(out.iterdir())))
+    assert written == [1, 2, 3, 3]
+    assert "no scan for part 4 of 4, as there are 3" in capsys.readouterr().out
+    shutil.rmtree(out)
+    for part, names in ((1, [0, 2]), (2, [0, 1, 2])):
+        options = ["--task", task_file, "--no-overlay", "--shard", f"{part}/2"]
+        assert program.segment(scans, out, *options) == 0
+        assert sorted(path.name for path in out.iterdir()) == [f"mr_00{n}.nii.gz" for n in names]
+    for path in out.iterdir():
+        assert path.read_bytes() == (results[0] / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "3", "1/0", "a/b", "1/2/3", "-1/4"])
+def test_a_part_is_counted_from_one(shard, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["segment", "--task", "t", "-i", "scans", "-o", "out", f"--shard={shard}"])
+    assert caught.value.code == 2
+    assert f"found '{shard}'; allowed: I/N with I from 1 to N" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
