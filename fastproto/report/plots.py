@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -184,6 +185,8 @@ def _svg(figure: Any, label: str, dots: Sequence[Dot] = ()) -> str:
     root.attrib = {"viewBox": box, "role": "img", "aria-label": label}
     root.set("style", f"max-width: {float(box.split()[2]) * 4 / 3:.0f}px")
     text = ElementTree.tostring(root, encoding="unicode")
+    own = f"p{zlib.crc32(text.encode()):x}-"  # matplotlib's ids are alike in all plots
+    text = re.sub(r'(\bid="|"#(?!scan-)|url\(#)(?=\w)', rf"\g<1>{own}", text)
     return text.replace(_INK, "currentColor")
 
 
