@@ -71,7 +71,7 @@ def curves(
     log: bool = False,
 ) -> str:
     """Lines over the training's steps; each is pairs of step and value."""
-    with _figure(6.4, 2.8) as (figure, axes):
+    with _figure(6.0, 2.8) as (figure, axes):
         for (name, points), style in zip(
             lines.items(), ((_INK, "-"), (BLUE, "--"), (GREEN, "-."), (RED, ":")), strict=False
         ):
@@ -117,7 +117,7 @@ def histogram(title: str, dots: Sequence[Dot], outliers: Sequence[bool], *, xlab
 def boxes(title: str, groups: Mapping[str, Sequence[Dot]]) -> str:
     """A box per group, quartiles and whiskers of 1.5 times their distance, and every case a dot."""
     names = list(groups)
-    with _figure(6.4, 1.1 + 0.42 * len(names)) as (figure, axes):
+    with _figure(6.0, 1.1 + 0.42 * len(names)) as (figure, axes):
         values = [[dot.value for dot in groups[name]] for name in names]
         line = {"color": _INK}
         axes.boxplot(values, orientation="horizontal", positions=range(len(names)),
@@ -183,7 +183,7 @@ def _svg(figure: Any, label: str, dots: Sequence[Dot] = ()) -> str:
             element.attrib.pop("id", None)
     box = root.get("viewBox", "")
     root.attrib = {"viewBox": box, "role": "img", "aria-label": label}
-    root.set("style", f"max-width: {float(box.split()[2]) * 4 / 3:.0f}px")
+    root.set("style", f"width: {float(box.split()[2]) * 4 / 3:.0f}px")
     text = ElementTree.tostring(root, encoding="unicode")
     own = f"p{zlib.crc32(text.encode()):x}-"  # matplotlib's ids are alike in all plots
     text = re.sub(r'(\bid="|"#(?!scan-)|url\(#)(?=\w)', rf"\g<1>{own}", text)

@@ -98,14 +98,10 @@ class Results:
         """What the page's template shows."""
         findings = self.findings
         outliers = {value: self._outliers(value) for value in self.names}
-        doubts = []
-        for index, finding in enumerate(findings):
-            unusual = [
-                f"{self.names[value]} has an unusual volume"
-                for value, found in outliers.items()
-                if index in found
-            ]
-            doubts.append([*finding.doubts, *unusual])
+        doubts = [
+            finding.doubts + [self._unusual(v, finding) for v in self.names if i in outliers[v]]
+            for i, finding in enumerate(findings)
+        ]
         return {
             "organs": [
                 {"name": name, "colour": "#" + bytes(COLOURS[place % len(COLOURS)]).hex()}
@@ -132,6 +128,11 @@ class Results:
         """Number and volume of the scans in which an organ was found."""
         volumes = (finding.volumes[value] for finding in self.findings)
         return [(number, volume) for number, volume in enumerate(volumes) if volume > 0]
+
+    def _unusual(self, value: int, finding: Finding) -> str:
+        median = float(np.median([size for _, size in self._sizes(value)]))
+        size = f"{finding.volumes[value]:.1f} ml is unusual (median {median:.1f} ml)"
+        return f"{self.names[value]}: {size}"
 
     def _outliers(self, value: int) -> set[int]:
         """Numbers of the scans in which an organ is much larger or smaller than in the others."""

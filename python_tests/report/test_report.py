@@ -11,6 +11,7 @@ import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from fastproto.cli import main
+from fastproto.cli.report import what_tasks_say
 from fastproto.data import Volume
 from fastproto.data.phantom import make_patient
 from fastproto.data.volume import write_volume
@@ -97,7 +99,7 @@ def test_names_are_text_wherever_they_stand(page):
 
 def test_what_a_reader_looks_for_is_there(page):
     text = " ".join(page.texts)
-    assert "liver has an unusual volume" in text
+    assert "liver: 10.1 ml is unusual (median 3.8 ml)" in text
     assert "60 steps" not in text
     assert "30 steps in 1.0 minutes" in text
     assert "0.800 at the end" in text  # validation Dice
@@ -158,6 +160,25 @@ def test_200_scans_stay_below_30_mb(tmp_path):
     page = Strict((tmp_path / "report.html").read_text("utf-8"))
     assert len(page.data) == 200
     assert len(page.data[0]["planes"][0]["numbers"]) == 8
+
+
+def test_the_dice_that_tasks_predict_stands_with_the_organ(tmp_path):
+    def task(*dice: float | None) -> SimpleNamespace:
+        organs = [SimpleNamespace(value=v, name=ORGANS[v], expected_dice=d) for v, d in
+                  enumerate(dice, 1)]  # fmt: skip
+        return SimpleNamespace(organs=organs, labels=ORGANS)
+
+    names, dice = what_tasks_say([task(0.3, None), task(0.5, None)])
+    assert names == ORGANS
+    assert dice == {1: pytest.approx(0.4), 2: None}
+    results = Results(names, 1, dice)
+    results.add("scan", Volume(np.ones((4, 8, 8), np.uint8)), None)
+    liver, kidney = results.contents()["organ_table"].rows
+    assert [cell.text for cell in liver[2:4]] == ["0.40", "1 of 1"]
+    assert liver[-1].warning
+    assert "poor results" in liver[-1].text
+    assert [cell.text for cell in kidney[2:4]] == ["-", "0 of 1"]
+    assert not kidney[-1].text
 
 
 def test_outliers_are_far_from_the_others_and_from_the_median():
