@@ -52,12 +52,8 @@
   }
 
   async function decode(plane) {
-    let picture = null;
-    if (plane.image) {
-      picture = new Image();
-      picture.src = "data:image/jpeg;base64," + plane.image;
-      await picture.decode();
-    }
+    const picture = plane.image
+      ? await createImageBitmap(new Blob([bytes(plane.image)], { type: "image/jpeg" })) : null;
     return { ...plane, picture, labels: await unpack(plane.labels) };
   }
 
