@@ -18,3 +18,5 @@ IGNORE = -100
 """Label of a pixel that counts nowhere: no loss, no prototype, no score."""
 PLANE: Literal["axial", "coronal", "sagittal"] = "axial"
 """Slicing plane."""
+POOR_DICE = 0.5
+"""Expected Dice below which an organ was not learned."""

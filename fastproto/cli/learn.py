@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastproto._files import check_writable
 from fastproto._memory import enough_memory
 from fastproto.cli import options
+from fastproto.defaults import POOR_DICE
 from fastproto.errors import LabelError, require, warn
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ EXAMPLE = """\
       --label phantom-ct/labels/ct_000.nii.gz --classes spleen "left kidney" -o organs.task
   fastproto segment --task organs.task -i phantom-ct/images/ct_007.nii.gz -o results"""
 
-POOR_DICE = 0.5  # expected Dice below which an organ was not learned
 _ROW = "{:>7}  {:<24} {:>6} {:>10} {:>13} {:>13}"  # of the report on what was learned
 
 

@@ -18,9 +18,11 @@ from fastproto._files import check_writable
 from fastproto._memory import enough_memory
 from fastproto.cli import options
 from fastproto.cli.learn import add_example_options, add_model_option, learn_example
+from fastproto.cli.report import check_report, what_tasks_say, write_report
 from fastproto.errors import FastprotoError, require, warn
 
 if TYPE_CHECKING:
+    from fastproto.report import Results
     from fastproto.segmentation import Segmentation, Task
 
 HELP = "find the organs of an annotated scan in new scans"
@@ -77,6 +79,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="also write OUT-uncertainty.nii.gz: how undecided every voxel is, in bits")
     parser.add_argument("--overlay", action=argparse.BooleanOptionalAction, default=True,
         help="write OUT.png as well: slices with coloured organs")
+    parser.add_argument("--report", type=Path, action=options.Once, metavar="FILE",
+        help="also write one HTML file to leaf through: volumes, doubts, organs in every scan; see "
+        "`fastproto report`")
     parser.add_argument("--batch-size", type=options.positive, metavar="N",
         help="slices at once (default: 8)")
     options.add_runtime_options(parser)
@@ -85,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Segment all scans; report those that fail and go on with the next."""
-    from fastproto.data.scans import find_scans, plan_outputs
+    from fastproto.data.scans import find_scans, plan_outputs, stem
     from fastproto.segmentation import Task, load_model, segment_volume
 
     _check_source(args)
@@ -97,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.input}: no scan for part {part} of {parts}, as there are {whole}")
         return 0
     check_writable(jobs[0][1])
+    if args.report:
+        check_report(args.report)
     with options.runtime(args) as device:
         fix = "Close other programs, or take --device cpu."
         with enough_memory(args.model or "the base model", fix):
@@ -131,16 +138,26 @@ def run(args: argparse.Namespace) -> int:
             fingerprint=fingerprint,
             force=args.force,
         )
+        report = None
+        if args.report:
+            from fastproto.report import Results
+
+            names, dice = what_tasks_say(tasks)
+            report = Results(names, len(jobs), dice)
         failed = 0
         for scan, output in jobs:
             try:
                 with enough_memory(scan):
-                    _segment_scan(segment, tasks, scan, output, args)
+                    _segment_scan(segment, tasks, scan, output, args, report)
             except FastprotoError as error:
                 if len(jobs) == 1:
                     raise
                 failed += 1
+                if report:
+                    report.fail(stem(output), str(error))
                 print(f"fastproto: error: {error}", file=sys.stderr)
+    if report:
+        write_report(args.report, results=report)
     if failed:
         print(f"fastproto: {failed} of {len(jobs)} scans failed", file=sys.stderr)
         return EXIT_SOME_FAILED
@@ -153,6 +170,7 @@ def _segment_scan(
     scan: Path,
     output: Path,
     args: argparse.Namespace,
+    report: Results | None,
 ) -> None:
     """Segment one scan, write what was asked for and report on it."""
     from fastproto.data.scans import stem
@@ -176,8 +194,8 @@ def _segment_scan(
     if args.uncertainty:
         entropy = uncertainty(probabilities.values())
         write_volume(f"{base}-uncertainty.nii.gz", entropy, like=volume)
+    label = dataclasses.replace(volume, array=result.labels, path=output)
     if args.overlay:
-        label = dataclasses.replace(volume, array=result.labels, path=output)
         write_overlay(f"{base}.png", volume, label, tasks[0].preprocessing, names)
     millilitres = math.prod(volume.spacing) / 1000
     sizes = ", ".join(
@@ -190,6 +208,8 @@ def _segment_scan(
         doubts.append(f"not registered, only body boxes were compared ({result.prior.fallback})")
     for doubt in doubts:
         warn(scan, doubt)
+    if report:
+        report.add(stem(output), label, volume, doubts)
 
 
 def _check_source(args: argparse.Namespace) -> None:

@@ -168,9 +168,9 @@ def evaluate_folder(
     """
     prediction, truth = Path(prediction), Path(truth)
     with reading(prediction):
-        predicted_files, _ = _find_label_maps(prediction)
+        predicted_files, _ = find_label_maps(prediction)
     with reading(truth):
-        true_files, table = _find_label_maps(truth)
+        true_files, table = find_label_maps(truth)
     table = table or _labels_of_first(true_files.values())
     if ignore is None and table and table.ignore not in (labels or ()):
         ignore = table.ignore
@@ -259,7 +259,7 @@ def _noted(failed: dict[str, _CaseError], case: str) -> Iterator[None]:
         failed[case] = error
 
 
-def _find_label_maps(path: Path) -> tuple[dict[str, Path], LabelTable | None]:
+def find_label_maps(path: Path) -> tuple[dict[str, Path], LabelTable | None]:
     """Label maps by case, and of a data set the names of the labels.
 
     A folder that holds label maps itself is no data set, even with a ``dataset.json`` among them:

@@ -33,9 +33,7 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
     def __init__(self, folder: Path, step: int, *, tensorboard: bool = False):
         self.path = folder / "log.jsonl"
         self._events = _open_events(folder / "tensorboard", step) if tensorboard else None
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        kept = [line for line in lines if 0 < _step_of(self.path, line) <= step]
+        kept = [line for line in _lines(self.path) if 0 < _step_of(self.path, line) <= step]
         write_text(self.path, "".join(line + "\n" for line in kept))
         with self._reporting():
             self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -62,6 +60,22 @@ class RunLog(contextlib.AbstractContextManager["RunLog"]):
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run so far, which may still go on.
+
+    Raises:
+        CheckpointError: The log is damaged.
+    """
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in _lines(path) if _step_of(path, line) > 0]
+
+
+def _lines(path: Path) -> list[str]:
+    """The finished lines of a log; none where there is no log."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def _step_of(path: Path, line: str) -> int:

@@ -60,6 +60,23 @@ def test_one_scan_with_everything(program, task_file, scan, tmp_path, capsys):
     assert " ml, " in capsys.readouterr().out
 
 
+def test_a_report_has_every_scan_of_the_command(program, task_file, phantom, tmp_path, capsys):
+    scans = tmp_path / "scans"
+    shutil.copytree(phantom / "images", scans, ignore=lambda *_: ["mr_000.nii.gz"])
+    (scans / "broken.nii.gz").write_bytes(b"no scan")
+    report = tmp_path / "report.html"
+    arguments = ["--task", task_file, "--no-overlay", "--report"]
+    assert program.segment(scans, tmp_path / "out", *arguments, report) == 2  # one is broken
+    assert f"{report}: 0." in capsys.readouterr().out
+    text = report.read_text("utf-8")
+    assert "Results in 2 scans" in text
+    assert "<strong>broken</strong>" in text
+    for name in Task.load(task_file).labels.values():
+        assert f">{name}</th>" in text
+    assert program.segment(scans, tmp_path / "out", *arguments, tmp_path / "report.txt") == 2
+    assert "ending in .html" in capsys.readouterr().err
+
+
 def test_the_backend_is_forced_and_files_are_left_out(program, task_file, scan, tmp_path, capsys):
     options = ["--task", task_file, "--uncertainty", "--no-overlay", "--backend"]
     assert program.segment(scan, tmp_path / "out", *options, "reference") == 0

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `segment` found, for a page: volumes, doubts, outliers and pictures to leaf through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastproto.data.volume import Volume, check_same_grid
+from fastproto.defaults import POOR_DICE
+from fastproto.errors import LabelError, require
+from fastproto.report.pictures import encode
+from fastproto.report.plots import Dot, histogram
+from fastproto.report.tables import Cell, Table
+from fastproto.segmentation.overlay import COLOURS
+
+FEWEST = 5  # scans in which an organ was found, to tell what is unusual
+WHISKER = 1.5  # quartile distances beyond the quartiles, as of a box plot
+SLIGHT = 0.2  # share of the median that no outlier is nearer to it
+_MOST_ORGANS = 255  # a byte of a picture each
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found in one scan: its name, volumes in ml by label value, doubts, pictures."""
+
+    name: str
+    volumes: dict[int, float]
+    doubts: list[str]
+    planes: list[dict[str, Any]]
+
+
+class Results:
+    """The results in some scans, taken up one by one; only small pictures of them are kept.
+
+    Args:
+        names: Label value -> name of the organs.
+        scans: How many scans will come, which decides how good their pictures are.
+        dice: Label value -> the Dice that the task's self-check predicts, as far as it is known.
+
+    Raises:
+        LabelError: More than 255 organs.
+    """
+
+    def __init__(
+        self, names: Mapping[int, str], scans: int, dice: Mapping[int, float | None] | None = None
+    ):
+        allowed = f"at most {_MOST_ORGANS} in a report"
+        few = len(names) <= _MOST_ORGANS
+        require(few, "organs", found=str(len(names)), allowed=allowed, error=LabelError)
+        self.names = dict(names)
+        self.dice = dict(dice or {})
+        self.scans = scans
+        self.findings: list[Finding] = []
+        self.failed: dict[str, str] = {}
+
+    def add(
+        self, name: str, label: Volume, scan: Volume | None, doubts: Collection[str] | None = None
+    ) -> None:
+        """Take up the label map of a scan.
+
+        Args:
+            name: What the scan is called.
+            label: Its label map; values without a name are left out, and named among the doubts.
+            scan: The scan, for pictures; None shows the organs alone.
+            doubts: What the user should look at. None: what the label map tells, organs that were
+                not found.
+
+        Raises:
+            GeometryError: Scan and label map are on different grids.
+        """
+        if scan is not None:
+            check_same_grid(scan, label)
+        counts = np.bincount(label.array.ravel())
+        millilitres = math.prod(label.spacing) / 1000
+        volumes = {
+            value: float(counts[value] * millilitres) if value < len(counts) else 0.0
+            for value in self.names
+        }
+        told = list(doubts or ())
+        if doubts is None:
+            told += [f"{self.names[v]} was not found" for v, size in volumes.items() if not size]
+        strangers = sorted(set(np.flatnonzero(counts).tolist()) - {0, *self.names})
+        if strangers:
+            told.append(f"label {', '.join(map(str, strangers))} has no name and is not shown")
+        planes = encode(scan, label, list(self.names), self.scans)
+        self.findings.append(Finding(name, volumes, told, planes))
+
+    def fail(self, name: str, why: str) -> None:
+        """Take up a scan that could not be segmented or read."""
+        self.failed[name] = why
+
+    def contents(self) -> dict[str, Any]:
+        """What the page's template shows."""
+        findings = self.findings
+        outliers = {value: self._outliers(value) for value in self.names}
+        doubts = [
+            finding.doubts + [self._unusual(v, finding) for v in self.names if i in outliers[v]]
+            for i, finding in enumerate(findings)
+        ]
+        return {
+            "organs": [
+                {"name": name, "colour": "#" + bytes(COLOURS[place % len(COLOURS)]).hex()}
+                for place, name in enumerate(self.names.values())
+            ],
+            "scans": [
+                {"name": finding.name, "doubts": told, "planes": finding.planes}
+                for finding, told in zip(findings, doubts, strict=True)
+            ],
+            "failed": self.failed,
+            "organ_table": self._organ_table(outliers),
+            "scan_table": self._scan_table(outliers, doubts),
+            "histograms": [self._histogram(value, outliers[value]) for value in self.names]
+            if len(findings) > 1
+            else [],
+            "fewest": FEWEST,
+        }
+
+    def links(self) -> dict[str, str]:
+        """Name of a scan -> id of what the page shows of it."""
+        return {finding.name: f"scan-{i}" for i, finding in enumerate(self.findings)}
+
+    def _sizes(self, value: int) -> list[tuple[int, float]]:
+        """Number and volume of the scans in which an organ was found."""
+        volumes = (finding.volumes[value] for finding in self.findings)
+        return [(number, volume) for number, volume in enumerate(volumes) if volume > 0]
+
+    def _unusual(self, value: int, finding: Finding) -> str:
+        median = float(np.median([size for _, size in self._sizes(value)]))
+        size = f"{finding.volumes[value]:.1f} ml is unusual (median {median:.1f} ml)"
+        return f"{self.names[value]}: {size}"
+
+    def _outliers(self, value: int) -> set[int]:
+        """Numbers of the scans in which an organ is much larger or smaller than in the others."""
+        sizes = self._sizes(value)
+        if len(sizes) < FEWEST:
+            return set()
+        low, median, high = np.percentile([size for _, size in sizes], [25, 50, 75])
+        reach = WHISKER * (high - low)
+        return {
+            number
+            for number, size in sizes
+            if not low - reach <= size <= high + reach and abs(size - median) > SLIGHT * median
+        }
+
+    def _organ_table(self, outliers: Mapping[int, set[int]]) -> Table:
+        rows = []
+        for value, name in self.names.items():
+            sizes = [size for _, size in self._sizes(value)]
+            expected = self.dice.get(value)
+            poor = expected is not None and expected < POOR_DICE
+            note = "was hardly learned: expect poor results" if poor else ""
+            span = f"{min(sizes):.1f} to {max(sizes):.1f}" if sizes else "-"
+            rows.append(
+                [
+                    Cell(name),
+                    Cell.number(value, "d"),
+                    Cell.number(expected, ".2f"),
+                    Cell(f"{len(sizes)} of {len(self.findings)}", len(sizes)),
+                    Cell.number(float(np.median(sizes)) if sizes else None, ".1f"),
+                    Cell(span, max(sizes, default=0.0)),
+                    Cell.number(len(outliers[value]), "d"),
+                    Cell(note, warning=poor),
+                ]
+            )
+        head = ("organ", "label", "predicted Dice", "found in", "median [ml]", "range [ml]")
+        return Table("Organs", (*head, "outliers", "warning"), rows)
+
+    def _scan_table(
+        self, outliers: Mapping[int, set[int]], doubts: Sequence[Sequence[str]]
+    ) -> Table:
+        rows = []
+        for index, finding in enumerate(self.findings):
+            sizes = [
+                Cell(f"{volume:.1f}", volume, warning=index in outliers[value] or not volume)
+                for value, volume in finding.volumes.items()
+            ]
+            told = Cell("; ".join(doubts[index]), -len(doubts[index]), warning=bool(doubts[index]))
+            rows.append([Cell(finding.name, link=f"scan-{index}"), *sizes, told])
+        return Table("Volumes in ml", ("scan", *self.names.values(), "warnings"), rows)
+
+    def _histogram(self, value: int, outliers: set[int]) -> str:
+        sizes = self._sizes(value)
+        if not sizes:
+            return ""
+        dots = [
+            Dot(size, f"{self.findings[number].name}: {size:.1f} ml", f"scan-{number}")
+            for number, size in sizes
+        ]
+        marked = [number in outliers for number, _ in sizes]
+        return histogram(self.names[value], dots, marked, xlabel="volume [ml]")
