@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from fastproto.data.anatomy import organ_colours
 from fastproto.data.volume import Volume, check_same_grid
 from fastproto.defaults import POOR_DICE
 from fastproto.errors import LabelError, require
 from fastproto.report.pictures import encode
 from fastproto.report.plots import Dot, histogram
 from fastproto.report.tables import Cell, Table
-from fastproto.segmentation.overlay import COLOURS
 
 FEWEST = 5  # scans in which an organ was found, to tell what is unusual
 WHISKER = 1.5  # quartile distances beyond the quartiles, as of a box plot
@@ -104,8 +104,8 @@ class Results:
         ]
         return {
             "organs": [
-                {"name": name, "colour": "#" + bytes(COLOURS[place % len(COLOURS)]).hex()}
-                for place, name in enumerate(self.names.values())
+                {"name": self.names[value], "colour": "#" + bytes(colour).hex()}
+                for value, colour in organ_colours(self.names).items()
             ],
             "scans": [
                 {"name": finding.name, "doubts": told, "planes": finding.planes}

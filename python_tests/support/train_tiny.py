@@ -71,7 +71,7 @@ def _pause(at: int) -> None:
                 time.sleep(60)
         return step(self, now)
 
-    trainer._Run.step = pausing  # type: ignore[method-assign]
+    trainer._Run.step = pausing  # type: ignore[method-assign,assignment]
 
 
 if __name__ == "__main__":
