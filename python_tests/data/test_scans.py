@@ -223,8 +223,8 @@ class TestFolders:
         """By the last word of their names, files and folders."""
         root = tmp_path / "scans"
         touch(root, "p1/scan.nii.gz", "p1/mask.nii.gz", "p2/ct.nrrd", "p2/ct-Seg.nrrd",
-              "p2/organs.seg.nrrd", "p3/unmask.nii.gz", "p3/label_of_mr.nii.gz", "p4/a_label.nii.gz",
-              "p4/b_label.nii.gz")  # fmt: skip
+              "p2/organs.seg.nrrd", "p3/unmask.nii.gz", "p3/label_of_mr.nii.gz",
+              "p4/a_label.nii.gz", "p4/b_label.nii.gz")  # fmt: skip
         series(root / "p5")
         touch(root, "p5/segmentation.mha")
         assert planned(root) == {
@@ -236,10 +236,8 @@ class TestFolders:
             "p4/b_label.nii.gz": "p4-b_label.nii.gz",
             "p5": "p5.nii.gz",
         }
-        assert (
-            "label maps, by their names (3: p1/mask.nii.gz, p2/ct-Seg.nrrd, p2/organs.seg.nrrd)"
-            in self.texts()
-        )
+        maps = "p1/mask.nii.gz, p2/ct-Seg.nrrd, p2/organs.seg.nrrd"
+        assert f"label maps, by their names (3: {maps})" in self.texts()
         patient = tmp_path / "patient"
         touch(
             patient, "ct.nii.gz", "segmentations/liver.nii.gz", "imagesTs/a.nii", "labelsTs/a.nii"
