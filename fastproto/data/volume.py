@@ -131,7 +131,8 @@ def read_label(
     Args:
         path: As in ``read_volume``, or a DICOM segmentation, or a folder that holds one.
         series: As in ``read_volume``.
-        like: The scan that is annotated. A DICOM segmentation needs it, for its grid.
+        like: The scan that is annotated. A DICOM segmentation needs it, for its grid; one of 3D
+            Slicer that is a part of that grid is put there.
 
     Returns:
         A volume of uint8, or of uint16 where a label is above 255.
@@ -154,6 +155,8 @@ def read_label(
             volume = replace(like, array=read_segmentation(segmentation, like), path=path)
     if segmentation is None:
         volume = read_volume(path, series=series)
+        if like is not None and volume_suffix(path) == ".seg.nrrd":
+            volume = _uncropped(volume, like)
     return replace(volume, array=_integer_labels(volume))
 
 
@@ -201,12 +204,11 @@ def check_same_grid(a: Volume, b: Volume) -> None:
     Raises:
         GeometryError: Different sizes, or a corner that differs by over 5 % of a voxel.
     """
-    distance = np.abs(_corners(a) - _corners(b)).max()
     require(
-        a.array.shape == b.array.shape and distance <= GRID_TOLERANCE * min(*a.spacing, *b.spacing),
+        _same_grid(a, b),
         b.name,
         error=GeometryError,
-        found=f"{_grid(b)}; its corners lie up to {distance:.3g} mm away",
+        found=lambda: f"{_grid(b)}; its corners lie up to {_distance(a, b):.3g} mm away",
         allowed=f"the grid of {a.name}, {_grid(a)}",
         fix="Resample one onto the grid of the other.",
     )
@@ -341,6 +343,33 @@ def _storable(array: np.ndarray) -> np.ndarray:
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return array.astype(dtype, copy=False)
     raise ArgumentError("array", found=f"values {low} to {high}", allowed="integers within int32")
+
+
+def _uncropped(label: Volume, like: Volume) -> Volume:
+    """A box of the grid of ``like``, to which 3D Slicer may crop, on all of it; else as it is."""
+    axes = np.array(like.direction).reshape(3, 3) * np.array(like.spacing)
+    first = np.rint(np.linalg.solve(axes, np.subtract(label.origin, like.origin))).astype(int)
+    start = first[::-1]
+    stop = start + label.array.shape
+    if (start < 0).any() or (stop > like.array.shape).any():
+        return label
+    box = tuple(map(slice, start, stop))
+    origin = tuple((np.array(like.origin) + axes @ first).tolist())
+    if not _same_grid(replace(like, array=like.array[box], origin=origin), label):
+        return label
+    whole = np.zeros(like.array.shape, label.array.dtype)
+    whole[box] = label.array
+    return replace(like, array=whole, path=label.path)
+
+
+def _same_grid(a: Volume, b: Volume) -> bool:
+    same = a.array.shape == b.array.shape
+    return bool(same and _distance(a, b) <= GRID_TOLERANCE * min(*a.spacing, *b.spacing))
+
+
+def _distance(a: Volume, b: Volume) -> float:
+    """Between the corners that are furthest apart, along one axis, in mm."""
+    return float(np.abs(_corners(a) - _corners(b)).max())
 
 
 def _corners(volume: Volume) -> np.ndarray:

@@ -236,10 +236,8 @@ class TestFolders:
             "p4/b_label.nii.gz": "p4-b_label.nii.gz",
             "p5": "p5.nii.gz",
         }
-        assert (
-            "label maps, by their names (3: p1/mask.nii.gz, p2/ct-Seg.nrrd, p2/organs.seg.nrrd)"
-            in self.texts()
-        )
+        maps = "p1/mask.nii.gz, p2/ct-Seg.nrrd, p2/organs.seg.nrrd"
+        assert f"label maps, by their names (3: {maps})" in self.texts()
         patient = tmp_path / "patient"
         touch(
             patient, "ct.nii.gz", "segmentations/liver.nii.gz", "imagesTs/a.nii", "labelsTs/a.nii"

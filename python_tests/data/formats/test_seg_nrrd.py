@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import nrrd
@@ -13,7 +14,7 @@ from fastproto.data import Volume, check_same_grid, read_label, read_volume, wri
 from fastproto.data.anatomy import organ
 from fastproto.data.dataset import labels_of
 from fastproto.data.formats.nrrd import segment_names
-from fastproto.errors import ArgumentError, LabelError, OutputError, VolumeError
+from fastproto.errors import ArgumentError, GeometryError, LabelError, OutputError, VolumeError
 
 NAMES = {7: "kidney_left", 2: "Liver", 300: "Größe \\n"}
 
@@ -156,3 +157,29 @@ def test_segments_of_unusable_values_are_refused(tmp_path: Path, values: tuple[s
     path = write_slicer(tmp_path / "a.seg.nrrd", np.zeros((4, 4, 4), np.uint8), segments)
     with pytest.raises(VolumeError, match=f"label values {', '.join(values)}"):
         segment_names(path)
+
+
+def test_a_cropped_segmentation_is_put_on_the_grid_of_its_scan(
+    tmp_path: Path, scan: Volume, labels: np.ndarray
+):
+    path = tmp_path / "a.seg.nrrd"
+    axes = np.array(scan.direction).reshape(3, 3) * np.array(scan.spacing)
+    origin = tuple((np.array(scan.origin) + axes @ (1, 2, 1)).tolist())
+    part = dataclasses.replace(scan, array=scan.array[1:4, 2:5, 1:6], origin=origin)
+    write_label(path, labels[1:4, 2:5, 1:6], part, NAMES)
+    expected = np.zeros_like(labels)
+    expected[1:4, 2:5, 1:6] = labels[1:4, 2:5, 1:6]
+    label = read_label(path, like=scan)
+    np.testing.assert_array_equal(label.array, expected)
+    check_same_grid(scan, label)
+    assert label.path == path
+    # Between the voxels, outside, or of other voxels it stays as it is, to be refused.
+    for moved in ((0.4, 0.0, 0.0), (0.0, -5.0, 0.0), (20.0, 0.0, 0.0)):
+        other = dataclasses.replace(part, origin=tuple(np.add(origin, moved)))
+        write_label(path, labels[1:4, 2:5, 1:6], other, NAMES)
+        with pytest.raises(GeometryError):
+            check_same_grid(scan, read_label(path, like=scan))
+    write_label(
+        path, labels[1:4, 2:5, 1:6], dataclasses.replace(part, spacing=(0.7, 0.7, 2.5)), NAMES
+    )
+    assert read_label(path, like=scan).array.shape == (3, 3, 5)
