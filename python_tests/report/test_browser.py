@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page in Chromium: it loads without an error, and what it has to move and press works.
 
-A script at its end uses it as a reader would and leaves what it saw in the page, which Chromium
-prints once nothing happens any more.
+A script at its end uses it as a reader would and sends what it saw to the test's own server.
 """
 
 from __future__ import annotations
 
-import html
+import http.server
 import json
 import os
-import re
+import queue
 import shutil
+import signal
 import subprocess
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .conftest import NASTY, ORGANS, parts
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), "")
 SECONDS_TO_OPEN = 5.0
+SECONDS_AT_MOST = 90.0  # of a test's script, Chromium's start included
 BEFORE = """
 <script>
 window.problems = [];
@@ -45,7 +46,7 @@ AFTER = """
   const $ = (id) => document.getElementById(id);
   const pause = (ms) => new Promise((done) => setTimeout(done, ms));
   const until = async (what) => {
-    for (let tries = 0; tries < 500; tries++) {
+    for (let tries = 0; tries < 3000; tries++) {
       if (what()) return;
       await pause(10);
     }
@@ -70,10 +71,28 @@ AFTER = """
     seen.error = String(error);
   }
   seen.problems = window.problems;
-  document.querySelectorAll("script").forEach((item) => item.remove()); // printing them takes long
-  document.body.dataset.seen = JSON.stringify(seen);
+  fetch("/seen", { method: "POST", body: JSON.stringify(seen) });
 })();
 </script>"""
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Gives Chromium the page of the server, and takes what the script saw."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(self.server.page if self.path == "/" else b"")
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        self.server.seen.put(json.loads(self.rfile.read(length)))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @pytest.fixture
@@ -81,28 +100,40 @@ def look(tmp_path):
     """Opens a page, does something in it and returns what the script left in ``seen``."""
     if not CHROMIUM:
         pytest.skip("no Chromium; apt-get install chromium")
+    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def look(page: Path, steps: str) -> dict[str, Any]:
         text = page.read_text("utf-8").replace("<head>", "<head>" + BEFORE, 1)
-        text = text.replace("</body>", AFTER.replace("STEPS", steps) + "</body>")
-        copy = tmp_path / "page.html"
-        copy.write_text(text, "utf-8")
+        # The script may say what it saw; all else the page forbids, as it does for its readers.
+        text = text.replace("default-src 'none'", "default-src 'none'; connect-src 'self'", 1)
+        server.page = text.replace("</body>", AFTER.replace("STEPS", steps) + "</body>").encode()
+        server.seen = queue.Queue()
         command = [
             *(CHROMIUM, "--headless", "--disable-gpu", "--disable-dev-shm-usage"),
             *("--no-sandbox",) * (os.geteuid() == 0),  # in a container; the page is our own
             *(f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"),
-            *("--virtual-time-budget=20000", "--dump-dom", copy.as_uri()),
+            f"http://127.0.0.1:{server.server_address[1]}/",
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        assert "CONSOLE" not in done.stderr, done.stderr
-        found = re.search(r'data-seen="([^"]*)"', done.stdout)
-        assert found, done.stdout[-2000:]
-        seen = json.loads(html.unescape(found[1]))
+        with (tmp_path / "log").open("w+") as log:
+            running = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            try:
+                seen = server.seen.get(timeout=SECONDS_AT_MOST)
+            except queue.Empty:
+                seen = {"error": "no answer", "problems": []}
+            finally:
+                os.killpg(running.pid, signal.SIGKILL)
+                running.wait()
+            log.seek(0)
+            said = [line for line in log if "CONSOLE" in line]
+        assert said == []
         assert seen.pop("problems") == []
         assert "error" not in seen, seen["error"]
         return seen
 
-    return look
+    yield look
+    server.shutdown()
+    server.server_close()
 
 
 def test_sliders_organs_and_opacity_change_the_picture(report, look):
@@ -230,7 +261,7 @@ def test_all_is_reachable_by_keyboard_and_named(report, look):
 
 
 def test_a_page_of_200_scans_opens_quickly(look, tmp_path):
-    """As full as it may be; against the time that an empty one takes."""
+    """From the request to the first pictures."""
     image, label = make_patient(0, modality="ct")
     names = dict(PHANTOM_ORGANS)
     planes = encode(image, label, list(names), 200)
@@ -238,23 +269,17 @@ def test_a_page_of_200_scans_opens_quickly(look, tmp_path):
     for number in range(200):
         volumes = {value: 100.0 + (number * 7 + value) % 31 for value in names}
         results.findings.append(Finding(f"scan {number}", volumes, [], planes))
-    few = Results({1: "liver"}, 1)
-    few.add("scan", Volume(np.ones((4, 8, 8), np.uint8)), None)
-    times = []
-    for found in (few, results, results, results):  # the best of three: others use the machine
-        page = tmp_path / "report.html"
-        write_page(page, "Report", **parts(found))
-        started = time.perf_counter()
+    page = tmp_path / "report.html"
+    write_page(page, "Report", **parts(results))
+    assert 0.6 * PAGE_BYTES < page.stat().st_size < 30e6
+    times: list[float] = []
+    while len(times) < 3 and min(times, default=99) > SECONDS_TO_OPEN:  # others use the machine
         seen = look(page, """
             await until(() => $("viewer").dataset.scan === "0");
+            seen.seconds = performance.now() / 1000;
             seen.pictures = pixel("axial", 0.5, 0.5).some((value) => value > 0);
         """)  # fmt: skip
-        times.append(time.perf_counter() - started)
+        times.append(seen["seconds"])
         assert seen["pictures"]
-        if len(times) > 1 and times[-1] - times[0] < SECONDS_TO_OPEN:
-            break
-    size = page.stat().st_size
-    assert 0.6 * PAGE_BYTES < size < 30e6
-    opened = min(times[1:]) - times[0]
-    assert opened < SECONDS_TO_OPEN, times
-    print(f"{size / 1e6:.1f} MB, {opened:.2f} s")
+    assert min(times) < SECONDS_TO_OPEN, times
+    print(f"{page.stat().st_size / 1e6:.1f} MB, {min(times):.2f} s")
