@@ -19,14 +19,13 @@ Train a model that segments from examples. It needs no label: it learns to find 
 set has labels, a share of the training is on them; held-out classes are never a foreground and
 held-out cases are never read, so that both can measure it afterwards. The run folder gets
 model.safetensors, the training state, log.jsonl and config.json. Ctrl-C is safe: --resume goes on
-from the last checkpoint."""
+from the last checkpoint. On N GPUs: torchrun --nproc-per-node N -m fastproto train ..."""
 EXAMPLE = """\
   fastproto train --data scans-ct more/scans-mr --model base --minutes 60 --out run
   fastproto phantom --out phantom-ct --patients 8
   fastproto train --data phantom-ct --holdout-classes spleen gallbladder \\
       --holdout-cases ct_006 ct_007 --minutes 5 --out run
-  fastproto train --out run --resume
-  torchrun --nproc-per-node 4 -m fastproto train --data scans --out run  # on 4 GPUs"""
+  fastproto train --out run --resume"""
 
 _UNLIMITED = 10**9  # steps, where minutes decide
 

@@ -62,14 +62,14 @@ def _poison(rank: str, number: str) -> None:
 
 
 def _pause(at: int) -> None:
-    step = trainer._Run.step
+    take = trainer._Run.step
 
-    def pausing(self: trainer._Run, now: int) -> float:
-        if now == at:
+    def pausing(self: trainer._Run, step: int) -> float:
+        if step == at:
             Path(f"pid-{RANK}").write_text(str(os.getpid()), encoding="utf-8")
             if RANK != "0":  # which waits for the others in its step
                 time.sleep(60)
-        return step(self, now)
+        return take(self, step)
 
     trainer._Run.step = pausing  # type: ignore[method-assign,assignment]
 
