@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES)) \
   $(shell find python_tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: install develop demo test test-parts test-whole test-interpreted test-floors sanitize sanitize-threads bench docs gpu-check sdist wheel wheels smoke lint format \
+.PHONY: install develop demo test test-parts test-whole test-interpreted test-floors sanitize sanitize-threads bench docs notebooks gpu-check sdist wheel wheels smoke lint format \
   lint-workflows clean
 
 install: $(VENV)/.installed
@@ -104,6 +104,10 @@ bench: develop
 docs: $(VENV)/.dependencies
 	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml docs)
 	$(BIN)/mkdocs build --strict
+
+# Runs the notebooks of examples/ and keeps what they show.
+notebooks: develop
+	$(BIN)/jupyter execute --inplace examples/*.ipynb
 
 # Build, tests, kernels' resources and benchmark on an NVIDIA GPU, with the $(PYTHON) that has torch
 # with CUDA, triton and pytest: nothing is installed into it. GPU_CHECK="--out OUT --minutes 8"

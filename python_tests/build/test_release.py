@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is published: the source archive holds what git has, and every file names the same version."""
+"""What is published: the source archive holds what git has; every file names the same version."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_source_archive_holds_what_git_has(committed, tmp_path, monkeypatch)
 
 
 def test_every_file_names_this_version():
-    heading = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
-    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
-    assert heading and heading[1] in (__version__, "Unreleased")
-    assert citation and citation[1] == __version__
+    for name, pattern in (("CHANGELOG.md", r"^## (.+)$"), ("CITATION.cff", r"^version: (.+)$")):
+        found = re.search(pattern, (ROOT / name).read_text("utf-8"), re.MULTILINE)
+        assert found, name
+        assert found[1] == __version__, name
