@@ -59,6 +59,8 @@ def segment_names(path: Path) -> dict[int, str]:
             (int(item.SegmentNumber), " ".join(str(item.get("SegmentLabel") or "segment").split()))
             for item in dataset.get("SegmentSequence") or []
         ]
+        if dataset.get("SegmentationType") == "LABELMAP":  # whose background may be described too
+            segments = [item for item in segments if item[0] != 0]
         names = dict(segments)
         listed = ", ".join(str(number) for number, _ in segments)
         require_volume(

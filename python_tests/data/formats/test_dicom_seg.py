@@ -86,6 +86,10 @@ def test_labelmap(tmp_path: Path, scan: Volume, truth: np.ndarray):
     path = save(segmentation(maps, NAMES, "LABELMAP"), tmp_path / "seg.dcm")
     np.testing.assert_array_equal(read_label(path, like=scan).array, truth)
     assert segment_names(path) == NAMES
+    described = {0: "Background", **NAMES}  # as highdicom writes it
+    save(segmentation(maps, described, "LABELMAP"), path)
+    np.testing.assert_array_equal(read_label(path, like=scan).array, truth)
+    assert segment_names(path) == NAMES
 
 
 @pytest.mark.parametrize("method", [None, "rle", "jpeg", "j2k"])
