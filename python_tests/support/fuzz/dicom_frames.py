@@ -292,6 +292,8 @@ def read_labels(path: Path) -> Reading:
     dataset = pydicom.dcmread(path)
     kind = dataset.SegmentationType
     numbers = [int(item.SegmentNumber) for item in dataset.SegmentSequence]
+    if kind == "LABELMAP" and 0 in numbers:
+        numbers.remove(0)  # the background, described
     if len(set(numbers)) < len(numbers) or min(numbers) < 1:
         raise Unreadable("segments of equal numbers, or a segment 0")
     most = int(dataset.MaximumFractionalValue) if kind == "FRACTIONAL" else 1
