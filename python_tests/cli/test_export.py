@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from support.tiny_encoder import TinyEncoder
 
 from fastproto._version import __version__
 from fastproto.cli import main
@@ -22,7 +23,6 @@ from fastproto.errors import ArgumentError, OutputError
 from fastproto.nn import FewShotUNet, export
 from fastproto.nn.encoders import registry
 from fastproto.segmentation import Task, load_model
-from support.tiny_encoder import TinyEncoder
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "onnx_segment.py"
 SIZES = [(1, 2, 1, 64, 64), (3, 2, 9, 64, 64), (2, 5, 4, 96, 48), (1, 3, 2, 61, 77)]
@@ -132,6 +132,7 @@ def tiny(monkeypatch, tmp_path) -> Path:
     return tmp_path / "tiny.safetensors"
 
 
+@pytest.mark.slow
 def test_aoti_gives_the_networks_probabilities(tiny, tmp_path, capsys):
     path = tmp_path / "model.pt2"
     try:
