@@ -22,10 +22,10 @@ from typing import Any
 
 from fastproto._files import abandon
 from fastproto._version import __version__
-from fastproto.cli import crossval, evaluate, info, learn, phantom, report, segment, train
+from fastproto.cli import crossval, evaluate, export, info, learn, phantom, report, segment, train
 from fastproto.errors import FastprotoError, FastprotoWarning
 
-COMMANDS = (phantom, train, learn, segment, evaluate, report, crossval, info)
+COMMANDS = (phantom, train, learn, segment, evaluate, report, crossval, export, info)
 FORMER_NAMES = {"register": "learn"}
 
 DESCRIPTION = "Segment an organ nobody trained for, in CT and MR, from one annotated scan."

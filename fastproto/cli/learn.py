@@ -47,13 +47,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_runtime_options(parser)
 
 
-def add_model_option(parser: options.Options) -> None:
-    """``--model`` and ``--backend``."""
+def add_model_option(parser: options.Options, *, backend: bool = True) -> None:
+    """``--model`` and, where it computes with it, ``--backend``."""
     parser.add_argument("--model", default="base", metavar="RUN",
         help="run folder of `fastproto train`, or its model.safetensors "
         "(default: %(default)s, the model that comes with the package)")
-    parser.add_argument("--backend", metavar="NAME",
-        help="force a backend of the fused operation; `fastproto info` lists them")
+    if backend:
+        parser.add_argument("--backend", metavar="NAME",
+            help="force a backend of the fused operation; `fastproto info` lists them")
 
 
 def add_example_options(parser: options.Options) -> None:

@@ -103,13 +103,30 @@ class UNetDecoder(nn.Module):
         the 32 channels at full size are never computed.
         """
         block = self.up4
+        if isinstance(self.head, nn.Identity):  # merged
+            return self.up4(_double(x), skip, recompute)
         up = _double_norm_relu_conv(x, block.norm_up, self._taps(block.conv_up), recompute)
         skip = _double_norm_relu_conv(skip, block.norm_skip, self._taps(block.conv_skip), recompute)
         taps = _add_per_image(up, skip)  # [B*K, 9, H, W]
         summed = F.fold(taps.flatten(2), taps.shape[-2:], kernel_size=3, padding=1)
+        return summed + self._bias()
+
+    @torch.no_grad()
+    def merge_head(self) -> None:
+        """Make the head part of up4, for good: not every runtime of a file knows ``F.fold``."""
+        up, skip = self.up4.conv_up, self.up4.conv_skip
+        taps, bias = (self._taps(up), self._taps(skip)), self._bias().flatten()
+        for conv, tap in zip((up, skip), taps, strict=True):
+            kernel = tap.flatten(1).flip(0).t().unflatten(1, (3, 3))[None].contiguous()
+            conv.weight, conv.out_channels = nn.Parameter(kernel, requires_grad=False), 1
+        up.bias = nn.Parameter(bias, requires_grad=False)
+        self.register_module("head", nn.Identity())
+
+    def _bias(self) -> Tensor:
+        """Of head after up4, ``[1, 1, 1, 1]``."""
         head = self.head.weight.flatten(1)  # [1, 32]
-        bias = torch.mv(head, block.conv_up.get_parameter("bias")) + self.head.get_parameter("bias")
-        return summed + bias.view(1, 1, 1, 1)
+        bias = torch.mv(head, self.up4.conv_up.get_parameter("bias"))
+        return (bias + self.head.get_parameter("bias")).view(1, 1, 1, 1)
 
     def _taps(self, conv: nn.Conv2d) -> Tensor:
         """Kernel of head after conv, ``[9, C, 1, 1]``, flipped as ``F.fold`` scatters."""
@@ -198,12 +215,17 @@ def _double_relu_conv(x: Tensor, weight: Tensor, recompute: bool) -> Tensor:
     """``Conv(ReLU(double(x)))``, some images at a time: at full size these take most memory."""
 
     def compute(part: Tensor, weight: Tensor) -> Tensor:
-        doubled = F.interpolate(part, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return (conv3x3 if weight.shape[-1] == 3 else F.conv2d)(doubled.relu_(), weight)
+        return (conv3x3 if weight.shape[-1] == 3 else F.conv2d)(_double(part).relu_(), weight)
 
+    if torch.compiler.is_exporting():  # for any number of images
+        return compute(x, weight)
     images = max(1, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // (4 * x[0].numel()))
     parts = [_call(compute, recompute, part, weight) for part in x.split(images)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def _call(function: Callable[..., Any], recompute: bool, *tensors: Tensor) -> Any:

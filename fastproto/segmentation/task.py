@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,7 @@ from fastproto.segmentation.prior import Atlas
 BASE = "base"  # what the package's own model is called
 BASE_FILE = Path(__file__).resolve().parents[1] / "models" / "base.safetensors"
 FORMAT = "fastproto-task-2"
+Model = TypeVar("Model", bound=FewShotModel)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Task:
         fix = "Register the annotated scan again with this model, or use the other model."
         require(own == other, name, found=found, allowed=allowed, fix=fix, error=CheckpointError)
 
-    def adapted(self, model: FewShotModel) -> FewShotModel:
+    def adapted(self, model: Model) -> Model:
         """``model`` with the weights that were adapted; itself where there are none."""
         if not self.weights:
             return model

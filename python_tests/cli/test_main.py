@@ -19,7 +19,7 @@ from fastproto.errors import InputError
 
 # Not the sources: the installed package.
 ELSEWHERE = tempfile.gettempdir()
-COMMANDS = ("phantom", "train", "learn", "segment", "evaluate", "report", "crossval", "info")
+COMMANDS = "phantom train learn segment evaluate report crossval export info".split()
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -71,7 +71,7 @@ def _pause(at: int) -> None:
                 time.sleep(60)
         return take(self, step)
 
-    trainer._Run.step = pausing  # type: ignore[method-assign,assignment]
+    trainer._Run.step = pausing  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
