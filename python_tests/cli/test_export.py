@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from safetensors import safe_open
 from support.tiny_encoder import TinyEncoder
 
 from fastproto._version import __version__
@@ -146,6 +147,29 @@ def test_aoti_gives_the_networks_probabilities(tiny, tmp_path, capsys):
     assert np.abs(run(*inputs).numpy() - expected(model, *inputs)).max() < 1e-4
     about = json.loads(run.get_metadata()["fastproto"])
     assert (about["encoder"], about["fingerprint"]) == ("tiny", model.fingerprint())
+
+
+def test_the_weights_that_a_task_adapted(model_file, task_file, tmp_path, monkeypatch):
+    task, model = Task.load(task_file), load_model(model_file)
+    weights = {"decoder.head.bias": torch.full((1,), 2.0).half()}
+    adapted = tmp_path / "adapted.task"
+    dataclasses.replace(task, weights=weights, adapted_steps=3).save(adapted)
+    written = []
+
+    def keep(network, path, about):
+        path.touch()
+        written.append((network, about))
+        return 0.0
+
+    monkeypatch.setattr(export, "export_onnx", keep)
+    files = ["--model", str(model_file), "--onnx", str(tmp_path / "model.onnx")]
+    assert main(["export", *files, "--task", str(adapted)]) == 0
+    ((network, about),) = written
+    assert network.decoder.head.bias.item() == 2
+    assert about["fingerprint"] == model.fingerprint()
+    with safe_open(adapted, framework="numpy") as file:
+        assert about["task"] == json.loads(file.metadata()["fastproto"])["checksum"]
+    assert about["preprocessing"] == {"mr": task.preprocessing.to_dict()}
 
 
 def test_a_file_that_answers_otherwise_is_not_written(tiny, tmp_path):
