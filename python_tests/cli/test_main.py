@@ -19,7 +19,17 @@ from fastproto.errors import InputError
 
 # Not the sources: the installed package.
 ELSEWHERE = tempfile.gettempdir()
-COMMANDS = "phantom train learn segment evaluate report crossval export info".split()
+COMMANDS = [
+    "phantom",
+    "train",
+    "learn",
+    "segment",
+    "evaluate",
+    "report",
+    "crossval",
+    "export",
+    "info",
+]
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -78,7 +78,8 @@ LISTS = [
     (command, action)
     for command, parser in COMMANDS.items()
     for action in parser._actions
-    if action.nargs in ("+", "*") or (isinstance(action.nargs, int) and action.nargs > 1)
+    if action.option_strings
+    and (action.nargs in ("+", "*") or (isinstance(action.nargs, int) and action.nargs > 1))
 ]
 
 
