@@ -209,7 +209,8 @@ def gather(
 def _shrink(batch_size: int) -> int:
     """Half a batch, after the GPU had too little memory for it; says so and frees what it can."""
     smaller = max(1, batch_size // 2)
-    warn("batch_size", f"{batch_size} are too many for the GPU's memory; going on with {smaller}.")
+    text = f"{batch_size} slices at once are too many for its memory; going on with {smaller}"
+    warn("the GPU", text)
     torch.cuda.empty_cache()
     return smaller
 

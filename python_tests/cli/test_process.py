@@ -180,7 +180,7 @@ def test_a_small_gpu_gets_smaller_batches(
     assert max(seen[3:]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "GPU" in line]
     assert said == [
-        f"fastproto: warning: {a} slices at once are too many for the GPU's memory; "
+        f"fastproto: warning: the GPU: {a} slices at once are too many for its memory; "
         f"going on with {b}"
         for a, b in ((8, 4), (4, 2))
     ]
