@@ -119,7 +119,7 @@ class _Search:
             broken = item.is_symlink() and not item.exists()
             if broken and (volume_suffix(item) or not slices):  # or else `read_volume` names it
                 self._leave(item, "broken links")
-            elif item.name.lower().endswith(tuple(CONVERT)) and item not in images:
+            elif item.name.lower().endswith(tuple(CONVERT)):
                 self._leave(item, "files of a format that is not read")
         if why := self._no_scans(slices, depth):
             for item in images:

@@ -57,7 +57,10 @@ def segment_names(path: Path) -> dict[int, str]:
     Raises:
         VolumeError: A damaged file, segments of one number.
     """
-    dataset = _read_header(path)
+    return _names(path, _read_header(path))
+
+
+def _names(path: Path, dataset: Dataset) -> dict[int, str]:
     with pydicom_reading(path):
         segments = [
             (int(item.SegmentNumber), str(item.get("SegmentLabel") or ""))
@@ -92,7 +95,7 @@ def read_segmentation(path: Path, like: Volume) -> np.ndarray:
         LabelError: Segments that overlap.
     """
     dataset = _read_header(path)
-    known = segment_names(path)
+    known = _names(path, dataset)
     labels = np.zeros(like.array.shape, np.uint16)
     partly = False
     with pydicom_reading(path):

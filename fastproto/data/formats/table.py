@@ -45,3 +45,4 @@ CONVERT = {
 }
 CONVERT |= {".img": CONVERT[".hdr"], ".img.gz": CONVERT[".hdr"], ".mgh": CONVERT[".mgz"]}
 CONVERT |= dict.fromkeys((".nii.bz2", ".nii.xz", ".nii.zst"), "Unpack it, and call it .nii.")
+CONVERT = {ending: text for ending, text in CONVERT.items() if ending not in FORMATS}

@@ -337,7 +337,7 @@ def _frames(dataset: FileDataset) -> Iterator[tuple[Dataset, np.ndarray]]:
     each = dataset.get(_EACH) or []
     if len(each) != count:
         raise Unreadable("not one group for each frame")
-    if dataset.BitsAllocated == 1 and "PixelRepresentation" not in dataset:
+    if dataset.BitsAllocated == 1:
         dataset.PixelRepresentation = 0  # a single bit has no sign
     pixels = dicom.stored(dataset)
     for group, plane in zip(each, pixels.reshape(count, *pixels.shape[-2:]), strict=True):
