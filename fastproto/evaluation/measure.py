@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,10 +16,11 @@ from scipy.ndimage import find_objects
 
 from fastproto._memory import enough_memory
 from fastproto.data.dataset import labels_of, open_dataset
-from fastproto.data.formats.dicom_seg import find_segmentation
+from fastproto.data.formats.dicom_seg import find_segmentation, segment_names
 from fastproto.data.formats.reading import reading
 from fastproto.data.geometry import canonical
 from fastproto.data.label_table import LabelTable
+from fastproto.data.scans import stem
 from fastproto.data.volume import (
     READABLE,
     Volume,
@@ -26,7 +28,6 @@ from fastproto.data.volume import (
     check_same_grid,
     read_label,
     volume_suffix,
-    without_suffix,
 )
 from fastproto.errors import (
     DatasetError,
@@ -35,6 +36,7 @@ from fastproto.errors import (
     ResourceError,
     VolumeError,
     require,
+    warn,
 )
 from fastproto.evaluation.metrics import METRICS, NSD_TOLERANCE_MM
 from fastproto.evaluation.protocol import counted_slices
@@ -150,7 +152,8 @@ def evaluate_folder(
             nnU-Net writes; what else lies there does not matter.
         truth: A label map, a folder of them, or a data set (a folder with ``dataset.json``, and
             the label maps in a folder of their own). Two single files are compared whatever their
-            names; one of them may be a DICOM segmentation.
+            names. Of a prediction and its truth one may be a DICOM segmentation; a prediction's
+            segments count by their names, or by number where none is known.
         labels: Labels to measure and their names. None: those of the ``dataset.json`` in
             ``truth`` or beside it, else every value that occurs in the truth.
         nsd_tolerance: As in :func:`evaluate_case`.
@@ -200,7 +203,7 @@ def evaluate_folder(
             allowed="at least one annotated organ",
             error=LabelError,
         )
-    named = {*known, *(table.names if table else ())}
+    names = {**(table.names if table else {}), **known}
     rows: list[dict[str, Any]] = []
     spacing: dict[str, tuple[float, ...]] = {}
     unknown: dict[str, list[int]] = {}
@@ -210,13 +213,13 @@ def evaluate_folder(
         if case in failed:
             continue
         with _noted(failed, case):
-            predicted_map, true_map = _read_both(predicted_files[case], true_files[case])
+            predicted_map, true_map = _read_both(predicted_files[case], true_files[case], names)
             seen.update(check_labels(true_map, needed=False))
             measured = evaluate_case(predicted_map, true_map, known, ignore=ignore, **options)
             rows += [{"case": case} | row for row in measured]
             spacing[case] = tuple(float(step) for step in true_map.spacing)
             present = check_labels(predicted_map, needed=False)
-            if strangers := [value for value in present if value not in named]:
+            if strangers := [value for value in present if value not in names]:
                 unknown[case] = strangers
     if not rows:
         raise next(iter(failed.values()))
@@ -240,13 +243,30 @@ def evaluate_folder(
     )
 
 
-def _read_both(prediction: Path, truth: Path) -> tuple[Volume, Volume]:
+def _read_both(prediction: Path, truth: Path, names: Mapping[int, str]) -> tuple[Volume, Volume]:
     """Two label maps; a DICOM segmentation has the grid of the other one."""
-    if find_segmentation(prediction):
+    if segmentation := find_segmentation(prediction):
         true_map = read_label(truth)
-        return read_label(prediction, like=true_map), true_map
+        predicted_map = read_label(prediction, like=true_map)
+        return _numbered_as(names, segmentation, predicted_map), true_map
     predicted_map = read_label(prediction)
     return predicted_map, read_label(truth, like=predicted_map)
+
+
+def _numbered_as(names: Mapping[int, str], path: Path, label: Volume) -> Volume:
+    """A DICOM segmentation, which numbers its segments from 1, with the values of their names."""
+    values = {name.casefold(): value for value, name in names.items()}
+    segments = segment_names(path)
+    known = {number: values.get(name.casefold(), 0) for number, name in segments.items()}
+    if not any(known.values()):
+        pairs = (f"{name!r} as {names.get(n, 'no organ')}" for n, name in segments.items())
+        warn(path, f"segments count by their numbers, not by their names: {', '.join(pairs)}.")
+        return label
+    if others := [segments[number] for number, value in known.items() if not value]:
+        warn(path, f"segments that the truth does not name are left out: {', '.join(others)}.")
+    table = np.zeros(max(known) + 1, np.uint16)
+    table[[*known]] = [*known.values()]
+    return replace(label, array=table[label.array])
 
 
 @contextlib.contextmanager
@@ -269,7 +289,7 @@ def find_label_maps(path: Path) -> tuple[dict[str, Path], LabelTable | None]:
     found = "no such file or folder"
     require(path.exists(), path, found=found, allowed=allowed, error=DatasetError)
     if path.is_file():
-        return {without_suffix(path.name): path}, None
+        return {stem(path): path}, None
     maps = [file for file in sorted(path.iterdir()) if _is_label_map(file)]
     parts = any((path / name).is_dir() for name in ("labels", "labelsTr", "images", "imagesTr"))
     if (path / "dataset.json").is_file() and (parts or not maps):
@@ -279,7 +299,7 @@ def find_label_maps(path: Path) -> tuple[dict[str, Path], LabelTable | None]:
         return found_maps, LabelTable(dataset.labels, dataset.ignore)
     files: dict[str, Path] = {}
     for file in maps:
-        case = without_suffix(file.name)
+        case = stem(file)
         first = files.setdefault(case, file)
         found = f"two files for {case}: {first.name} and {file.name}"
         allowed = "one label map per case"
@@ -296,7 +316,14 @@ def _labels_of_first(files: Iterable[Path]) -> LabelTable | None:
 
 
 def _is_label_map(file: Path) -> bool:
-    return bool(volume_suffix(file)) and file.is_file() and not file.name.startswith(".")
+    if not file.is_file() or file.name.startswith("."):
+        return False
+    if file.suffix.lower() != ".dcm":
+        return bool(volume_suffix(file))
+    try:
+        return bool(find_segmentation(file))
+    except (VolumeError, OSError):
+        return True  # what is wrong is said where it is to be measured
 
 
 def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None) -> tuple[slice, ...]:

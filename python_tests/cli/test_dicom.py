@@ -12,7 +12,7 @@ from pydicom import dcmread
 from support.dicom import enhanced, save, segmentation, write_slices
 
 from fastproto.cli import main
-from fastproto.data import read_label, read_volume
+from fastproto.data import read_label, read_volume, write_label
 from fastproto.data.dataset import labels_of
 from fastproto.data.volume import check_same_grid
 from fastproto.segmentation import Task
@@ -59,6 +59,45 @@ def test_a_segmentation_names_the_organs(program, example, tmp_path, capsys):
         rows = {row["label"]: row for row in json.loads(scores.read_text())["rows"]}
         assert rows[5]["dice"] > 0.9
     assert [row["organ"] for row in rows.values()] == ["label 5"]  # of the label map
+
+
+def test_segments_count_by_their_names_in_an_evaluation(phantom, example, tmp_path, capsys):
+    """Numbered from 1 they are not the values of the truth's organs."""
+    series, _ = example
+    scan, truth = read_volume(series), tmp_path / "truth"
+    array = read_label(phantom / "labels" / "mr_000.nii.gz").array
+    truth.mkdir()
+    for case in ("series", "other"):
+        write_label(truth / f"{case}.nii.gz", array, like=scan)
+    organs = ["--truth", str(truth), "--labels", "liver=1", "spine=5"]
+    results, scores = tmp_path / "results", tmp_path / "scores.json"
+    results.mkdir()
+
+    def dice(names: dict[int, str], *options: str) -> dict[str, float]:
+        x, y, z = scan.spacing
+        frames = [
+            (number, (-20.5, 30.25, z * k), (array[k] == value).astype("u1"))
+            for number, value in enumerate(names, start=1)
+            for k in range(len(array))
+            if (array[k] == value).any()
+        ]
+        titles = dict(enumerate(names.values(), start=1))
+        save(segmentation(frames, titles, spacing=(y, x)), results / "series.dcm")
+        command = ["evaluate", "--prediction", str(results), "--json", str(scores), *options]
+        assert main(command) == 2  # one is not predicted
+        return {row["organ"]: row["dice"] for row in json.loads(scores.read_text())["rows"]}
+
+    assert dice({1: "Liver", 5: "spine"}, *organs) == {"liver": 1, "spine": 1}
+    assert "segments" not in capsys.readouterr().err
+    assert dice({5: "spine", 2: "fat"}, *organs) == {"liver": 0, "spine": 1}
+    assert "segments that the truth does not name are left out: fat" in capsys.readouterr().err
+    assert dice({1: "Leber"}, *organs)["liver"] == 1
+    assert "by their numbers, not by their names: 'Leber' as liver" in capsys.readouterr().err
+    whole = (results / "series.dcm").read_bytes()
+    for left in (len(whole) // 2, 500):
+        (results / "other.dcm").write_bytes(whole[:left])
+        assert main(["evaluate", "--prediction", str(results), *organs]) == 2
+        assert "other.dcm" in capsys.readouterr().out
 
 
 def test_one_series_of_the_annotated_folder(program, example, task_file, tmp_path, capsys):
