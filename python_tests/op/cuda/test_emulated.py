@@ -49,6 +49,7 @@ SHAPES = [
 NETWORK = Problem("network", ((70,),), dim=512)
 NETWORK_LAST = dataclasses.replace(NETWORK, name="network_last", layout="channels_last")
 ORDER = Problem("order", ((70, 3),), queries=2, dim=64, height=4, width=18)
+RINGS = Problem("order_512", ((70, 3),), dim=512, height=4, width=6)  # two of them
 
 
 def ready() -> None:
@@ -99,12 +100,12 @@ def emulated(name: str, *topics: str, family: str = "") -> Backend:
         ready=ready,
         refusal=functools.partial(refusal, family) if family else lambda problem, dtype: None,
         problems=functools.partial(problems, family),
-        small=SHAPES[0],
+        small=Problem("small", ((70, 5),), dim=72, height=4, width=6),
         temperatures=(0.3, 0.01),
         forms=((True, False),),  # problems are held with a tensor
         tf32=functools.partial(emulator.proto_attention, tf32=True),
         coarse=[problem for problem in PROBLEMS if problem.name in tf32],
-        repeated=(ORDER, dataclasses.replace(ORDER, name="order_512", dim=512)),  # two rings
+        repeated=(ORDER, RINGS),
         repeated_dtypes=(torch.bfloat16,),
         variations=[functools.partial(emulator.pretending, seed=seed) for seed in (0, 1, 2, 3)],
         written=(WRITTEN,),
@@ -150,7 +151,7 @@ def test_three_tf32_products_have_the_digits_of_float32_and_one_has_not(gpu: Mod
 
 
 FENCED = [
-    Problem("nchw", ((70, 3),), dim=512, height=4, width=18),
+    dataclasses.replace(RINGS, name="nchw"),
     Problem("last", ((5, 130),), queries=2, dim=72, height=4, width=18, layout="channels_last"),
 ]
 
