@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES)) \
   $(shell find python_tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: install develop demo test test-parts test-whole test-interpreted test-floors sanitize sanitize-threads bench docs notebooks gpu-check sdist wheel wheels smoke lint format \
+.PHONY: install develop demo test test-parts test-whole test-interpreted test-slow test-floors sanitize sanitize-threads bench docs notebooks gpu-check sdist wheel wheels smoke lint format \
   lint-workflows clean
 
 install: $(VENV)/.installed
@@ -53,6 +53,11 @@ test-whole:
 
 test-interpreted:
 	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/op/triton -p no:cacheprovider
+
+# What takes minutes a test: before a release, and after a change to what is tested. The record is
+# benchmarks/results/DATE-slow-tests.json.
+test-slow: develop
+	$(BIN)/python scripts/slow_tests.py -p no:cacheprovider
 
 # The tests of files with the oldest versions that pyproject.toml allows, of which numpy has none for
 # Python from 3.12 on. torch stays: it is as large as all else, and the package is built for it.

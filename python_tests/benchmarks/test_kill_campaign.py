@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "kill_campaign.py"
 
 
+@pytest.mark.slow
 def test_killed_commands_go_on_as_if_nothing_had_been():
     """The other ways to end a command cost too much here: test_files.py, cli/test_process.py."""
     command = [sys.executable, str(SCRIPT), "--moments", "3", "--others", "0"]

@@ -328,7 +328,6 @@ def test_the_command_measures_all_protocols_with_one_model(patients, tmp_path, m
     assert str(tmp_path) not in json.dumps(summary)
 
 
-@pytest.mark.slow
 def test_the_command_trains_a_fold(patients, tmp_path):
     options = ["--classes", "liver", "--methods", "fastproto", "--protocols", "ep2"]
     options += ["--set", "steps=1", "batch=1", "image_size=32", "encoder=resnet18"]

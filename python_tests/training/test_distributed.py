@@ -95,7 +95,6 @@ def two(settings: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.slow
 def test_two_ranks_compute_what_one_process_does(
     two: Path, settings: Configure, tmp_path: Path
 ) -> None:

@@ -28,7 +28,6 @@ reason = cuda_resources.why_not()
 if reason is not None:
     pytest.skip(reason, allow_module_level=True)
 
-pytestmark = pytest.mark.slow
 
 ARCHITECTURES = library.build_info()["cuda_architectures"].split()
 
@@ -66,6 +65,7 @@ def test_every_kernel_keeps_its_budget(kernels: list[Kernel]) -> None:
             assert each.instructions[MORE] > each.registers > each.instructions[FEWER] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cuda_resources.ptxas() is None, reason="there is no nvcc")
 def test_newer_gpus_can_run_the_ptx(kernels: list[Kernel]) -> None:
     """Blackwell gets the sm80 kernels: without spills there, too."""
