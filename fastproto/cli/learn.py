@@ -29,7 +29,7 @@ EXAMPLE = """\
       --label phantom-ct/labels/ct_000.nii.gz --classes spleen "left kidney" -o organs.task
   fastproto segment --task organs.task -i phantom-ct/images/ct_007.nii.gz -o results"""
 
-_ROW = "{:>7}  {:<24} {:>6} {:>10} {:>13} {:>13}"  # of the report on what was learned
+_ROW = "{:>7}  {:<24} {:>6} {:>10} {:>13} {:>14}"  # of the report on what was learned
 
 
 # fmt: off
@@ -138,7 +138,7 @@ def learn_example(
         )
     how = f"adapted in {task.adapted_steps} steps" if task.adapted_steps else "without adaptation"
     print(f"learned from {image}, {how}:")
-    print(_ROW.format("label", "organ", "slices", "prototypes", "field of view", "expected Dice"))
+    print(_ROW.format("label", "organ", "slices", "prototypes", "field of view", "predicted Dice"))
     for organ in task.organs:
         prototypes = sum(map(sum, organ.prototypes.counts()))
         expected = "-" if organ.expected_dice is None else f"{organ.expected_dice:.2f}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastproto._files import check_writable
 from fastproto.cli import options
-from fastproto.errors import require
+from fastproto.errors import require, warn
 
 if TYPE_CHECKING:
     from fastproto.report import Results
@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
             kinds["results"], args.scans, names=names or None, dice=dice, series=args.series
         )
     scores = read_scores(kinds["scores"]) if "scores" in kinds else None
+    if results and scores:
+        strangers = {row["case"] for row in scores["rows"]} - results.links().keys()
+        if strangers:
+            listed = ", ".join(sorted(strangers)[:3]) + ", ..." * (len(strangers) > 3)
+            warn(kinds["scores"], f"cases that {kinds['results']} does not hold: {listed}.")
     training = training_contents(kinds["training"]) if "training" in kinds else None
     title = f"Report: {', '.join(path.resolve().name for path in args.input)}"
     write_report(args.output, title=title, results=results, scores=scores, training=training)

@@ -64,8 +64,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_force_option(parser)
     parser.add_argument("-o", "--output", **options.ONE_FILE, metavar="OUT",
         help="label map to write (.nii.gz, .nii, .nrrd, .mha; with names and colours .seg.nrrd, "
-        "for 3D Slicer, and .dcm, a DICOM segmentation of a DICOM scan) or, for several scans, the "
-        "folder for SCAN.nii.gz, or PATIENT.nii.gz of a scan in a subfolder; an older result is "
+        "for 3D Slicer, and .dcm, a DICOM segmentation of a DICOM scan) or, for one scan or many, "
+        "a folder for SCAN.nii.gz, or PATIENT.nii.gz of a scan in a subfolder; an older result is "
         "replaced only by a complete new one")
     parser.add_argument("--format", choices=FORMATS, metavar="ENDING",
         help=f"how the files in a folder OUT end: {', '.join(FORMATS)} (default: nii.gz)")

@@ -18,7 +18,7 @@ Colour: TypeAlias = "tuple[int, ...]"  # red, green and blue, 0 to 255
 # blue, which on bone looks as the light one does elsewhere; then lighter and darker ones.
 _HEX = "E69F00 56B4E9 009E73 F0E442 D55E00 CC79A7 7828C8 B2DF8A FB9A99 CAB2D6 A65628 8DD3C7"
 COLOURS: tuple[Colour, ...] = tuple(tuple(bytes.fromhex(digits)) for digits in _HEX.split())
-_RIGHT_SHADE = 0.6  # of an organ's colour, for the right one of a pair
+_SHADE, _TINT = 0.6, 0.5  # what is left of an organ's colour, of a pair: darker right, lighter left
 
 
 class Code(NamedTuple):
@@ -234,7 +234,9 @@ def organ(name: str) -> Organ:
         return Organ(_TISSUE, _TISSUE, None, None)
     colour = found.colour
     if side == "right":
-        colour = tuple(int(level * _RIGHT_SHADE) for level in colour)
+        colour = tuple(int(level * _SHADE) for level in colour)
+    elif side == "left":
+        colour = tuple(int(255 - (255 - level) * _TINT) for level in colour)
     return Organ(found.category, found.code, _SIDES[side] if side else None, colour)
 
 

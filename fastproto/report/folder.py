@@ -48,6 +48,8 @@ def read_results(
     files = _scans_of(path, maps, scans, series)
     if names is None:
         table = table or labels_of(next(iter(maps.values())))
+        if table is None:
+            warn(path, "organs are shown by their numbers: --labels or --task names them.")
         names = table.names if table else _values_in(maps)
     results = Results(names, len(maps), dice)
     first: FastprotoError | None = None

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import find_objects
+from scipy.ndimage import label as label_parts
 
 from fastproto.data.anatomy import organ_colours
 from fastproto.data.volume import Volume, check_same_grid
@@ -21,15 +23,19 @@ from fastproto.report.tables import Cell, Table
 FEWEST = 5  # scans in which an organ was found, to tell what is unusual
 WHISKER = 1.5  # quartile distances beyond the quartiles, as of a box plot
 SLIGHT = 0.2  # share of the median that no outlier is nearer to it
+CRUMB = 0.05  # share of an organ's largest piece below which another one is not counted
 _MOST_ORGANS = 255  # a byte of a picture each
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in one scan: its name, volumes in ml by label value, doubts, pictures."""
+    """What was found in one scan: its name, volumes in ml and pieces by label value, doubts,
+    pictures.
+    """
 
     name: str
     volumes: dict[int, float]
+    pieces: dict[int, int]
     doubts: list[str]
     planes: list[dict[str, Any]]
 
@@ -88,7 +94,8 @@ class Results:
         if strangers:
             told.append(f"label {', '.join(map(str, strangers))} has no name and is not shown")
         planes = encode(scan, label, list(self.names), self.scans)
-        self.findings.append(Finding(name, volumes, told, planes))
+        pieces = _pieces(label.array, self.names)
+        self.findings.append(Finding(name, volumes, pieces, told, planes))
 
     def fail(self, name: str, why: str) -> None:
         """Take up a scan that could not be segmented or read."""
@@ -99,7 +106,9 @@ class Results:
         findings = self.findings
         outliers = {value: self._outliers(value) for value in self.names}
         doubts = [
-            finding.doubts + [self._unusual(v, finding) for v in self.names if i in outliers[v]]
+            finding.doubts
+            + [self._unusual(v, finding) for v in self.names if i in outliers[v]]
+            + self._scattered(finding)
             for i, finding in enumerate(findings)
         ]
         return {
@@ -133,6 +142,15 @@ class Results:
         median = float(np.median([size for _, size in self._sizes(value)]))
         size = f"{finding.volumes[value]:.1f} ml is unusual (median {median:.1f} ml)"
         return f"{self.names[value]}: {size}"
+
+    def _scattered(self, finding: Finding) -> list[str]:
+        """Organs in more pieces than in most scans."""
+        told = []
+        for value, count in finding.pieces.items():
+            usual = int(np.median([other.pieces[value] for other in self.findings]))
+            if count > max(usual, 1) and len(self._sizes(value)) >= FEWEST:
+                told.append(f"{self.names[value]}: in {count} pieces (most scans: {max(usual, 1)})")
+        return told
 
     def _outliers(self, value: int) -> set[int]:
         """Numbers of the scans in which an organ is much larger or smaller than in the others."""
@@ -193,3 +211,18 @@ class Results:
         ]
         marked = [number in outliers for number, _ in sizes]
         return histogram(self.names[value], dots, marked, xlabel="volume [ml]")
+
+
+def _pieces(labels: np.ndarray, values: Collection[int]) -> dict[int, int]:
+    """Of each organ the pieces that do not touch each other, but for crumbs."""
+    places = find_objects(labels.astype(np.int32))
+    counts = {}
+    for value in values:
+        place = places[value - 1] if value <= len(places) else None
+        if place is None:
+            counts[value] = 0
+            continue
+        parts, _ = label_parts(labels[place] == value)
+        sizes = np.bincount(parts.ravel())[1:]
+        counts[value] = int((sizes > CRUMB * sizes.max()).sum())
+    return counts

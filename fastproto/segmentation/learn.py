@@ -189,7 +189,7 @@ def _expected(organs: Sequence[Organ]) -> float:
 
 
 def _learn(model: FewShotModel, annotated: Sequence[AnnotatedOrgan]) -> tuple[Organ, ...]:
-    """Prototypes of all chosen slices; bias and expected Dice by the slices left out."""
+    """Prototypes of all chosen slices; bias and predicted Dice by the slices left out."""
     network = model.for_inference()  # as it will segment
     organs = []
     for organ in annotated:

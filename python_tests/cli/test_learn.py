@@ -68,7 +68,7 @@ def test_learn_lists_what_it_learned(program, tmp_path, capsys):
     first, header, *lines = out.splitlines()
     assert first == f"learned from {program.example[0]}, without adaptation:"
     assert header.split() == [
-        "label", "organ", "slices", "prototypes", "field", "of", "view", "expected", "Dice"
+        "label", "organ", "slices", "prototypes", "field", "of", "view", "predicted", "Dice"
     ]  # fmt: skip
     assert lines[-1].startswith(f"{path}: ")
     for line, organ in zip(lines, task.organs, strict=False):

@@ -58,8 +58,8 @@ def test_left_and_right_differ_in_side_and_colour():
     left, right = organ("kidney_left"), organ("rkidney")
     assert left.type == right.type
     assert right.side == ("24028007", "Right")
-    assert left.colour != right.colour
-    assert left.colour == organ("kidney").colour
+    base = organ("kidney").colour
+    assert sum(left.colour) > sum(base) + 100 > sum(right.colour) + 150  # also in a picture
 
 
 @pytest.mark.parametrize(

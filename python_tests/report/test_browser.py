@@ -268,7 +268,8 @@ def test_a_page_of_200_scans_opens_quickly(look, tmp_path):
     results = Results(names, 200)
     for number in range(200):
         volumes = {value: 100.0 + (number * 7 + value) % 31 for value in names}
-        results.findings.append(Finding(f"scan {number}", volumes, [], planes))
+        pieces = dict.fromkeys(names, 1)
+        results.findings.append(Finding(f"scan {number}", volumes, pieces, [], planes))
     page = tmp_path / "report.html"
     write_page(page, "Report", **parts(results))
     assert 0.6 * PAGE_BYTES < page.stat().st_size < 30e6

@@ -28,7 +28,7 @@ from fastproto.report import Results, read_results, read_scores, training_conten
 from fastproto.report.pictures import MOST_BYTES, PAGE_BYTES, encode
 from fastproto.report.results import FEWEST
 
-from .conftest import NASTY, ORGANS, parts, write_case, write_run
+from .conftest import NASTY, ORGANS, parts, write_case, write_run, write_scores
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 
@@ -197,6 +197,23 @@ def test_outliers_are_far_from_the_others_and_from_the_median():
     assert found(*[100] * (FEWEST - 2), 250) == set()  # too few to tell
 
 
+def test_an_organ_in_more_pieces_than_in_most_scans_is_told():
+    def told(*pieces: int, crumb: int = 0) -> list[list[str]]:
+        results = Results({1: "kidneys"}, len(pieces))
+        for count in pieces:
+            label = np.zeros((4, 12, 12), np.uint8)
+            label[1:3, 1 : 4 * count : 4, 2:9] = 1
+            label[0, 0, :crumb] = 1
+            results.add("scan", Volume(label), None, [])
+        return [results._scattered(finding) for finding in results.findings]
+
+    assert told(1, 1, 2, 1, 1)[1:4] == [[], ["kidneys: in 2 pieces (most scans: 1)"], []]
+    assert told(2, 2, 2, 3, 2)[2:4] == [[], ["kidneys: in 3 pieces (most scans: 2)"]]
+    assert told(1, 2, 1) == [[]] * 3  # too few to tell
+    assert told(0, 0, 1, 1, 1, 1, 1) == [[]] * 7
+    assert told(1, 1, 1, 1, 1, crumb=1) == [[]] * 5
+
+
 def test_a_scan_without_its_organ_and_one_of_another_grid_are_named(cases, tmp_path):
     shape = (10, 16, 20)
     for name in ("empty", "shifted"):
@@ -216,6 +233,15 @@ def test_a_scan_without_its_organ_and_one_of_another_grid_are_named(cases, tmp_p
     arguments = [tmp_path, "--scans", tmp_path / "scans", "--labels", "liver=1", "-o", output]
     assert main(["report", *map(str, arguments)]) == 2
     assert "lie up to 9 mm away" in " ".join(Strict(output.read_text("utf-8")).texts)
+
+
+def test_what_stays_without_a_name_or_a_picture_is_told(cases, tmp_path, capsys):
+    scores = write_scores(tmp_path / "scores.json", ["case_1", "stranger"])
+    arguments = [cases / "results", scores, "-o", tmp_path / "report.html"]
+    assert main(["report", *map(str, arguments)]) == 0
+    said = capsys.readouterr().err
+    assert "organs are shown by their numbers: --labels or --task names them" in said
+    assert f"{scores}: cases that {cases / 'results'} does not hold: stranger." in said
 
 
 def test_wrong_inputs_are_told(cases, tmp_path, capsys):
