@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +89,8 @@ class Ranks:
         """Meanwhile tensors can be averaged, on ``device``.
 
         Raises:
-            TrainingError: Another rank ended, or did not answer for ten minutes.
+            TrainingError: Another rank ended, or did not answer for ten minutes. torchrun may
+                notice it first, and sends SIGTERM.
         """
         if self.count == 1:
             yield
@@ -96,15 +99,16 @@ class Ranks:
         if backend == "nccl":
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group(
-                backend,
-                store=dist.PrefixStore("group", self.store),
-                rank=self.number,
-                world_size=self.count,
-                timeout=_WAIT,
-                device_id=device if backend == "nccl" else None,
-            )
-            yield
+            with _told_to_end():
+                dist.init_process_group(
+                    backend,
+                    store=dist.PrefixStore("group", self.store),
+                    rank=self.number,
+                    world_size=self.count,
+                    timeout=_WAIT,
+                    device_id=device if backend == "nccl" else None,
+                )
+                yield
         except RuntimeError as error:
             if not _is_of_ranks(error):
                 raise
@@ -166,7 +170,9 @@ class Ranks:
 
     def leave(self) -> NoReturn:
         """End this process, for a reason that another rank tells."""
-        time.sleep(_GRACE)  # torchrun reports the process that ends first
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_GRACE)  # torchrun reports the process that ends first, and ends this one
         sys.exit(2)
 
     def share(self, model: nn.Module) -> None:
@@ -223,6 +229,31 @@ def join() -> Ranks:
     return Ranks(number, count, local, local_count or count, store)
 
 
+class _ToldToEnd(RuntimeError):
+    """SIGTERM."""
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Let SIGTERM raise, once; after an error of ranks it is ignored, so that this can be told."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(*_: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _ToldToEnd("SIGTERM from torchrun")
+
+    after = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    except RuntimeError:
+        after = signal.SIG_IGN
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, after)
+
+
 def _is_of_ranks(error: RuntimeError) -> bool:
     """Whether a collective raised it; gloo's errors are of no class of their own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return isinstance(error, (dist.DistError, _ToldToEnd)) or "gloo" in str(error).lower()

@@ -18,7 +18,7 @@ import pytest
 import support
 import torch
 
-from fastproto.errors import ArgumentError, FastprotoWarning
+from fastproto.errors import ArgumentError, FastprotoWarning, TrainingError
 from fastproto.nn.weights import checksum, read_safetensors
 from fastproto.training import TrainConfig
 from fastproto.training.ranks import Ranks
@@ -215,6 +215,28 @@ def test_every_rank_has_the_run_of_the_first(configure: Configure, tmp_path: Pat
             require_same_slices(
                 dataclasses.replace(config, **changed), tmp_path, other, None, second
             )
+
+
+def test_a_rank_that_torchrun_ends_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may notice before the rank does that another one ended."""
+    former = signal.getsignal(signal.SIGTERM)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    ranks = Ranks(0, 2, store=torch.distributed.HashStore())
+    with ranks.connected(torch.device("cpu")):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == former
+    try:
+        with (
+            pytest.raises(
+                TrainingError, match=r"another one ended or .*SIGTERM from torchrun.*resume"
+            ),
+            ranks.connected(torch.device("cpu")),
+        ):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # says no more
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
