@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fastproto/_version.py)
 CONSTRAINTS ?= constraints.txt
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# --no-compile: most of what is installed is never imported.
+PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS)
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.safetensors')
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES)) \
   $(shell find python_tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: install develop demo test test-parts test-whole test-interpreted test-slow test-floors sanitize sanitize-threads bench docs notebooks gpu-check sdist wheel wheels smoke lint format \
+.PHONY: install develop demo test test-parts test-whole test-interpreted test-slow test-floors \
+  sanitize sanitize-threads bench docs notebooks gpu-check sdist wheel wheels smoke lint format \
   lint-workflows clean
 
 install: $(VENV)/.installed
@@ -63,8 +65,8 @@ test-slow: develop
 # Python from 3.12 on. torch stays: it is as large as all else, and the package is built for it.
 FLOORS := $(CURDIR)/build/floors
 $(FLOORS)/.installed: $(VENV)/.extras constraints-floor.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(FLOORS) \
-	  -r constraints-floor.txt
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps --upgrade \
+	  --target $(FLOORS) -r constraints-floor.txt
 	touch $@
 
 test-floors: $(FLOORS)/.installed

@@ -52,6 +52,7 @@ def provenance(pages: Path) -> str:
     return (pages / "docs" / "provenance.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     backends.why_not("native", "cpu") is not None, reason="there is no native op to measure"
 )
