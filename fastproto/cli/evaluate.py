@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from fastproto.cli import options
-from fastproto.cli.segment import EXIT_SOME_FAILED
 from fastproto.evaluation.metrics import METRICS, NSD_TOLERANCE_MM
 
 HELP = f"compare label maps with the truth: {', '.join(m.title for m in METRICS)}"
@@ -61,5 +60,5 @@ def run(args: argparse.Namespace) -> int:
         report.write_json(args.json)
     if left := len(report.failed) + len(report.not_predicted):
         print(f"fastproto: {left} case(s) not measured, as the report says", file=sys.stderr)
-        return EXIT_SOME_FAILED
+        return options.EXIT_SOME_FAILED
     return 0

@@ -37,6 +37,7 @@ class Once(argparse._StoreAction):
         super().__call__(parser, *rest)
 
 
+EXIT_SOME_FAILED = 2  # some of several scans or cases, the others are done
 ONE_FILE: dict[str, Any] = {"type": Path, "action": Once, "required": True}
 
 

@@ -27,7 +27,6 @@ EXAMPLE = """\
   fastproto report results scores.json --scans phantom-ct/images --task organs.task -o report.html
   fastproto report run -o training.html"""
 
-EXIT_SOME_FAILED = 2
 _RUN_FILES = ("log.jsonl", "config.json")
 
 
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     write_report(args.output, title=title, results=results, scores=scores, training=training)
     for name, why in results.failed.items() if results else ():
         print(f"fastproto: error: {name}: {why}", file=sys.stderr)
-    return EXIT_SOME_FAILED if results and results.failed else 0
+    return options.EXIT_SOME_FAILED if results and results.failed else 0
 
 
 def check_report(path: Path) -> None:

@@ -36,7 +36,6 @@ EXAMPLE = """\
       --classes spleen "left kidney" -i phantom-ct/images -o results
   fastproto segment --task organs.task -i phantom-ct/images/ct_007.nii.gz -o ct_007.nii.gz"""
 
-EXIT_SOME_FAILED = 2
 FORMATS = ("nii.gz", "nii", "nrrd", "mha", "seg.nrrd", "dcm")
 
 # Which a task file has decided on.
@@ -160,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
         write_report(args.report, results=report)
     if failed:
         print(f"fastproto: {failed} of {len(jobs)} scans failed", file=sys.stderr)
-        return EXIT_SOME_FAILED
+        return options.EXIT_SOME_FAILED
     return 0
 
 

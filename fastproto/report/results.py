@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 from scipy.ndimage import find_objects
-from scipy.ndimage import label as label_parts
 
 from fastproto.data.anatomy import organ_colours
-from fastproto.data.volume import Volume, check_same_grid
+from fastproto.data.volume import Volume, check_labels, check_same_grid
 from fastproto.defaults import POOR_DICE
 from fastproto.errors import LabelError, require
 from fastproto.report.pictures import encode
 from fastproto.report.plots import Dot, histogram
 from fastproto.report.tables import Cell, Table
+from fastproto.segmentation.postprocess import find_pieces
 
 FEWEST = 5  # scans in which an organ was found, to tell what is unusual
 WHISKER = 1.5  # quartile distances beyond the quartiles, as of a box plot
@@ -81,20 +81,17 @@ class Results:
         """
         if scan is not None:
             check_same_grid(scan, label)
-        counts = np.bincount(label.array.ravel())
+        counts = _voxels_and_pieces(label.array, self.names)
         millilitres = math.prod(label.spacing) / 1000
-        volumes = {
-            value: float(counts[value] * millilitres) if value < len(counts) else 0.0
-            for value in self.names
-        }
+        volumes = {value: voxels * millilitres for value, (voxels, _) in counts.items()}
         told = list(doubts or ())
         if doubts is None:
             told += [f"{self.names[v]} was not found" for v, size in volumes.items() if not size]
-        strangers = sorted(set(np.flatnonzero(counts).tolist()) - {0, *self.names})
-        if strangers:
+        present = check_labels(label, needed=False)
+        if strangers := [value for value in present if value not in self.names]:
             told.append(f"label {', '.join(map(str, strangers))} has no name and is not shown")
         planes = encode(scan, label, list(self.names), self.scans)
-        pieces = _pieces(label.array, self.names)
+        pieces = {value: number for value, (_, number) in counts.items()}
         self.findings.append(Finding(name, volumes, pieces, told, planes))
 
     def fail(self, name: str, why: str) -> None:
@@ -105,10 +102,11 @@ class Results:
         """What the page's template shows."""
         findings = self.findings
         outliers = {value: self._outliers(value) for value in self.names}
+        scattered = {value: self._scattered(value) for value in self.names}
         doubts = [
             finding.doubts
             + [self._unusual(v, finding) for v in self.names if i in outliers[v]]
-            + self._scattered(finding)
+            + [scattered[v][i] for v in self.names if i in scattered[v]]
             for i, finding in enumerate(findings)
         ]
         return {
@@ -143,14 +141,17 @@ class Results:
         size = f"{finding.volumes[value]:.1f} ml is unusual (median {median:.1f} ml)"
         return f"{self.names[value]}: {size}"
 
-    def _scattered(self, finding: Finding) -> list[str]:
-        """Organs in more pieces than in most scans."""
-        told = []
-        for value, count in finding.pieces.items():
-            usual = int(np.median([other.pieces[value] for other in self.findings]))
-            if count > max(usual, 1) and len(self._sizes(value)) >= FEWEST:
-                told.append(f"{self.names[value]}: in {count} pieces (most scans: {max(usual, 1)})")
-        return told
+    def _scattered(self, value: int) -> dict[int, str]:
+        """Numbers of the scans in which an organ is in more pieces than in most; what is told."""
+        if len(self._sizes(value)) < FEWEST:
+            return {}
+        pieces = [finding.pieces[value] for finding in self.findings]
+        usual = max(int(np.median(pieces)), 1)
+        return {
+            number: f"{self.names[value]}: in {count} pieces (most scans: {usual})"
+            for number, count in enumerate(pieces)
+            if count > usual
+        }
 
     def _outliers(self, value: int) -> set[int]:
         """Numbers of the scans in which an organ is much larger or smaller than in the others."""
@@ -213,16 +214,15 @@ class Results:
         return histogram(self.names[value], dots, marked, xlabel="volume [ml]")
 
 
-def _pieces(labels: np.ndarray, values: Collection[int]) -> dict[int, int]:
-    """Of each organ the pieces that do not touch each other, but for crumbs."""
-    places = find_objects(labels.astype(np.int32))
-    counts = {}
+def _voxels_and_pieces(labels: np.ndarray, values: Collection[int]) -> dict[int, tuple[int, int]]:
+    """Of each organ the voxels, and the pieces that do not touch each other, but for crumbs."""
+    places = find_objects(labels, max(values, default=0))
+    found = {}
     for value in values:
-        place = places[value - 1] if value <= len(places) else None
+        place = places[value - 1]
         if place is None:
-            counts[value] = 0
+            found[value] = 0, 0
             continue
-        parts, _ = label_parts(labels[place] == value)
-        sizes = np.bincount(parts.ravel())[1:]
-        counts[value] = int((sizes > CRUMB * sizes.max()).sum())
-    return counts
+        _, sizes = find_pieces(labels[place] == value)
+        found[value] = int(sizes.sum()), int((sizes > CRUMB * sizes.max()).sum())
+    return found

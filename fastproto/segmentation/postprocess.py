@@ -17,21 +17,27 @@ def clean(mask: np.ndarray) -> np.ndarray:
 
     Their holes are filled, slice by slice.
     """
-    pieces, count = ndimage.label(mask)
-    if count == 0:
+    pieces, sizes = find_pieces(mask)
+    if not sizes.any():
         return mask
-    # Slice by slice: NumPy copies what it counts, or looks up, in 8 bytes.
-    sizes = np.zeros(count + 1, np.int64)
-    for section in pieces:
-        sizes += np.bincount(section.ravel(), minlength=count + 1)
-    kept = sizes >= PIECE * sizes[1:].max()
-    kept[0] = False  # the background
+    kept = sizes >= PIECE * sizes.max()
     result = np.empty(mask.shape, bool)
     for section, target in zip(pieces, result, strict=True):
         target[...] = kept[section]
         if target.any():
             target[...] = ndimage.binary_fill_holes(target)
     return result
+
+
+def find_pieces(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number the pieces of ``[n, h, w]`` bool from 1; their voxels by number, 0 of number 0."""
+    pieces, count = ndimage.label(mask)
+    # Slice by slice: NumPy copies what it counts, or looks up, in 8 bytes.
+    sizes = np.zeros(count + 1, np.int64)
+    for section in pieces:
+        sizes += np.bincount(section.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    return pieces, sizes
 
 
 def uncertainty(probabilities: Iterable[np.ndarray]) -> np.ndarray:
