@@ -95,18 +95,22 @@ def two(settings: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_two_ranks_compute_what_one_process_does(
-    two: Path, settings: Configure, tmp_path: Path
-) -> None:
+@pytest.fixture
+def run(two: Path, tmp_path: Path) -> Path:
+    """The folder of a new run on the same supervoxels."""
+    folder = tmp_path / "run"
+    shutil.copytree(two / "supervoxels", folder / "supervoxels")
+    return folder
+
+
+def test_two_ranks_compute_what_one_process_does(two: Path, settings: Configure, run: Path) -> None:
     """All losses, the norm of the gradients, the weights and the statistics, to rounding."""
-    one = tmp_path / "run"
-    shutil.copytree(two / "supervoxels", one / "supervoxels")
-    finish(start_tiny(dataclasses.replace(settings(one), batch=4), ranks=1))
-    assert len(records(one)) == STEPS + 2
-    for found, want in zip(records(two), records(one), strict=True):
+    finish(start_tiny(dataclasses.replace(settings(run), batch=4), ranks=1))
+    assert len(records(run)) == STEPS + 2
+    for found, want in zip(records(two), records(run), strict=True):
         assert found == pytest.approx(want, rel=1e-6), want["step"]
-    assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()}
-    found, want = (read_safetensors(run / "state.safetensors")[0] for run in (two, one))
+    assert {file.name for file in two.iterdir()} == {file.name for file in run.iterdir()}
+    found, want = (read_safetensors(each / "state.safetensors")[0] for each in (two, run))
     assert found.keys() == want.keys()
     for name, tensor in want.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
@@ -114,11 +118,9 @@ def test_two_ranks_compute_what_one_process_does(
 
 @pytest.mark.slow
 def test_kill_minus_nine_of_a_rank_ends_all_and_the_run_goes_on(
-    two: Path, settings: Configure, tmp_path: Path
+    two: Path, settings: Configure, run: Path, tmp_path: Path
 ) -> None:
     """With two ranks bit for bit; with one after a word."""
-    run = tmp_path / "run"
-    shutil.copytree(two / "supervoxels", run / "supervoxels")
     process = start_tiny(settings(run), TINY_PAUSE="8")
     while not (tmp_path / "pid-1").exists():
         assert process.poll() is None
@@ -150,12 +152,8 @@ def test_kill_minus_nine_of_a_rank_ends_all_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_one_rank_stops_all(
-    two: Path, settings: Configure, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_in_one_rank_stops_all(settings: Configure, run: Path) -> None:
     """And one says why, with the episodes of all; a run that is there already is told once, too."""
-    run = tmp_path / "run"
-    shutil.copytree(two / "supervoxels", run / "supervoxels")
     process = start_tiny(settings(run), TINY_POISON="1:26")  # of step 7, the second of rank 1
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
