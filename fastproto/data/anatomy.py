@@ -36,12 +36,14 @@ class Organ(NamedTuple):
         type: The organ itself.
         side: Left or right, of a pair; else None.
         colour: None where the table does not know it.
+        shared: That colour before a side made it lighter or darker.
     """
 
     category: Code
     type: Code
     side: Code | None
     colour: Colour | None
+    shared: Colour | None
 
 
 _ANATOMY = Code("123037004", "Anatomical Structure")
@@ -231,27 +233,30 @@ def organ(name: str) -> Organ:
             # The left of a liver is a part of it that the table does not have.
             found, side = (found if found.category is _ABNORMAL else None), None
     if found is None:
-        return Organ(_TISSUE, _TISSUE, None, None)
+        return Organ(_TISSUE, _TISSUE, None, None, None)
     colour = found.colour
     if side == "right":
         colour = tuple(int(level * _SHADE) for level in colour)
     elif side == "left":
         colour = tuple(int(255 - (255 - level) * _TINT) for level in colour)
-    return Organ(found.category, found.code, _SIDES[side] if side else None, colour)
+    code = _SIDES[side] if side else None
+    return Organ(found.category, found.code, code, colour, found.colour)
 
 
 def organ_colours(names: Mapping[int, str]) -> dict[int, Colour]:
     """A colour for every label value, each once while there are enough.
 
     Organs of the table have their own, unless another of these has it already; all others get
-    the next free one of ``COLOURS``.
+    the next free one of ``COLOURS``, which is none that a left and a right organ share.
     """
     colours: dict[int, Colour] = {}
+    taken: set[Colour | None] = set()
     for value, name in names.items():
-        colour = organ(name).colour
-        if colour is not None and colour not in colours.values():
-            colours[value] = colour
-    free = [colour for colour in COLOURS if colour not in colours.values()] or [*COLOURS]
+        found = organ(name)
+        if found.colour is not None and found.colour not in colours.values():
+            colours[value] = found.colour
+            taken |= {found.colour, found.shared}
+    free = [colour for colour in COLOURS if colour not in taken] or [*COLOURS]
     others = [value for value in names if value not in colours]
     for index, value in enumerate(others):
         colours[value] = free[index % len(free)]
