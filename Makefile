@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fastproto/_version.py)
 CONSTRAINTS ?= constraints.txt
-# --no-compile: most of what is installed is never imported.
+# Most of what is installed is never imported: bytecode is written when something is, and must be, or
+# every process of the tests compiles torch's Python anew.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS)
 SOURCES := $(shell find csrc fastproto -name '*.py' -o -name '*.pyi' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.safetensors')
 CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES)) \
