@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from support import conformance
-from support.compare import assert_within_rounding, run
+from support.compare import ROUNDINGS, assert_within_rounding, error_model, run, worst
 from support.conformance import (
     TINY,
     Backend,
@@ -48,14 +48,17 @@ from fastproto.op.triton.configs import HALF, KERNELS, SINGLE, Config, Plan
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 triton = functools.partial(proto_attention, backend="triton")
-# Interpreted, these take more than three seconds in each type.
-LARGE = {"one_image_one_class", "background_and_organ", "channels_last", "mean_over_std_10"}
+
+
+def fewer(problem: Problem) -> Problem:
+    """On one tile's pixels: the interpreter takes a second for each tile."""
+    large = problem.height * problem.width > 100 and problem.name != "hw_257"
+    return dataclasses.replace(problem, height=4, width=5) if large else problem
 
 
 def affordable(dtype: torch.dtype) -> list[Problem]:
     """The list, the large ones on fewer pixels; and means that are large for a type."""
-    found = without_dead_half(PROBLEMS, dtype)
-    found = [dataclasses.replace(p, height=4, width=5) if p.name in LARGE else p for p in found]
+    found = [fewer(problem) for problem in without_dead_half(PROBLEMS, dtype)]
     for mean in (30, 300 if dtype == torch.float32 else 100):
         found.append(Problem(f"mean_{mean}", ((20, 9),), dim=64, height=4, width=4, mean=mean))
     return found
@@ -95,23 +98,22 @@ def test_every_row_of_the_table(
     """Several programs share the channels, a chunk is padded, tiles end inside, bags vary."""
     config: Config = getattr(row, kernel)
     dim = 2 * config.out_chunks * config.chunk - 3
-    problem = Problem("rows", ((66, 0, 3),), 1, dim, 5, 5, layout=layout)
+    problem = Problem("rows", ((config.block_n + 2, 0, 3),), 1, dim, 5, 5, layout=layout)
     interpreted = configs.choose(dtype, dim, interpreted=True)
     plan = dataclasses.replace(interpreted, **{kernel: config.fit(dim)})
     monkeypatch.setattr(launch, "plan_for", lambda feat: plan)
     assert_within_rounding(triton, problem, dtype)
     if kernel == "forward":  # without gradients: nothing is saved
         feat, protos, offsets = problem.make(dtype)
+        truth = reference.proto_attention(feat.double(), protos.double(), offsets)
         with torch.no_grad():
-            inference = triton(feat, protos, offsets)
-        training = triton(feat, protos.requires_grad_(), offsets)
-        assert torch.allclose(inference, training, rtol=1e-3, atol=1e-3)
+            found = triton(feat, protos, offsets)
+        assert worst(found, truth, error_model(problem, dtype).out) <= ROUNDINGS
 
 
 def by_name(*names: str) -> list[Problem]:
     """Problems of the list, the large ones on fewer pixels."""
-    found = [problem for problem in PROBLEMS if problem.name in names]
-    return [dataclasses.replace(p, height=4, width=4) if p.dim > 200 else p for p in found]
+    return [fewer(problem) for problem in PROBLEMS if problem.name in names]
 
 
 def float32_of(tile: Any) -> np.ndarray:
