@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from types import ModuleType
 
 import pytest
@@ -107,7 +108,7 @@ def emulated(name: str, *topics: str, family: str = "") -> Backend:
         coarse=[problem for problem in PROBLEMS if problem.name in tf32],
         repeated=(ORDER, RINGS),
         repeated_dtypes=(torch.bfloat16,),
-        variations=[functools.partial(emulator.pretending, seed=seed) for seed in (0, 1, 2, 3)],
+        variations=[functools.partial(emulator.pretending, seed=seed) for seed in (0, 1, 2)],
         written=(WRITTEN,),
         copied=2**-22,  # three TF32 products of P less its mean
         copied_digits=2**-22,
@@ -152,7 +153,7 @@ def test_three_tf32_products_have_the_digits_of_float32_and_one_has_not(gpu: Mod
 
 FENCED = [
     dataclasses.replace(RINGS, name="nchw"),
-    Problem("last", ((5, 130),), queries=2, dim=72, height=4, width=18, layout="channels_last"),
+    Problem("last", ((5, 130),), dim=72, height=4, width=18, layout="channels_last"),
 ]
 
 
@@ -166,15 +167,22 @@ def test_what_tma_and_wgmma_use_was_fenced_by_who_wrote_it(
         run(gpu.proto_attention, problem, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dim", [72, 272])
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_a_cluster_adds_up_what_its_blocks_saw(gpu: ModuleType, layout: str, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("layout", "dim", "proxies"),
+    [
+        *itertools.product(("nchw", "channels_last"), (72, 272), (False,)),
+        pytest.param("nchw", 72, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_cluster_adds_up_what_its_blocks_saw(
+    gpu: ModuleType, layout: str, dim: int, proxies: bool
+) -> None:
     """One bag has fewer tiles than the cluster blocks."""
     problem = Problem("cluster", ((130, 256),), 2, dim=dim, height=3, width=24, layout=layout)
     last = layout == "channels_last"
     plan = backends.plan(H200, dtype=torch.bfloat16, save=True, channels_last=last, **problem.sizes)
     assert plan["backward_query"]["cluster"] == plan["backward_protos"]["cluster"] == 4
-    with gpu.pretending(kernels="sm90", proxies=dim == 72 and not last, seed=1):
+    with gpu.pretending(kernels="sm90", proxies=proxies, seed=1):
         assert_within_rounding(gpu.proto_attention, problem, torch.bfloat16)
 
 
