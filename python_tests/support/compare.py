@@ -8,6 +8,7 @@ What eager PyTorch reaches is only told beside a failure.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,6 +186,15 @@ def worst(value: Tensor, truth: Tensor, model: Tensor) -> float:
     return float(torch.where(error == 0, 0.0, error / model).max()) if error.numel() else 0.0
 
 
+@functools.lru_cache(maxsize=16)
+def _truth(
+    problem: Problem, dtype: torch.dtype, rounding: float | None, **options: Any
+) -> tuple[Result, Result]:
+    """Exact results and the model of their errors: of many ops on the same problem."""
+    exact = run(reference.proto_attention, problem, dtype, compute=torch.float64, **options)
+    return exact, error_model(problem, dtype, rounding=rounding, **options)
+
+
 def assert_within_rounding(
     op: Callable[..., Tensor],
     problem: Problem,
@@ -198,8 +208,7 @@ def assert_within_rounding(
 
     ``rounding`` is as for ``error_model``, ``options`` are as for ``run``.
     """
-    exact = run(reference.proto_attention, problem, dtype, compute=torch.float64, **options)
-    model = error_model(problem, dtype, rounding=rounding, **options)
+    exact, model = _truth(problem, dtype, rounding, **options)
     ours = run(op, problem, dtype, **options)
     for name in names:
         truth, value, allowed = (getattr(r, name) for r in (exact, ours, model))
