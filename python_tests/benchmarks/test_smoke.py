@@ -84,6 +84,7 @@ def test_measure_record_tables(pages: Path) -> None:
     assert "| under 100 ms an image on a GPU | not measured | - |" in text
 
 
+@pytest.mark.slow
 def test_gpu_suite_record_tables(pages: Path) -> None:
     """All of it but the clock and the graphs: interpreted kernels on CPU tensors."""
     pytest.importorskip("triton")

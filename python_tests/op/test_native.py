@@ -73,7 +73,7 @@ def test_more_prototypes_than_channels_stay_in_their_scratch(tmp_path: Path) -> 
     """In threads of their own: scratch memory is kept per thread and only ever grows."""
     command = [sys.executable, "-c", STEPS]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.stdout.split() == "fine 1 fine 4 fine 8 fine 63".split(), result.stderr
+    assert result.stdout.splitlines() == ["fine 1", "fine 4", "fine 8", "fine 63"], result.stderr
 
 
 @pytest.mark.parametrize("temperature", [2 / 87, 0.0231, 2 / 60, 0.034])
