@@ -7,9 +7,11 @@ The command line prints the message without a traceback and exits with status 2.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 
 class FastprotoError(Exception):
@@ -103,3 +105,26 @@ def require(
     """
     if not condition:
         raise error(subject, found=found() if callable(found) else found, allowed=allowed, fix=fix)
+
+
+def import_extra(extra: str, *names: str, otherwise: str = "") -> Any:
+    """The first of the modules that an extra brings, all of which are imported.
+
+    Args:
+        extra: As pip has it.
+        names: Of the modules.
+        otherwise: What else can be done where one is missing, a full sentence.
+
+    Raises:
+        ArgumentError: One cannot be imported; it says what to install.
+    """
+    try:
+        first, *_ = map(importlib.import_module, names)
+    except ImportError as error:
+        raise ArgumentError(
+            extra,
+            found=f"that a package is missing ({error})",
+            allowed=", ".join(names),
+            fix=f"Run: pip install 'fastproto[{extra}]'. {otherwise}".rstrip(),
+        ) from error
+    return first

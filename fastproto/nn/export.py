@@ -8,7 +8,6 @@ Either takes slices and prototypes and gives probabilities, for any number and s
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from fastproto import defaults
 from fastproto._files import atomic_write
 from fastproto._version import __version__
-from fastproto.errors import ArgumentError, OutputError, require
+from fastproto.errors import ArgumentError, OutputError, import_extra, require
 from fastproto.nn.few_shot_unet import FewShotUNet
 from fastproto.nn.prototypes import Prototypes
 from fastproto.nn.weights import HEADER
@@ -176,13 +175,7 @@ def export_aoti(
 
 def check_onnx() -> None:
     """Raise ArgumentError unless what writes and runs ONNX can be imported."""
-    try:
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            importlib.import_module(name)
-    except ImportError as error:
-        found, allowed = f"no {name} ({error})", "onnx, onnxscript and onnxruntime"
-        fix = "Run: pip install 'fastproto[export]'."
-        raise ArgumentError("onnx", found=found, allowed=allowed, fix=fix) from error
+    import_extra("export", "onnx", "onnxscript", "onnxruntime")
 
 
 def check_aoti(path: str | os.PathLike[str]) -> None:

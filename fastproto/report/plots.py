@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from fastproto.errors import ArgumentError
+from fastproto.errors import import_extra
 
 BLUE, GREEN, RED = "#2b8cbe", "#009e73", "#d55e00"  # to be told apart, on white and on black
 _INK = "#010203"  # stands for the page's text colour
@@ -51,16 +51,7 @@ def check_installed() -> None:
     Raises:
         ArgumentError: And it says which extra to install.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ArgumentError(
-            "report",
-            found=f"no installed {error.name}",
-            allowed="the extra that brings it",
-            fix="Run: pip install 'fastproto[report]'.",
-        ) from error
+    import_extra("report", "jinja2", "matplotlib")
 
 
 def curves(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastproto._files import write_text, writing
-from fastproto.errors import ArgumentError, CheckpointError
+from fastproto.errors import CheckpointError, import_extra
 
 
 class RunLog(contextlib.AbstractContextManager["RunLog"]):
@@ -91,13 +91,5 @@ def _step_of(path: Path, line: str) -> int:
 
 
 def _open_events(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ArgumentError(
-            "tensorboard",
-            found="no installed TensorBoard",
-            allowed="the extra that brings it",
-            fix="Run: pip install 'fastproto[tensorboard]'.",
-        ) from error
-    return SummaryWriter(folder, purge_step=step + 1)
+    writer = import_extra("tensorboard", "torch.utils.tensorboard").SummaryWriter
+    return writer(folder, purge_step=step + 1)

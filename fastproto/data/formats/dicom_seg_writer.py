@@ -19,7 +19,7 @@ from fastproto._version import __version__
 from fastproto.data.anatomy import Code, organ, organ_colours
 from fastproto.data.formats.checks import require_volume, unique_names
 from fastproto.data.formats.dicom_header import EXPORT_AGAIN, pydicom_reading
-from fastproto.errors import ArgumentError
+from fastproto.errors import import_extra
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -41,16 +41,9 @@ def require_highdicom() -> ModuleType:
     Raises:
         ArgumentError: It is not installed.
     """
-    try:
-        import highdicom
-    except ImportError as error:
-        raise ArgumentError(
-            "a DICOM segmentation (.dcm)",
-            found=f"that highdicom is missing ({error})",
-            allowed="an installed highdicom",
-            fix="Run: pip install 'fastproto[dicom-seg]'. Or write .seg.nrrd or .nii.gz.",
-        ) from error
-    return highdicom
+    instead = "Or write .seg.nrrd or .nii.gz."
+    library: ModuleType = import_extra("dicom-seg", "highdicom", otherwise=instead)
+    return library
 
 
 def source_images(like: Volume) -> list[Dataset]:

@@ -2,7 +2,7 @@
 """Every family of CUDA kernels against the float64 reference, on the CPU, lane by lane.
 
 Small sizes: a tile that ends inside, one that is full and one beyond. Each family has one problem
-at D = 512 and HW = 256. What all backends are asked is in support/conformance.
+at D = 512. What all backends are asked is in support/conformance.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SHAPES = [
     Problem("duplicated", ((12,),), dim=64, height=4, width=4, duplicated=True),
     Problem("constant", ((12, 7),), dim=64, height=4, width=4, mean=3.0, constant=True),
 ]
-NETWORK = Problem("network", ((70,),), dim=512)
+NETWORK = Problem("network", ((70,),), dim=512, height=8)
 NETWORK_LAST = dataclasses.replace(NETWORK, name="network_last", layout="channels_last")
 ORDER = Problem("order", ((70, 3),), queries=2, dim=64, height=4, width=18)
 RINGS = Problem("order_512", ((70, 3),), dim=512, height=4, width=6)  # two of them
@@ -108,7 +108,7 @@ def emulated(name: str, *topics: str, family: str = "") -> Backend:
         coarse=[problem for problem in PROBLEMS if problem.name in tf32],
         repeated=(ORDER, RINGS),
         repeated_dtypes=(torch.bfloat16,),
-        variations=[functools.partial(emulator.pretending, seed=seed) for seed in (0, 1, 2)],
+        variations=[functools.partial(emulator.pretending, seed=seed) for seed in (0, 1)],
         written=(WRITTEN,),
         copied=2**-22,  # three TF32 products of P less its mean
         copied_digits=2**-22,
@@ -137,9 +137,10 @@ globals().update(conformance.ask(BACKENDS, values, edges, registration))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_plans_own_choice(gpu: ModuleType, capability: int, dtype: torch.dtype) -> None:
+    problem = dataclasses.replace(SHAPES[0], queries=1)
     with gpu.pretending(capability=capability):
-        assert_within_rounding(gpu.proto_attention, SHAPES[0], dtype)
-        assert_within_rounding(gpu.proto_attention, SHAPES[0], dtype, concat=False)
+        assert_within_rounding(gpu.proto_attention, problem, dtype)
+        assert_within_rounding(gpu.proto_attention, problem, dtype, concat=False)
 
 
 def test_three_tf32_products_have_the_digits_of_float32_and_one_has_not(gpu: ModuleType) -> None:
@@ -157,13 +158,12 @@ FENCED = [
 ]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("problem", FENCED, ids=lambda p: p.name)
 def test_what_tma_and_wgmma_use_was_fenced_by_who_wrote_it(
-    gpu: ModuleType, problem: Problem, seed: int
+    gpu: ModuleType, problem: Problem
 ) -> None:
     """A chip would see old values now and then."""
-    with gpu.pretending(kernels="sm90-throughput", proxies=True, seed=seed):
+    with gpu.pretending(kernels="sm90-throughput", proxies=True, seed=1):
         run(gpu.proto_attention, problem, torch.bfloat16)
 
 

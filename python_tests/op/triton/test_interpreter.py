@@ -40,6 +40,7 @@ from fastproto.op.triton import support
 if not support.INTERPRETED:
     pytest.skip("runs where TRITON_INTERPRET=1 is set", allow_module_level=True)
 
+import triton.language as tl
 from triton.runtime import interpreter
 
 from fastproto.op.triton import configs, launch, ops
@@ -48,6 +49,22 @@ from fastproto.op.triton.configs import HALF, KERNELS, SINGLE, Config, Plan
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 triton = functools.partial(proto_attention, backend="triton")
+
+
+@pytest.fixture(autouse=True)
+def _patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each call of a function the interpreter patches Triton's language, a third of its time.
+
+    Within a launch that is done already.
+    """
+    patch = interpreter._patch_lang
+
+    def once(fn: Callable[..., Any]) -> Any:
+        languages = [each for each in fn.__globals__.values() if each is tl or each is tl.core]
+        missing = any(tl.core.is_builtin(language.load) for language in languages)
+        return patch(fn) if missing else None
+
+    monkeypatch.setattr(interpreter, "_patch_lang", once)
 
 
 def fewer(problem: Problem) -> Problem:
