@@ -283,9 +283,9 @@ def _count_instructions(file: Path) -> dict[str, dict[str, int]]:
         elif "MMA" in line or "UTMA" in line:
             for name in re.findall(rf"\b({'|'.join(INSTRUCTIONS)})\b", line)[:1]:
                 counts[name] += 1
-        elif _CLAMPED.search(line):
-            counts[CLAMPED] += 1
-        elif asked := _MAX_REGISTERS.search(line):
+        elif "MNMX" in line:
+            counts[CLAMPED] += _CLAMPED.search(line) is not None
+        elif "USETMAXREG" in line and (asked := _MAX_REGISTERS.search(line)):
             counts[MORE if asked[1] == "TRY_ALLOC" else FEWER] = int(asked[2], 16)
     return found
 
