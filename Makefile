@@ -16,9 +16,9 @@ CXX_SOURCES := $(filter %.cpp %.cu %.h %.cuh,$(SOURCES)) \
   sanitize sanitize-threads bench docs notebooks gpu-check sdist wheel wheels smoke lint format \
   lint-workflows clean
 
-install: $(VENV)/.installed
+install: $(VENV)/.dependencies $(VENV)/.installed
 
-develop: $(VENV)/.installed $(VENV)/.extras
+develop: $(VENV)/.extras $(VENV)/.installed
 
 # torch comes first: the package builds against the torch it finds.
 $(VENV)/.torch: $(CONSTRAINTS)
@@ -34,7 +34,7 @@ $(VENV)/.extras: $(VENV)/.dependencies
 	$(PIP) $$($(BIN)/python scripts/list_dependencies.py pyproject.toml test bench lint tensorboard docs)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.dependencies setup.py CMakeLists.txt $(SOURCES)
+$(VENV)/.installed: $(VENV)/.torch setup.py CMakeLists.txt $(SOURCES)
 	$(PIP) --no-deps --force-reinstall .
 	touch $@
 

@@ -122,7 +122,7 @@ def test_every_instruction_set_of_this_cpu_passes_the_op_tests(level: str) -> No
         pytest.skip(f"this CPU has no {level}")
     if level == library.cpu_level():
         pytest.skip("the level all other tests run on")
-    names = "bfloat16", "conformance", "native"
+    names = "bfloat16", "conformance"
     files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
     slow = "not opcheck and not compile and not autocast and not fake"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", slow]

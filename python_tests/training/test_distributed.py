@@ -103,6 +103,7 @@ def run(two: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_process_does(two: Path, settings: Configure, run: Path) -> None:
     """All losses, the norm of the gradients, the weights and the statistics, to rounding."""
     finish(start_tiny(dataclasses.replace(settings(run), batch=4), ranks=1))

@@ -18,6 +18,7 @@ from support import conformance, emulator
 from support.compare import assert_within_rounding, run
 from support.conformance import (
     DTYPES,
+    TINY,
     WRITTEN,
     Backend,
     Op,
@@ -101,6 +102,7 @@ def emulated(name: str, *topics: str, family: str = "") -> Backend:
         ready=ready,
         refusal=functools.partial(refusal, family) if family else lambda problem, dtype: None,
         problems=functools.partial(problems, family),
+        differentiated=TINY[1:],
         small=Problem("small", ((70, 5),), dim=72, height=4, width=6),
         temperatures=(0.3, 0.01),
         forms=((True, False),),  # problems are held with a tensor
