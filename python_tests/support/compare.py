@@ -195,6 +195,12 @@ def _truth(
     return exact, error_model(problem, dtype, rounding=rounding, **options)
 
 
+def out_within_rounding(out: Tensor, problem: Problem, dtype: torch.dtype, **options: Any) -> bool:
+    """Whether a result alone, found without gradients perhaps, is held by that rule."""
+    exact, model = _truth(problem, dtype, None, **options)
+    return worst(out, exact.out, model.out) <= ROUNDINGS
+
+
 def assert_within_rounding(
     op: Callable[..., Tensor],
     problem: Problem,
