@@ -99,11 +99,11 @@ _TABLE = """
 # Head and neck
 119238007 E69F00 1 Brain stem; brainstem
 2748008   56B4E9 1 Spinal cord; cord; medulla spinalis
-91609006  009E73 1 Mandible; mandibula; lower jaw; bone mandible
+91609006  7828C8 1 Mandible; mandibula; lower jaw; bone mandible
 45289007  F0E442 2 Parotid gland; parotid
 54019009  D55E00 2 Submandibular gland; submandibular; submand; glnd submand
 18234004  CC79A7 2 Optic nerve; opticnrv; optic nrv
-244453006 7828C8 1 Optic chiasm; chiasm; opticchiasm; chiasma
+244453006 009E73 1 Optic chiasm; chiasm; opticchiasm; chiasma
 81745001  B2DF8A 2 Eye; eyeball; globe
 78076003  FB9A99 2 Lens; eye lens
 13561001  CAB2D6 2 Lacrimal gland; lacrimal; glnd lacrimal

@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
 
 from fastproto._files import atomic_write
 from fastproto.data.anatomy import organ_colours
-from fastproto.data.preprocessing import Preprocessing
+from fastproto.data.geometry import FieldOfView, canonical
+from fastproto.data.preprocessing import PreparedVolume, Preprocessing
 from fastproto.data.volume import Volume
 
-OPACITY = 0.45
+OPACITY = 0.35  # within an organ's outline
 TILE = 256  # pixels per slice
 LINE = 22  # height of a line of text in pixels
+MARGIN_MM = 30.0  # around what is labelled
 
 Colours: TypeAlias = "dict[int, tuple[int, ...]]"  # by label value
 Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
@@ -56,13 +60,17 @@ def draw_overlay(
 
     The slices are spread evenly over the extent of the labels, or over the whole volume where
     nothing is labelled, ``slices`` at most and ``columns`` to a row. They appear as the network
-    sees them: in canonical orientation, with true proportions and the plane, crop and grey values
-    of the preprocessing. ``label`` is on the grid of ``image``; ``names`` go by its values.
+    sees them, in canonical orientation, with true proportions and the plane and grey values of the
+    preprocessing, but nearer: all show the same square, which holds every organ and `MARGIN_MM`
+    around them. ``label`` is on the grid of ``image``; ``names`` go by its values.
     """
     preprocessing = dataclasses.replace(preprocessing, image_size=TILE)
     prepared = preprocessing.prepare(image)
+    prepared = prepared.at(_near(prepared, canonical(label, preprocessing.plane).array))
     label_map = prepared.labels(label).numpy()
     shown = _spread(label_map, slices)
+    grey = prepared.some_images(shown)[:, 0].numpy()
+    grey_range = np.percentile(grey, (1, 99))  # of all: an empty slice's noise stays dark
     colours = organ_colours(names)
 
     columns = min(columns, len(shown))
@@ -73,8 +81,8 @@ def draw_overlay(
     draw = ImageDraw.Draw(picture)
     for position, index in enumerate(shown):
         left, top = position % columns * TILE, position // columns * TILE
-        grey = prepared.images(index, index + 1)[0, 0].numpy()
-        picture.paste(Image.fromarray(_tile(grey, label_map[index], colours)), (left, top))
+        tile = _tile(grey[position], grey_range, label_map[index], colours)
+        picture.paste(Image.fromarray(tile), (left, top))
         caption = f"{index + 1} / {len(prepared)}"
         draw.text((left + 6, top + 4), caption, fill="white", font=font)
     picture.paste(legend, (0, rows * TILE))
@@ -88,14 +96,30 @@ def _spread(label_map: np.ndarray, number: int) -> list[int]:
     return np.unique(np.linspace(first, last, number).round().astype(int)).tolist()
 
 
-def _tile(grey: np.ndarray, labels: np.ndarray, colours: Colours) -> np.ndarray:
-    """One slice ``[S, S]`` as RGB ``[S, S, 3]`` uint8, organs tinted over the grey values."""
-    low, high = np.percentile(grey, (1, 99))
+def _near(prepared: PreparedVolume, labels: np.ndarray) -> FieldOfView:
+    """The square around every label of ``[n, h, w]``, no larger than what the network sees."""
+    view = prepared.view
+    rows, columns = (np.flatnonzero(labels.any(axis=(0, axis))) for axis in (2, 1))
+    if not rows.size:
+        return view
+    _, row_mm, column_mm = prepared.spacing
+    extent = max((rows[-1] - rows[0] + 1) * row_mm, (columns[-1] - columns[0] + 1) * column_mm)
+    if (side := extent + 2 * MARGIN_MM) >= view.side:
+        return view
+    return FieldOfView((rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2, side)
+
+
+def _tile(
+    grey: np.ndarray, grey_range: Sequence[float], labels: np.ndarray, colours: Colours
+) -> np.ndarray:
+    """One slice ``[S, S]`` as RGB ``[S, S, 3]`` uint8, organs outlined and tinted."""
+    low, high = grey_range
     grey = (grey - low) / max(high - low, 1e-6)
     picture = np.repeat(np.clip(grey * 255, 0, 255)[..., None], 3, axis=2)
     for value, colour in colours.items():
         organ = labels == value
         picture[organ] = (1 - OPACITY) * picture[organ] + OPACITY * np.array(colour)
+        picture[organ & ~binary_erosion(organ)] = colour
     return picture.astype(np.uint8)
 
 

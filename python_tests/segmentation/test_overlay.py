@@ -12,7 +12,7 @@ from PIL import Image
 from fastproto.data.anatomy import COLOURS, organ
 from fastproto.errors import OutputError
 from fastproto.segmentation import draw_overlay, write_overlay
-from fastproto.segmentation.overlay import LINE, OPACITY, TILE, _spread, _tile
+from fastproto.segmentation.overlay import LINE, MARGIN_MM, OPACITY, TILE, _spread, _tile
 
 NAMES = {7: "spleen", 300: "tumour"}
 
@@ -45,16 +45,28 @@ def test_slices_are_spread_over_the_labelled_extent():
     assert _spread(labels[10:12], 5) == [0, 1]
 
 
-def test_organs_are_tinted_over_their_grey_value():
+def test_a_small_organ_is_seen_from_near(scan, preprocessing):
+    image, label = (dataclasses.replace(volume, spacing=(6.0, 6.0, 4.0)) for volume in scan)
+    label = dataclasses.replace(label, array=np.zeros_like(label.array))
+    label.array[2, 40, 5] = 7
+    pixels = np.asarray(draw_overlay(image, label, preprocessing, NAMES, slices=1)).astype(int)
+    where = np.nonzero(np.ptp(pixels[:TILE], axis=2))
+    for axis in where:
+        assert np.ptp(axis) + 1 == pytest.approx(TILE * 6 / (6 + 2 * MARGIN_MM), abs=1)
+        assert axis.mean() == pytest.approx(TILE / 2, abs=1)
+
+
+def test_organs_are_outlined_and_tinted_over_their_grey_value():
     grey = np.zeros((10, 10), dtype=np.float32)
     grey[5:] = 1
     labels = np.zeros((10, 10), dtype=np.uint8)
-    labels[0] = labels[9] = 4
-    picture = _tile(grey, labels, {4: (200, 100, 0)})
-    assert picture[1, 0].tolist() == [0, 0, 0]
-    assert picture[8, 0].tolist() == [255, 255, 255]
-    assert picture[0, 0].tolist() == [int(OPACITY * 200), int(OPACITY * 100), 0]
-    assert picture[9, 0, 2] == int((1 - OPACITY) * 255)
+    labels[:3] = labels[7:] = 4
+    picture = _tile(grey, (0, 1), labels, {4: (200, 100, 0)})
+    assert picture[3, 0].tolist() == [0, 0, 0]
+    assert picture[6, 0].tolist() == [255, 255, 255]
+    assert picture[1, 1].tolist() == [int(OPACITY * 200), int(OPACITY * 100), 0]
+    assert picture[8, 1, 2] == int((1 - OPACITY) * 255)
+    assert picture[2, 1].tolist() == picture[9, 0].tolist() == [200, 100, 0]
 
 
 def test_a_long_legend_wraps(scan, preprocessing):
