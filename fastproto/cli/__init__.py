@@ -51,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a terminal may lack the letters of a file's name
-                stream.reconfigure(errors="backslashreplace")
+            if hasattr(stream, "reconfigure"):
+                # A terminal may lack the letters of a file's name; a log shows each line at once.
+                stream.reconfigure(errors="backslashreplace", line_buffering=True)
         words = list(sys.argv[1:] if argv is None else argv)
         words[:1] = [FORMER_NAMES.get(word, word) for word in words[:1]]
         args = _parser().parse_args(words)

@@ -123,6 +123,7 @@ def learn_example(
         classes = list(labels)
     chosen = {name: getattr(args, name) for name in ("slices", "adapt", "prior")}
     given = {"adapt": "auto"} | {k: v for k, v in chosen.items() if v is not None}
+    print(f"learning from {image}")  # in a log the next words come minutes later
     with options.progress_bar("adapting", "step") as advance:
         task = register(
             model,
@@ -137,7 +138,7 @@ def learn_example(
             **given,
         )
     how = f"adapted in {task.adapted_steps} steps" if task.adapted_steps else "without adaptation"
-    print(f"learned from {image}, {how}:")
+    print(f"{how}:")
     print(_ROW.format("label", "organ", "slices", "prototypes", "field of view", "predicted Dice"))
     for organ in task.organs:
         prototypes = sum(map(sum, organ.prototypes.counts()))

@@ -65,8 +65,8 @@ def test_learn_lists_what_it_learned(program, tmp_path, capsys):
     assert task.labels == {1: "liver", 5: "spine"}
     assert task.atlas.kind == "box"
     out, err = capsys.readouterr()
-    first, header, *lines = out.splitlines()
-    assert first == f"learned from {program.example[0]}, without adaptation:"
+    first, how, header, *lines = out.splitlines()
+    assert [first, how] == [f"learning from {program.example[0]}", "without adaptation:"]
     assert header.split() == [
         "label", "organ", "slices", "prototypes", "field", "of", "view", "predicted", "Dice"
     ]  # fmt: skip

@@ -112,7 +112,7 @@ def test_examples_are_learned_on_the_spot_as_by_learn(
     capsys.readouterr()
     options = [*examples, "--probabilities", "--no-overlay"]
     assert program.segment(tmp_path / "scans", tmp_path / "b", *options) == 0
-    assert f"learned from {program.example[0]}" in capsys.readouterr().out
+    assert f"learning from {program.example[0]}" in capsys.readouterr().out
     assert len(counted) == results[1] == 1
     for name in ("mr_002.nii.gz", "mr_002-probabilities/1-liver.nii.gz"):
         a, b = (read_volume(tmp_path / run / name).array for run in "ab")
