@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -108,6 +110,15 @@ def test_what_pydicom_reads(tmp_path: Path, labels: np.ndarray):
         assert position[:2] == (-20.5, 30.25)
         np.testing.assert_array_equal(pixels, labels[z] == value)
         assert sources == [files[position[2]].SOPInstanceUID]
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="no dciodvfy (Debian: dicom3tools)")
+def test_a_validator_finds_no_error(tmp_path: Path, labels: np.ndarray):
+    path = tmp_path / "ct.dcm"
+    write_label(path, labels, scan_of_slices(tmp_path / "ct"), NAMES)
+    checked = subprocess.run(["dciodvfy", path], stderr=subprocess.PIPE, text=True)
+    assert "Segmentation" in checked.stderr
+    assert "Error" not in checked.stderr, checked.stderr
 
 
 def test_segments_have_codes_colours_and_their_algorithm(tmp_path: Path, labels: np.ndarray):
