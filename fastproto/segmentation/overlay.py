@@ -62,7 +62,8 @@ def draw_overlay(
     nothing is labelled, ``slices`` at most and ``columns`` to a row. They appear as the network
     sees them, in canonical orientation, with true proportions and the plane and grey values of the
     preprocessing, but nearer: all show the same square, which holds every organ and `MARGIN_MM`
-    around them. ``label`` is on the grid of ``image``; ``names`` go by its values.
+    around them. R, L, A, P: the patient's right, left, front and back. ``label`` is on the grid of
+    ``image``; ``names`` go by its values.
     """
     preprocessing = dataclasses.replace(preprocessing, image_size=TILE)
     prepared = preprocessing.prepare(image)
@@ -72,19 +73,25 @@ def draw_overlay(
     grey = prepared.some_images(shown)[:, 0].numpy()
     grey_range = np.percentile(grey, (1, 99))  # of all: an empty slice's noise stays dark
     colours = organ_colours(names)
+    sides = "AP" if preprocessing.plane == "sagittal" else "RL"
 
     columns = min(columns, len(shown))
     rows = -(-len(shown) // columns)
     font = ImageFont.load_default(14)
     legend = _legend(names, colours, columns * TILE, font)
     picture = Image.new("RGB", (columns * TILE, rows * TILE + legend.height))
-    draw = ImageDraw.Draw(picture)
     for position, index in enumerate(shown):
-        left, top = position % columns * TILE, position // columns * TILE
-        tile = _tile(grey[position], grey_range, label_map[index], colours)
-        picture.paste(Image.fromarray(tile), (left, top))
+        tile = Image.fromarray(_tile(grey[position], grey_range, label_map[index], colours))
         caption = f"{index + 1} / {len(prepared)}"
-        draw.text((left + 6, top + 4), caption, fill="white", font=font)
+        for x, y, anchor, text in (
+            (6, 4, "la", caption),
+            (6, TILE // 2, "lm", sides[0]),
+            (TILE - 6, TILE // 2, "rm", sides[1]),
+        ):
+            ImageDraw.Draw(tile).text(
+                (x, y), text, "white", font, anchor, stroke_width=1, stroke_fill="black"
+            )
+        picture.paste(tile, (position % columns * TILE, position // columns * TILE))
     picture.paste(legend, (0, rows * TILE))
     return picture
 
