@@ -116,7 +116,7 @@ docs: $(VENV)/.extras
 
 # Runs the notebooks of examples/ and keeps what they show.
 notebooks: develop
-	$(BIN)/jupyter execute --inplace examples/*.ipynb
+	$(BIN)/python scripts/run_notebooks.py
 
 # Build, tests, kernels' resources and benchmark on an NVIDIA GPU, with the $(PYTHON) that has torch
 # with CUDA, triton and pytest: nothing is installed into it. GPU_CHECK="--out OUT --minutes 8"
