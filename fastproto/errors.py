@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -105,6 +105,12 @@ def require(
     """
     if not condition:
         raise error(subject, found=found() if callable(found) else found, allowed=allowed, fix=fix)
+
+
+def first_of(names: Iterable[object], most: int = 3) -> str:
+    """A message's list of names, of which it spells out so many."""
+    shown = list(map(str, names))
+    return ", ".join(shown[:most]) + ", ..." * (len(shown) > most)
 
 
 def import_extra(extra: str, *names: str, otherwise: str = "") -> Any:

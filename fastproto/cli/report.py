@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastproto._files import check_writable
 from fastproto.cli import options
-from fastproto.errors import require, warn
+from fastproto.errors import first_of, require, warn
 
 if TYPE_CHECKING:
     from fastproto.report import Results
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if results and scores:
         strangers = {row["case"] for row in scores["rows"]} - results.links().keys()
         if strangers:
-            listed = ", ".join(sorted(strangers)[:3]) + ", ..." * (len(strangers) > 3)
+            listed = first_of(sorted(strangers))
             warn(kinds["scores"], f"cases that {kinds['results']} does not hold: {listed}.")
     training = training_contents(kinds["training"]) if "training" in kinds else None
     title = f"Report: {', '.join(path.resolve().name for path in args.input)}"

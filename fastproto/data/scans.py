@@ -25,7 +25,7 @@ from fastproto.data.volume import (
     volume_suffix,
     without_suffix,
 )
-from fastproto.errors import VolumeError, require, warn
+from fastproto.errors import VolumeError, first_of, require, warn
 
 _LABEL_MAP = re.compile(r"(.*[\W_])?(masks?|labels?(tr|ts)?|segs?|segmentations?)", re.IGNORECASE)
 _DATA_SETS = (("images", "labels"), ("imagesTr", "labelsTr"))
@@ -242,10 +242,9 @@ def plan_outputs(
             found=f"{format_} for the file {output}",
             allowed="it for a folder of results; the name of a file says its format",
         )
-        listed = ", ".join(
-            scan.name if scan == source else str(scan.relative_to(source)) for scan in scans[:3]
+        listed = first_of(
+            scan.name if scan == source else scan.relative_to(source) for scan in scans
         )
-        listed += ", ..." * (len(scans) > 3)
         found = f"the file {output} for the {len(scans)} scans of a folder ({listed})"
         require(len(scans) == 1, "--output", found=found, allowed="a folder")
         jobs = [(scans[0], output)]

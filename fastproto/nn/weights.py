@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastproto._files import atomic_write, cache_folder
-from fastproto.errors import ArgumentError, CheckpointError, require
+from fastproto.errors import ArgumentError, CheckpointError, first_of, require
 from fastproto.nn.encoders import ENCODERS, Encoder
 
 IMAGENET_URL = "https://download.pytorch.org/models/"
@@ -70,7 +70,7 @@ def load_state(
     missing = [key for key in expected if key not in state and "num_batches_tracked" not in key]
     unknown = [key for key in state if key not in expected]
     parts = [
-        f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        f"{len(keys)} {word} ({first_of(keys)})"
         for word, keys in (("missing", missing), ("unknown", unknown))
         if keys
     ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastproto.data.formats.checks import require_volume
-from fastproto.errors import FastprotoError, VolumeError
+from fastproto.errors import FastprotoError, VolumeError, first_of
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -25,7 +25,6 @@ EXPORT_AGAIN = "Export the series again, uncompressed, or remove the file if it 
 INDEX = "DICOMDIR"  # what PS3.10 calls the index of a disc
 SEGMENTATIONS = {"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"}
 _FOREIGN = "files that are not DICOM"
-_LISTED = 4  # files that a message names before it counts
 _TAGS = [
     *("SOPClassUID", "Modality", "SeriesInstanceUID", "ImagePositionPatient", "SliceThickness"),
     *("ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames"),
@@ -193,10 +192,7 @@ def listing(others: Iterable[Other], root: Path) -> str:
     kinds: dict[str, list[str]] = {}
     for item in others:
         kinds.setdefault(item.why, []).append(str(item.path.relative_to(root)))
-    return "; ".join(
-        f"{why} ({len(names)}: {', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)})"
-        for why, names in kinds.items()
-    )
+    return "; ".join(f"{why} ({len(names)}: {first_of(names, 4)})" for why, names in kinds.items())
 
 
 def read_header(path: Path) -> list[Slice] | Other:
