@@ -74,8 +74,9 @@ def robustness(results: Path) -> str:
         lines.append(
             f"* **A folder of {record['scans']} scans**, one broken and one of "
             f"{record['huge_mib'] / 1024:.1f} GiB: the others are segmented, the broken one is "
-            f"named. The last scans take {last:.2f} s, the first {first:.2f} s; at most "
-            f"{record['peak_mib'] / 1024:.1f} GiB of memory. {provenance(record)}"
+            f"named. Small ones take {last:.2f} s at the end, {first:.2f} s at the beginning; the "
+            f"huge one takes at most {record['peak_mib'] / 1024:.1f} GiB of memory. "
+            f"{provenance(record)}"
         )
     return "\n".join(lines).replace("(provenance", "(docs/provenance") or NO_RECORD
 

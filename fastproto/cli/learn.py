@@ -123,7 +123,7 @@ def learn_example(
         classes = list(labels)
     chosen = {name: getattr(args, name) for name in ("slices", "adapt", "prior")}
     given = {"adapt": "auto"} | {k: v for k, v in chosen.items() if v is not None}
-    print(f"learning from {image}")  # in a log the next words come minutes later
+    print(f"learning from {image}: minutes on a CPU")  # the next words of a log come after them
     with options.progress_bar("adapting", "step") as advance:
         task = register(
             model,
@@ -138,7 +138,7 @@ def learn_example(
             **given,
         )
     how = f"adapted in {task.adapted_steps} steps" if task.adapted_steps else "without adaptation"
-    print(f"{how}:")
+    print(f"{how}; predicted: what the network alone reaches in slices left out")
     print(_ROW.format("label", "organ", "slices", "prototypes", "field of view", "predicted Dice"))
     for organ in task.organs:
         prototypes = sum(map(sum, organ.prototypes.counts()))

@@ -39,6 +39,7 @@ EXAMPLE = """\
 FORMATS = ("nii.gz", "nii", "nrrd", "mha", "seg.nrrd", "dcm")
 
 # Which a task file has decided on.
+UNUSUAL = 3.0  # times larger or smaller than annotated: then a warning
 _EXAMPLE_OPTIONS = ("example-series", "labels", "classes", "slices", "adapt")
 
 
@@ -172,6 +173,7 @@ def _segment_scan(
     report: Results | None,
 ) -> None:
     """Segment one scan, write what was asked for and report on it."""
+    from fastproto.data.intensity import mismatch
     from fastproto.data.scans import stem
     from fastproto.data.volume import check_label_output, read_volume, write_label, write_volume
     from fastproto.segmentation import write_overlay
@@ -196,18 +198,24 @@ def _segment_scan(
     label = dataclasses.replace(volume, array=result.labels, path=output)
     if args.overlay:
         write_overlay(f"{base}.png", volume, label, tasks[0].preprocessing, names)
-    millilitres = math.prod(volume.spacing) / 1000
-    sizes = ", ".join(
-        f"{name} {(result.labels == value).sum() * millilitres:.1f} ml"
-        for value, name in names.items()
-    )
+    voxel = math.prod(volume.spacing) / 1000
+    found = {value: float((result.labels == value).sum() * voxel) for value in names}
+    sizes = ", ".join(f"{names[value]} {size:.1f} ml" for value, size in found.items())
     print(f"{scan} -> {output} ({sizes}; {time.perf_counter() - started:.1f} s)")
-    doubts = [f"{names[value]} is probably not in this scan" for value in result.absent()]
+    absent = result.absent()
+    doubts = [f"{names[value]} is probably not in this scan" for value in absent]
+    for value, size in found.items():
+        drawn = [task.millilitres[value] for task in tasks if value in task.labels]
+        if value not in absent and not min(drawn) / UNUSUAL < size < max(drawn) * UNUSUAL:
+            usual = ", ".join(f"{each:.1f}" for each in drawn)
+            doubts.append(f"{names[value]}: {size:.1f} ml (in the annotated scan {usual} ml)")
     if result.prior.fallback:
         doubts.append(f"not registered, only body boxes were compared ({result.prior.fallback})")
     for doubt in doubts:
         warn(scan, doubt)
     if report:
+        if unfit := mismatch(volume, tasks[0].preprocessing.modality):
+            doubts.insert(0, f"found {unfit}; used all the same, as forced")
         report.add(stem(output), label, volume, doubts)
 
 

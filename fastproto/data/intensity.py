@@ -87,7 +87,7 @@ def check_intensities(volume: Volume, modality: str, *, force: bool = False) -> 
         VolumeError: It is constant, of another DICOM modality, or its values are not those of CT
             in HU, or those of CT where MR is expected.
     """
-    found = _mismatch(volume, modality)
+    found = mismatch(volume, modality)
     if found is None:
         return
     if not force:
@@ -95,7 +95,7 @@ def check_intensities(volume: Volume, modality: str, *, force: bool = False) -> 
     warn(volume.name, f"found {found}; used all the same, as forced.")
 
 
-def _mismatch(volume: Volume, modality: str) -> str | None:
+def mismatch(volume: Volume, modality: str) -> str | None:
     """What makes a volume unfit for a modality, or None."""
     sample = _sample(volume)
     if sample.min() == sample.max() and volume.array.min() == volume.array.max():

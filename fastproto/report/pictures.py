@@ -39,16 +39,18 @@ def encode(
 
     Returns:
         A record per plane: ``plane``, ``numbers`` (of its slices, from 1) of ``total``, ``first``
-        (the slice to begin with, an index), ``rows``, ``cols``, ``pitch`` (rows from one slice to
-        the next in the image), ``mm`` (height and width), ``image`` (base64 of a JPEG, "" without a
-        scan) and ``labels`` (base64 of zlib-compressed bytes, [slices, rows, cols]).
+        (the slice with the most organs, an index), ``rows``, ``cols``, ``pitch`` (rows from one
+        slice to the next in the image), ``mm`` (height and width), ``image`` (base64 of a JPEG, ""
+        without a scan) and ``labels`` (base64 of zlib-compressed bytes, [slices, rows, cols]).
     """
     seen, grey = canonical(label), None
+    corner, size = (0, 0, 0), seen.array.shape
     if scan is not None:
         whole = canonical(scan)
         modality = guess_modality(scan)
         box = _union(body_box(whole.array, whole.spacing[::-1], modality), seen.array)
         seen, whole = _crop(seen, box), _crop(whole, box)
+        corner = 0, box[0].start, box[1].start
         window = CT_WINDOW if modality == "ct" else _range(whole.array)
         grey = whole, window
     index = np.zeros(max(int(seen.array.max()), *values, 0) + 1, np.uint8)
@@ -58,6 +60,10 @@ def encode(
         planes = [_plane(name, seen, index, grey, slices, pixels) for name in PLANES]
         if sum(len(plane["image"]) + len(plane["labels"]) for plane in planes) <= room:
             break
+    for plane in planes:  # as the scan has them, not what is left of it
+        axis = 2 - PLANES[plane["plane"]][0][0]
+        plane["numbers"] = [number + corner[axis] for number in plane["numbers"]]
+        plane["total"] = size[axis]
     return planes
 
 
@@ -74,8 +80,8 @@ def _plane(
     total = len(seen.array)
     spacing = np.array(seen.spacing[::-1])
     size = spacing[1:] * seen.array.shape[1:]
-    occupied = [int(np.count_nonzero(section)) for section in seen.array]
-    numbers = _spread(np.flatnonzero(occupied), total, MARGIN_MM / spacing[0], slices)
+    occupied = np.flatnonzero([section.any() for section in seen.array])
+    numbers = _spread(occupied, total, MARGIN_MM / spacing[0], slices)
     shape = np.minimum(np.ceil(pixels * size / size.max()).astype(int), seen.array.shape[1:])
     rows, cols = (int(length) for length in shape)
     nearest = [
@@ -83,6 +89,8 @@ def _plane(
         for n, m in zip(shape, seen.array.shape[1:], strict=True)
     ]
     labels = index[seen.array[np.ix_(numbers, *nearest)]]
+    organs = [np.bincount(section.ravel(), minlength=1)[1:] for section in labels]
+    most = [np.count_nonzero(each) + each.sum() / labels[0].size for each in organs]
     pitch, image = rows, ""
     if grey is not None:
         volume, window = grey
@@ -92,9 +100,7 @@ def _plane(
         "plane": name,
         "numbers": [number + 1 for number in numbers],
         "total": total,
-        "first": int(np.argmax([occupied[number] for number in numbers]))
-        if any(occupied)
-        else len(numbers) // 2,
+        "first": int(np.argmax(most)) if labels.any() else len(numbers) // 2,
         "rows": rows,
         "cols": cols,
         "pitch": pitch,

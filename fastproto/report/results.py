@@ -21,7 +21,7 @@ from fastproto.report.tables import Cell, Table
 from fastproto.segmentation.postprocess import find_pieces
 
 FEWEST = 5  # scans in which an organ was found, to tell what is unusual
-WHISKER = 1.5  # quartile distances beyond the quartiles, as of a box plot
+WHISKER = 1.5  # interquartile ranges beyond the quartiles, as of a box plot
 SLIGHT = 0.2  # share of the median that no outlier is nearer to it
 CRUMB = 0.05  # share of an organ's largest piece below which another one is not counted
 _MOST_ORGANS = 255  # a byte of a picture each
@@ -182,7 +182,7 @@ class Results:
                     Cell(f"{len(sizes)} of {len(self.findings)}", len(sizes)),
                     Cell.number(float(np.median(sizes)) if sizes else None, ".1f"),
                     Cell(span, max(sizes, default=0.0)),
-                    Cell.number(len(outliers[value]), "d"),
+                    Cell.number(len(outliers[value]) if len(sizes) >= FEWEST else None, "d"),
                     Cell(note, warning=poor),
                 ]
             )

@@ -50,6 +50,11 @@ class DistanceMap:
         return cls(values, (low + (pool - 1) / 2) * spacing - 2 * step, step)
 
     @property
+    def millilitres(self) -> float:
+        """The organ's volume, about."""
+        return float(np.count_nonzero(self.values < 0) * self.step.prod() / 1000)
+
+    @property
     def last(self) -> np.ndarray:
         """Position of the last grid point in mm."""
         return self.first + self.step * (np.array(self.values.shape) - 1)

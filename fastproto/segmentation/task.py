@@ -84,6 +84,12 @@ class Task:
         return self.__dict__ | {"_ready": {}}  # neither copied nor sent to other processes
 
     @property
+    def millilitres(self) -> dict[int, float]:
+        """Label value -> volume of the organ in the annotated scan, about."""
+        sizes = [shape.millilitres for shape in self.atlas.maps]
+        return dict(zip(self.atlas.values, sizes, strict=True))
+
+    @property
     def labels(self) -> dict[int, str]:
         """Label value -> name, in the order of the organs."""
         return {organ.value: organ.name for organ in self.organs}

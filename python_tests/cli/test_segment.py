@@ -77,6 +77,19 @@ def test_a_report_has_every_scan_of_the_command(program, task_file, phantom, tmp
     assert "ending in .html" in capsys.readouterr().err
 
 
+def test_an_organ_of_unusual_size_is_told(
+    program, task_file, scan, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    task = Task.load(task_file)
+    drawn = {task.labels[value]: f"{size:.1f} ml" for value, size in task.millilitres.items()}
+    for unusual, told in ((1.0, True), (1e6, False)):
+        monkeypatch.setattr("fastproto.cli.segment.UNUSUAL", unusual)
+        assert program.segment(scan, tmp_path / "organs.nii.gz", "--task", task_file) == 0
+        said = capsys.readouterr().err
+        for name, size in drawn.items():
+            assert (f"(in the annotated scan {size})" in said and f" {name}: " in said) == told
+
+
 def test_the_backend_is_forced_and_files_are_left_out(program, task_file, scan, tmp_path, capsys):
     options = ["--task", task_file, "--uncertainty", "--no-overlay", "--backend"]
     assert program.segment(scan, tmp_path / "out", *options, "reference") == 0
@@ -237,8 +250,10 @@ def test_a_scan_of_another_modality_needs_force(program, task_file, tmp_path, ca
         assert program.segment(scan, output, *options) == 2
         assert words in capsys.readouterr().err
         assert not output.exists()
-    assert program.segment(ct, output, *options, "--force") == 0
+    report = tmp_path / "report.html"
+    assert program.segment(ct, output, *options, "--force", "--report", report) == 0
     assert output.exists()
+    assert "as forced" in report.read_text("utf-8")
 
     other = dataclasses.replace(program, example=[ct, str(tmp_path / "label.nii.gz")])
     assert other.learn(tmp_path / "organs.task", *CHOSEN) == 2

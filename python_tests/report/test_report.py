@@ -137,6 +137,20 @@ def test_coronal_pictures_have_the_head_on_top():
     assert coronal["image"] == ""
 
 
+def test_a_report_begins_where_most_organs_are_and_counts_as_the_scan_does():
+    """The body fills rows 30 to 50 of 60; what lies around it is not shown."""
+    scan = np.full((10, 60, 40), -1000, np.float32)
+    scan[:, 30:50, 5:35] = 40
+    label = np.zeros(scan.shape, np.uint8)
+    label[3:7, 32:48, 8:20] = 1
+    label[6, 46, 30] = 2
+    axial, coronal, sagittal = encode(Volume(scan), Volume(label), [1, 2])
+    assert [plane["total"] for plane in (axial, coronal, sagittal)] == [10, 60, 40]
+    assert coronal["numbers"][0] > 20
+    assert coronal["numbers"][coronal["first"]] == 47
+    assert axial["numbers"][axial["first"]] == 7
+
+
 @pytest.mark.parametrize(("scans", "room"), [(1, MOST_BYTES), (200, PAGE_BYTES / 200)])
 def test_pictures_fit_into_the_room_of_a_scan(scans, room):
     image, label = make_patient(0, modality="ct")
@@ -178,6 +192,7 @@ def test_the_dice_that_tasks_predict_stands_with_the_organ(tmp_path):
     assert liver[-1].warning
     assert "poor results" in liver[-1].text
     assert [cell.text for cell in kidney[2:4]] == ["-", "0 of 1"]
+    assert liver[-2].text == "-"  # outliers, of one scan
     assert not kidney[-1].text
 
 

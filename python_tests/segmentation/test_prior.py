@@ -297,6 +297,13 @@ def test_distances_and_boxes(atlas):
         prior.signed_distance(40, 49)
 
 
+def test_a_map_knows_the_organs_volume():
+    z, y, x = np.indices((40, 60, 80))
+    ball = ((z - 20) * 3) ** 2 + ((y - 30) * 2) ** 2 + (x - 40) ** 2 < 36**2
+    shape = DistanceMap.of_mask(ball, np.array([3.0, 2.0, 1.0]))
+    assert shape.millilitres == pytest.approx(ball.sum() * 6 / 1000, rel=0.03)
+
+
 def test_a_thin_small_organ_survives_the_grid():
     mask = np.zeros((5, 300, 300), bool)
     mask[2, 10:290, 150] = True
