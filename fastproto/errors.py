@@ -11,6 +11,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 
@@ -109,7 +110,7 @@ def require(
 
 def first_of(names: Iterable[object], most: int = 3) -> str:
     """A message's list of names, of which it spells out so many."""
-    shown = list(map(str, names))
+    shown = list(map(str, islice(names, most + 1)))
     return ", ".join(shown[:most]) + ", ..." * (len(shown) > most)
 
 

@@ -38,8 +38,8 @@ EXAMPLE = """\
 
 FORMATS = ("nii.gz", "nii", "nrrd", "mha", "seg.nrrd", "dcm")
 
-# Which a task file has decided on.
 UNUSUAL = 3.0  # times larger or smaller than annotated: then a warning
+# Which a task file has decided on.
 _EXAMPLE_OPTIONS = ("example-series", "labels", "classes", "slices", "adapt")
 
 
@@ -173,7 +173,6 @@ def _segment_scan(
     report: Results | None,
 ) -> None:
     """Segment one scan, write what was asked for and report on it."""
-    from fastproto.data.intensity import mismatch
     from fastproto.data.scans import stem
     from fastproto.data.volume import check_label_output, read_volume, write_label, write_volume
     from fastproto.segmentation import write_overlay
@@ -204,8 +203,9 @@ def _segment_scan(
     print(f"{scan} -> {output} ({sizes}; {time.perf_counter() - started:.1f} s)")
     absent = result.absent()
     doubts = [f"{names[value]} is probably not in this scan" for value in absent]
+    annotated = [task.millilitres for task in tasks]
     for value, size in found.items():
-        drawn = [task.millilitres[value] for task in tasks if value in task.labels]
+        drawn = [each[value] for each in annotated if value in each]
         if value not in absent and not min(drawn) / UNUSUAL < size < max(drawn) * UNUSUAL:
             usual = ", ".join(f"{each:.1f}" for each in drawn)
             doubts.append(f"{names[value]}: {size:.1f} ml (in the annotated scan {usual} ml)")
@@ -214,9 +214,8 @@ def _segment_scan(
     for doubt in doubts:
         warn(scan, doubt)
     if report:
-        if unfit := mismatch(volume, tasks[0].preprocessing.modality):
-            doubts.insert(0, f"found {unfit}; used all the same, as forced")
-        report.add(stem(output), label, volume, doubts)
+        forced = [result.unfit] if result.unfit else []  # which was a warning already
+        report.add(stem(output), label, volume, forced + doubts)
 
 
 def _check_source(args: argparse.Namespace) -> None:

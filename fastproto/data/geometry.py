@@ -19,6 +19,8 @@ PLANES = {
     "coronal": ((1, 1), (2, -1), (0, 1)),
     "sagittal": ((0, 1), (2, -1), (1, 1)),
 }
+# What lies at the left and at the right of these pictures: the patient's right, front, ...
+SIDES = {"axial": ("R", "L"), "coronal": ("R", "L"), "sagittal": ("A", "P")}
 
 
 class FieldOfView(NamedTuple):

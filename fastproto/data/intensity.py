@@ -75,7 +75,7 @@ def guess_modality(volume: Volume) -> Literal["ct", "mr"]:
     return "ct" if is_ct else "mr"
 
 
-def check_intensities(volume: Volume, modality: str, *, force: bool = False) -> None:
+def check_intensities(volume: Volume, modality: str, *, force: bool = False) -> str | None:
     """Refuse a scan whose numbers are not those a model of this modality was trained on.
 
     Args:
@@ -83,19 +83,24 @@ def check_intensities(volume: Volume, modality: str, *, force: bool = False) -> 
         modality: "ct" or "mr", of the preprocessing it is meant for.
         force: Warn instead.
 
+    Returns:
+        What it warned of, or None.
+
     Raises:
         VolumeError: It is constant, of another DICOM modality, or its values are not those of CT
             in HU, or those of CT where MR is expected.
     """
-    found = mismatch(volume, modality)
+    found = _mismatch(volume, modality)
     if found is None:
-        return
+        return None
     if not force:
         raise VolumeError(volume.name, found=found, allowed=_ALLOWED[modality], fix=_FIX[modality])
-    warn(volume.name, f"found {found}; used all the same, as forced.")
+    told = f"found {found}; used all the same, as forced"
+    warn(volume.name, f"{told}.")
+    return told
 
 
-def mismatch(volume: Volume, modality: str) -> str | None:
+def _mismatch(volume: Volume, modality: str) -> str | None:
     """What makes a volume unfit for a modality, or None."""
     sample = _sample(volume)
     if sample.min() == sample.max() and volume.array.min() == volume.array.max():

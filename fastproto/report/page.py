@@ -9,6 +9,7 @@ from typing import Any
 
 from fastproto._files import write_text
 from fastproto._version import __version__
+from fastproto.data.geometry import SIDES
 
 _FOLDER = Path(__file__).with_name("page")
 
@@ -36,6 +37,6 @@ def write_page(path: str | os.PathLike[str], title: str, **parts: Any) -> None:
     )
     style, script = (_FOLDER.joinpath(f"page.{end}").read_text("utf-8") for end in ("css", "js"))
     text = pages.get_template("page.html").render(
-        title=title, style=style, script=script, version=__version__, **parts
+        title=title, style=style, script=script, version=__version__, sides=SIDES, **parts
     )
     write_text(path, text)

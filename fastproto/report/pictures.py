@@ -44,26 +44,25 @@ def encode(
         without a scan) and ``labels`` (base64 of zlib-compressed bytes, [slices, rows, cols]).
     """
     seen, grey = canonical(label), None
-    corner, size = (0, 0, 0), seen.array.shape
+    begins, shape = (0, 0, 0), seen.array.shape
     if scan is not None:
         whole = canonical(scan)
         modality = guess_modality(scan)
         box = _union(body_box(whole.array, whole.spacing[::-1], modality), seen.array)
         seen, whole = _crop(seen, box), _crop(whole, box)
-        corner = 0, box[0].start, box[1].start
+        begins = 0, box[0].start, box[1].start
         window = CT_WINDOW if modality == "ct" else _range(whole.array)
         grey = whole, window
     index = np.zeros(max(int(seen.array.max()), *values, 0) + 1, np.uint8)
     index[list(values)] = np.arange(1, len(values) + 1)
     room = min(MOST_BYTES, PAGE_BYTES // scans)
     for slices, pixels in QUALITIES:
-        planes = [_plane(name, seen, index, grey, slices, pixels) for name in PLANES]
+        planes = [
+            _plane(name, seen, index, grey, slices, pixels, begins[2 - axis], shape[2 - axis])
+            for name, ((axis, _), *_) in PLANES.items()
+        ]
         if sum(len(plane["image"]) + len(plane["labels"]) for plane in planes) <= room:
             break
-    for plane in planes:  # as the scan has them, not what is left of it
-        axis = 2 - PLANES[plane["plane"]][0][0]
-        plane["numbers"] = [number + corner[axis] for number in plane["numbers"]]
-        plane["total"] = size[axis]
     return planes
 
 
@@ -74,14 +73,15 @@ def _plane(
     grey: tuple[Volume, tuple[float, float]] | None,
     slices: int,
     pixels: int,
+    begins: int,
+    total: int,
 ) -> dict[str, Any]:
-    """One plane of a scan at one quality."""
+    """One plane at one quality; ``label`` begins so many slices into the scan's ``total``."""
     seen = canonical(label, name)
-    total = len(seen.array)
     spacing = np.array(seen.spacing[::-1])
     size = spacing[1:] * seen.array.shape[1:]
     occupied = np.flatnonzero([section.any() for section in seen.array])
-    numbers = _spread(occupied, total, MARGIN_MM / spacing[0], slices)
+    numbers = _spread(occupied, len(seen.array), MARGIN_MM / spacing[0], slices)
     shape = np.minimum(np.ceil(pixels * size / size.max()).astype(int), seen.array.shape[1:])
     rows, cols = (int(length) for length in shape)
     nearest = [
@@ -98,7 +98,7 @@ def _plane(
         image = _strip(canonical(volume, name).array, window, numbers, (rows, cols), pitch)
     return {
         "plane": name,
-        "numbers": [number + 1 for number in numbers],
+        "numbers": [begins + number + 1 for number in numbers],
         "total": total,
         "first": int(np.argmax(most)) if labels.any() else len(numbers) // 2,
         "rows": rows,

@@ -14,9 +14,10 @@ from scipy.ndimage import binary_erosion
 
 from fastproto._files import atomic_write
 from fastproto.data.anatomy import organ_colours
-from fastproto.data.geometry import FieldOfView, canonical
+from fastproto.data.geometry import SIDES, FieldOfView, canonical
 from fastproto.data.preprocessing import PreparedVolume, Preprocessing
 from fastproto.data.volume import Volume
+from fastproto.segmentation.distance import extent
 
 OPACITY = 0.35  # within an organ's outline
 TILE = 256  # pixels per slice
@@ -73,7 +74,7 @@ def draw_overlay(
     grey = prepared.some_images(shown)[:, 0].numpy()
     grey_range = np.percentile(grey, (1, 99))  # of all: an empty slice's noise stays dark
     colours = organ_colours(names)
-    sides = "AP" if preprocessing.plane == "sagittal" else "RL"
+    right, left = SIDES[preprocessing.plane]
 
     columns = min(columns, len(shown))
     rows = -(-len(shown) // columns)
@@ -83,14 +84,13 @@ def draw_overlay(
     for position, index in enumerate(shown):
         tile = Image.fromarray(_tile(grey[position], grey_range, label_map[index], colours))
         caption = f"{index + 1} / {len(prepared)}"
+        draw = ImageDraw.Draw(tile)
         for x, y, anchor, text in (
             (6, 4, "la", caption),
-            (6, TILE // 2, "lm", sides[0]),
-            (TILE - 6, TILE // 2, "rm", sides[1]),
+            (6, TILE // 2, "lm", right),
+            (TILE - 6, TILE // 2, "rm", left),
         ):
-            ImageDraw.Draw(tile).text(
-                (x, y), text, "white", font, anchor, stroke_width=1, stroke_fill="black"
-            )
+            draw.text((x, y), text, "white", font, anchor, stroke_width=1, stroke_fill="black")
         picture.paste(tile, (position % columns * TILE, position // columns * TILE))
     picture.paste(legend, (0, rows * TILE))
     return picture
@@ -105,15 +105,15 @@ def _spread(label_map: np.ndarray, number: int) -> list[int]:
 
 def _near(prepared: PreparedVolume, labels: np.ndarray) -> FieldOfView:
     """The square around every label of ``[n, h, w]``, no larger than what the network sees."""
-    view = prepared.view
-    rows, columns = (np.flatnonzero(labels.any(axis=(0, axis))) for axis in (2, 1))
-    if not rows.size:
-        return view
-    _, row_mm, column_mm = prepared.spacing
-    extent = max((rows[-1] - rows[0] + 1) * row_mm, (columns[-1] - columns[0] + 1) * column_mm)
-    if (side := extent + 2 * MARGIN_MM) >= view.side:
-        return view
-    return FieldOfView((rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2, side)
+    shadow: np.ndarray = np.any(labels, axis=0)
+    if not shadow.any():
+        return prepared.view
+    first, last = extent(shadow)
+    side = ((last + 1 - first) * prepared.spacing[1:]).max() + 2 * MARGIN_MM
+    if side >= prepared.view.side:
+        return prepared.view
+    row, column = (first + last) / 2
+    return FieldOfView(row, column, side)
 
 
 def _tile(

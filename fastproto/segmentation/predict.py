@@ -45,12 +45,14 @@ class Segmentation(NamedTuple):
         prior: Where the organs were expected, by the first of several tasks.
         confidence: Label value -> mean probability that the network alone, without the place, gives
             the voxels found; 0 where none were.
+        unfit: What `force` went over; None where the scan is as the model expects.
     """
 
     labels: np.ndarray
     probabilities: dict[int, np.ndarray] | None
     prior: Prior
     confidence: dict[int, float]
+    unfit: str | None = None
 
     def absent(self) -> list[int]:
         """Organs that are probably not in the scan: none found, or the network saw none there."""
@@ -98,7 +100,7 @@ def segment_volume(
     """
     tasks = [task] if isinstance(task, Task) else list(task)
     check_tasks(tasks, model, fingerprint)
-    check_intensities(volume, tasks[0].preprocessing.modality, force=force)
+    unfit = check_intensities(volume, tasks[0].preprocessing.modality, force=force)
     prepared = tasks[0].preprocessing.prepare(volume)
     priors = [locate(task.atlas, volume, prior) for task in tasks]
     claims: list[Claim] = []
@@ -116,7 +118,8 @@ def segment_volume(
         found = gather(ready, task, prepared, located, batch_size=size, progress=advance)
         before = done
         claims += weigh(task, found, fusion or FUSIONS[located.kind])
-    return settle(prepared, priors[0], average(claims), probabilities=probabilities)
+    result = settle(prepared, priors[0], average(claims), probabilities=probabilities)
+    return result._replace(unfit=unfit)
 
 
 def check_tasks(tasks: Sequence[Task], model: FewShotModel, fingerprint: str | None = None) -> None:
